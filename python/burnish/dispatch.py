@@ -1,0 +1,245 @@
+"""Which implementation runs, and why.
+
+PyTorch's dispatcher picks the device: CPU tensors go to the native CPU kernel without passing through Python. CUDA
+tensors come here, inside the op, where the first implementation of the op's record whose ``supports`` has no objection
+runs. An override wins: the context manager :func:`use_backend`, then the environment variable ``BURNISH_BACKEND``
+(``reference``, ``cpu``, ``triton``, ``native`` or ``auto``). A forced backend that cannot run raises
+:class:`~burnish.errors.BackendError`: nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from burnish import native
+from burnish.errors import BackendError
+from burnish.registry import BACKENDS, Backend, Impl
+
+if TYPE_CHECKING:
+    from burnish.registry import OpSpec
+
+_override: ContextVar[Backend | None] = ContextVar("burnish_backend", default=None)
+
+#: how many overrides are in force in the whole process; zero lets public functions skip the look-up
+overrides = int(os.environ.get("BURNISH_BACKEND", "auto") not in ("", "auto"))
+
+
+def forced() -> Backend | None:
+    """The backend asked for by :func:`use_backend` or ``BURNISH_BACKEND``; None for the automatic choice.
+
+    Raises:
+        ValueError: the environment variable holds none of the words.
+    """
+    chosen = _override.get()
+    if chosen is not None:
+        return chosen
+    word = os.environ.get("BURNISH_BACKEND", "auto") or "auto"
+    if word == "auto":
+        return None
+    return _checked(word, "BURNISH_BACKEND")
+
+
+def _checked(name: str, source: str) -> Backend:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}, expected one of: {', '.join(BACKENDS)}, auto")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force a backend inside the ``with`` block, in this thread: ``reference``, ``cpu``, ``triton`` or ``native``;
+    ``auto`` restores the automatic choice, also where ``BURNISH_BACKEND`` is set.
+
+    Raises:
+        ValueError: unknown name.
+        BackendError: later, from an op which that backend cannot run.
+    """
+    global overrides
+    token = _override.set(None if name == "auto" else _checked(name, "use_backend"))
+    overrides += 1
+    try:
+        yield
+    finally:
+        overrides -= 1
+        _override.reset(token)
+
+
+@cache
+def resolve(path: str) -> Callable[..., Any]:
+    """The function behind ``"module:function"``; ``torch.ops`` paths are written ``"torch.ops:ns.op.overload"``."""
+    module, _, attributes = path.partition(":")
+    found: Any = torch.ops if module == "torch.ops" else import_module(module)
+    for attribute in attributes.split("."):
+        found = getattr(found, attribute)
+    return found  # type: ignore[no-any-return]
+
+
+def objection(impl: Impl, args: tuple[Any, ...]) -> str | None:
+    """Why ``impl`` cannot run these arguments; None if it can."""
+    if impl.backend == "native" and "_cuda.so" in native.missing:
+        return native.missing["_cuda.so"]
+    try:
+        supports = resolve(impl.supports)
+    except ImportError as error:
+        return f"{error.name or impl.supports} is not installed"
+    reason: str | None = supports(*args)
+    return reason
+
+
+def select(spec: OpSpec, args: tuple[Any, ...]) -> Callable[..., Any]:
+    """The function that runs ``args`` on a GPU: forced, or the first of ``spec.impls`` without an objection.
+
+    Raises:
+        BackendError: none can; the message has a line for each candidate.
+    """
+    backend = forced()
+    if backend == "reference":
+        return spec.reference
+    reasons = []
+    for impl in spec.impls:
+        if backend is not None and impl.backend != backend:
+            continue
+        reason = objection(impl, args)
+        if reason is None:
+            return resolve(impl.target)
+        reasons.append(f"{impl.backend}: {reason}")
+    if not reasons:
+        reasons.append(f"{backend}: the op has no such implementation for these tensors")
+    asked = f" with backend {backend!r} asked for" if backend else ""
+    raise BackendError(f"{spec.name}: no implementation can run this call{asked}.\n  " + "\n  ".join(reasons))
+
+
+def cuda_kernel(spec: OpSpec) -> Callable[..., Any]:
+    """The kernel PyTorch calls for CUDA tensors: checks the arguments, then runs what :func:`select` picks."""
+
+    def run(*args: Any) -> Any:
+        spec.fake(*args)
+        return select(spec, args)(*args)
+
+    return run
+
+
+def call(spec: OpSpec, args: tuple[Any, ...], needs_grad: bool) -> Any:
+    """Run the op with an override in force. GPU tensors need nothing special: their kernel asks :func:`forced`."""
+    if _capturing.get():
+        raise _Captured(args)
+    backend = forced()
+    device = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
+    if backend in (None, "cpu") or device != "cpu":
+        if backend == "cpu" and device != "cpu":
+            raise BackendError(f"{spec.name}: backend 'cpu' was asked for, but the tensors are on {device}")
+        return (spec.overload() if needs_grad else spec.entry)(*args)
+    return _emulated(spec)(*args) if needs_grad else _run_on_cpu(spec, *args)
+
+
+def _run_on_cpu(spec: OpSpec, *args: Any) -> Any:
+    spec.fake(*args)
+    return select(spec, args)(*args)
+
+
+@cache
+def _emulated(spec: OpSpec) -> Callable[..., Any]:
+    """``spec`` with its autograd formula around whatever backend is forced on CPU tensors."""
+    autograd = spec.autograd
+    if autograd is None:
+        return lambda *args: _run_on_cpu(spec, *args)
+
+    class Forced(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return _run_on_cpu(spec, *args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            autograd.setup_context(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return autograd.backward(ctx, *grads)
+
+    return Forced.apply  # type: ignore[no-any-return]
+
+
+def candidates(spec: OpSpec, args: tuple[Any, ...] | None = None) -> dict[str, str]:
+    """Every backend of an op with ``yes`` or the reason it cannot run; without arguments, whether it could at all."""
+    table = {"reference": "yes: the definition, for checking"}
+    device = "cpu" if args is None else next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
+    has_cpu = torch._C._dispatch_has_kernel_for_dispatch_key(spec.qualname, "CPU")
+    table["cpu"] = "yes" if has_cpu else native.missing.get("_native.so", "no CPU kernel is registered")
+    if has_cpu and device != "cpu":
+        table["cpu"] = f"the tensors are on {device}"
+    for impl in spec.impls:
+        reason = _unavailable(impl) or (objection(impl, args) if args is not None else None)
+        table[impl.backend] = reason or "yes"
+    return table
+
+
+def _unavailable(impl: Impl) -> str | None:
+    """Why the implementation cannot run on this machine, whatever the arguments."""
+    if impl.backend == "native" and "_cuda.so" in native.missing:
+        return native.missing["_cuda.so"]
+    if impl.backend == "triton":
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return "triton is not installed"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "no GPU is visible"
+    return None
+
+
+class _Captured(BaseException):
+    """Carries a call's record and arguments out of the public function that :func:`explain` called."""
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.call_args = args
+
+
+_capturing: ContextVar[bool] = ContextVar("burnish_capturing", default=False)
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> str:
+    """A table of the op's backends: the one that runs these arguments, and why the others do not.
+
+    Args:
+        op: the op's name, ``int8_linear``.
+        args, kwargs: what its public function takes; with none, the table says what this machine could run.
+    """
+    from burnish import ops
+    from burnish.registry import get
+
+    spec = get(op)
+    captured = _capture(getattr(ops, spec.stem, spec.entry), args, kwargs) if args or kwargs else None
+    table = candidates(spec, captured)
+    wanted = forced()
+    order = (wanted,) if wanted else ("cpu", *(impl.backend for impl in spec.impls))
+    chosen = next((name for name in order if table.get(name, "").startswith("yes")), None)
+    lines = [f"{op}: {chosen + ' runs' if chosen else 'nothing can run this'}"]
+    lines += [f"  {'->' if name == chosen else '  '} {name:<10} {reason}" for name, reason in table.items()]
+    if wanted:
+        lines.append(f"  {wanted!r} was asked for by use_backend or BURNISH_BACKEND")
+    return "\n".join(lines)
+
+
+def _capture(public: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The op's positional arguments that a call of its public function comes to."""
+    global overrides
+    token = _capturing.set(True)
+    overrides += 1
+    try:
+        public(*args, **kwargs)
+    except _Captured as captured:
+        return captured.call_args
+    finally:
+        overrides -= 1
+        _capturing.reset(token)
+    return args

@@ -1,0 +1,15 @@
+"""The exceptions of burnish. Bad arguments raise ValueError, TypeError or, from inside an op, RuntimeError."""
+
+from __future__ import annotations
+
+
+class BackendError(RuntimeError):
+    """No implementation can run a call, or the one that was asked for cannot; the message lists the reasons."""
+
+
+class SwapError(ValueError):
+    """A swap that was asked for cannot be done; the model is as it was before."""
+
+
+class CheckpointError(RuntimeError):
+    """A saved model is damaged, incomplete, of another model or of a newer format; nothing was loaded."""

@@ -1,0 +1,41 @@
+"""The native libraries: found, loaded, and explained when they are not there.
+
+``_native.so`` holds the CPU kernels and loads with ``import burnish``; ``_cuda.so`` holds the CUDA kernels and loads
+where torch was built for CUDA. Loading registers kernels with PyTorch and does nothing else: no build, no CUDA start.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+# what the CPU library says of itself: the instruction set in use, and measured ceilings (see csrc/cpu/peak.cpp)
+_probes = torch.library.Library("burnish", "FRAGMENT")
+_probes.define("cpu_isa() -> str")
+_probes.define("cpu_peak(str kind, int millis) -> float")
+
+_HERE = Path(__file__).parent
+
+#: why a library is not loaded, by file name; empty where all that can load is loaded
+missing: dict[str, str] = {}
+
+
+def load() -> None:
+    """Load the libraries this torch can use. What is absent is remembered in :data:`missing`, not raised."""
+    _load("_native.so", "the CPU kernels were not built: run pip install --no-build-isolation .")
+    if torch.version.cuda is None:
+        missing["_cuda.so"] = "this torch is built without CUDA"
+    else:
+        _load("_cuda.so", "the CUDA kernels were not built: install nvcc and rebuild, or set BURNISH_BUILD_CUDA=1")
+
+
+def _load(name: str, reason: str) -> None:
+    path = _HERE / name
+    if not path.is_file():
+        missing[name] = reason
+        return
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        missing[name] = f"{path} does not load: {error}"
