@@ -79,7 +79,7 @@ def resolve(path: str) -> Callable[..., Any]:
     found: Any = torch.ops if module == "torch.ops" else import_module(module)
     for attribute in attributes.split("."):
         found = getattr(found, attribute)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def objection(impl: Impl, args: tuple[Any, ...]) -> str | None:
@@ -151,6 +151,7 @@ def _emulated(spec: OpSpec) -> Callable[..., Any]:
     autograd = spec.autograd
     if autograd is None:
         return lambda *args: _run_on_cpu(spec, *args)
+    glue = autograd
 
     class Forced(torch.autograd.Function):
         @staticmethod
@@ -159,13 +160,13 @@ def _emulated(spec: OpSpec) -> Callable[..., Any]:
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            autograd.setup_context(ctx, inputs, output)
+            glue.setup_context(ctx, inputs, output)
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            return autograd.backward(ctx, *grads)
+            return glue.backward(ctx, *grads)
 
-    return Forced.apply  # type: ignore[no-any-return]
+    return Forced.apply
 
 
 def candidates(spec: OpSpec, args: tuple[Any, ...] | None = None) -> dict[str, str]:

@@ -453,8 +453,8 @@ _linear, _inference, _backward = SPEC.overload(), SPEC.entry, BACKWARD.entry
 def int8_linear_backward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients, as :func:`backward_reference` defines them; positional arguments as in the op's schema."""
     if dispatch.overrides:
-        return dispatch.call(BACKWARD, args, needs_grad=False)  # type: ignore[no-any-return]
-    return _backward(*args)  # type: ignore[no-any-return]
+        return dispatch.call(BACKWARD, args, needs_grad=False)
+    return _backward(*args)
 
 
 def int8_linear(
@@ -490,7 +490,7 @@ def int8_linear(
         ) from None
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if dispatch.overrides:
-        return dispatch.call(SPEC, (x, weight, scale, bias, code, out_dtype), needs_grad)  # type: ignore[no-any-return]
+        return dispatch.call(SPEC, (x, weight, scale, bias, code, out_dtype), needs_grad)
     if needs_grad:
-        return _linear(x, weight, scale, bias, code, out_dtype)  # type: ignore[no-any-return]
-    return _inference(x, weight, scale, bias, code, out_dtype)  # type: ignore[no-any-return]
+        return _linear(x, weight, scale, bias, code, out_dtype)
+    return _inference(x, weight, scale, bias, code, out_dtype)

@@ -204,8 +204,8 @@ def int8_linear_pack(weight: torch.Tensor, layout: str | None = None) -> torch.T
     if layout is None:
         layout = "rows" if weight.is_cuda else "vnni"
     if dispatch.overrides:
-        return dispatch.call(SPEC, (weight, layout), needs_grad=False)  # type: ignore[no-any-return]
-    return _pack(weight, layout)  # type: ignore[no-any-return]
+        return dispatch.call(SPEC, (weight, layout), needs_grad=False)
+    return _pack(weight, layout)
 
 
 def int8_linear_unpack(packed: torch.Tensor, N: int, K: int) -> torch.Tensor:
@@ -215,8 +215,8 @@ def int8_linear_unpack(packed: torch.Tensor, N: int, K: int) -> torch.Tensor:
         RuntimeError: ``packed`` is not a packed ``[N, K]`` weight.
     """
     if dispatch.overrides:
-        return dispatch.call(UNPACK, (packed, N, K), needs_grad=False)  # type: ignore[no-any-return]
-    return _unpack(packed, N, K)  # type: ignore[no-any-return]
+        return dispatch.call(UNPACK, (packed, N, K), needs_grad=False)
+    return _unpack(packed, N, K)
 
 
 _pack, _unpack = SPEC.entry, UNPACK.entry

@@ -156,8 +156,8 @@ def int8_quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         RuntimeError: ``x`` has another dtype or no dimension.
     """
     if dispatch.overrides:
-        return dispatch.call(SPEC, (x,), needs_grad=False)  # type: ignore[no-any-return]
-    return _op(x)  # type: ignore[no-any-return]
+        return dispatch.call(SPEC, (x,), needs_grad=False)
+    return _op(x)
 
 
 _op = SPEC.entry
