@@ -40,10 +40,12 @@ def reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     else:
         amax = x32.abs().amax(-1)
     amax = amax.clamp_min(AMAX_FLOOR)  # clamp_min keeps NaN
-    inverse = torch.where(amax.isinf(), 0.0, 127.0 / amax).unsqueeze(-1)
+    # a tensor, because torch computes number / tensor as reciprocal * number, and tensor / number so on a GPU
+    limit = torch.full_like(amax, 127.0)
+    inverse = torch.where(amax.isinf(), 0.0, limit / amax).unsqueeze(-1)
     scaled = torch.where(x32.isinf(), x32.sign() * 127.0, x32 * inverse)
     q = torch.where(amax.isnan().unsqueeze(-1), 0.0, scaled).round().to(torch.int8)
-    return q, amax / 127.0
+    return q, amax / limit
 
 
 def fake(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
