@@ -1,0 +1,117 @@
+"""Tile tables, the choice of a tile, and the order in which programs walk the output.
+
+A table belongs to a kind of matrix product, not to an op: per architecture, tiles from large to small. :func:`pick` takes
+the largest that wastes less than half of its rows and still gives every multiprocessor a program; results of integer
+kernels do not depend on it. Shared memory of a pipelined tile is about ``num_stages * (block_m + block_n) * block_k``
+bytes of int8; the ``sm_80`` column stays within 99 KiB because it also serves sm_86, sm_89 and sm_120.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True)
+class Tile:
+    """An output tile ``block_m x block_n``, the depth ``block_k`` of one step, and how it is run."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.block_m}x{self.block_n}x{self.block_k}w{self.num_warps}s{self.num_stages}"
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The tile as compile-time constants of a kernel."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "GROUP": GROUP_M}
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Launch options; contraction is off because numerics spells every fma."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
+
+    def grid(self, m: int, n: int) -> tuple[int]:
+        """One program for each tile of an ``m x n`` output."""
+        return (triton.cdiv(m, self.block_m) * triton.cdiv(n, self.block_n),)
+
+
+#: rows of tiles that share their columns' weights in L2 before the walk moves on
+GROUP_M = 8
+
+#: int8 x int8 -> int32, both operands with the depth contiguous
+INT8_GEMM: dict[str, tuple[Tile, ...]] = {
+    "sm_80": (
+        Tile(128, 256, 64, 8, 4),
+        Tile(128, 128, 128, 8, 3),
+        Tile(64, 128, 128, 4, 4),
+        Tile(64, 64, 128, 4, 4),
+        Tile(32, 64, 256, 4, 3),
+        Tile(16, 64, 256, 4, 4),
+        Tile(16, 32, 256, 4, 5),
+    ),
+    "sm_90": (
+        Tile(128, 256, 128, 8, 4),
+        Tile(128, 128, 128, 8, 4),
+        Tile(64, 128, 128, 4, 4),
+        Tile(64, 64, 128, 4, 5),
+        Tile(32, 64, 256, 4, 4),
+        Tile(16, 64, 256, 4, 5),
+        Tile(16, 32, 512, 4, 4),
+    ),
+    "sm_100": (
+        Tile(128, 256, 128, 8, 4),
+        Tile(128, 128, 128, 8, 4),
+        Tile(64, 128, 128, 4, 4),
+        Tile(64, 64, 128, 4, 5),
+        Tile(32, 64, 256, 4, 4),
+        Tile(16, 64, 256, 4, 5),
+        Tile(16, 32, 512, 4, 4),
+    ),
+    "gfx942": (
+        Tile(128, 128, 128, 8, 2),
+        Tile(64, 128, 128, 4, 2),
+        Tile(64, 64, 128, 4, 2),
+        Tile(32, 64, 256, 4, 2),
+        Tile(16, 64, 256, 4, 2),
+        Tile(16, 32, 256, 4, 2),
+    ),
+}
+
+#: fp32 x int8 -> fp32 on bf16 tensor cores, the fp32 operand split into bf16 parts; ``block_n`` is the output's width
+SPLIT_GEMM: dict[str, tuple[Tile, ...]] = {
+    "sm_80": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(16, 64, 64, 4, 3)),
+    "sm_90": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(16, 64, 64, 4, 4)),
+    "sm_100": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(16, 64, 64, 4, 4)),
+    "gfx942": (Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 4, 2), Tile(16, 64, 64, 4, 2)),
+}
+
+
+def pick(tiles: tuple[Tile, ...], m: int, n: int, sm_count: int) -> Tile:
+    """The first tile with ``block_m < 2 * m`` that makes at least ``sm_count`` programs, else the one that makes most."""
+    fitting = [tile for tile in tiles if tile.block_m < 2 * m] or [tiles[-1]]
+    counts = [triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n) for tile in fitting]
+    for tile, count in zip(fitting, counts, strict=True):
+        if count >= sm_count:
+            return tile
+    return fitting[max(range(len(counts)), key=counts.__getitem__)]
+
+
+@triton.jit
+def swizzle(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Tile coordinates of program ``pid``: down GROUP rows of tiles, then one column on, so that a wave of programs
+    touches a near-square patch of the output and both operands are re-read from L2."""
+    rows = tl.cdiv(M, BLOCK_M)
+    columns = tl.cdiv(N, BLOCK_N)
+    group = pid // (GROUP * columns)
+    first = group * GROUP
+    height = tl.minimum(rows - first, GROUP)
+    within = pid % (GROUP * columns)
+    return first + within % height, within // height

@@ -1,0 +1,361 @@
+"""int8_linear and its backward in Triton: int8 tensor-core product with the whole epilogue fused.
+
+Two forward paths, the same bits from both:
+
+- *split*: :mod:`int8_quantize_rows` writes q [M, round_up(K, 16)] once, then a pipelined GEMM reads it.
+- *fused*: every program finds the row scales of its panel of x and quantises it on the way into the product. No q, one
+  launch; but each of the ``N / block_n`` column programs reads its panel of x twice.
+
+:func:`fuses` decides by bytes: the fused path's repeated reads of x come from L2, and win where they are fewer than the
+split path's bytes plus what L2 delivers during one launch. That is small M, and a small K as far as N is narrow.
+
+Weights are the ``rows`` layout: K padded to 16 bytes with zeros, so every load of weights and q is a 16-byte one.
+
+Backward: ``dx = (dz * scale) @ w`` needs fp32 quality from an fp32 operand, and tensor cores offer bf16. An int8 weight
+is exact in bf16, so only ``v = dz * scale`` is split, into parts of 8 bits each (:func:`products.split_dot`). Three parts
+hold all 24 bits. Two leave at most 2**-16 |v|, which the element-wise bound 2 (N + 2) 2**-23 sum |v||w| covers, with the
+fp32 summation, from N = 83 on: two parts serve 16-bit gradients with N >= 128, three the rest. Against one bf16 product
+that is two or three times the tensor-core work; an fp32 ("ieee") product would be 15 times on an H100. With an
+activation, z is recomputed by the forward's GEMM, which then writes dz in fp32 instead of y. dbias sums dz in a fixed
+order, in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from burnish.kernels.common import target
+from burnish.kernels.common.numerics import activate, activation_slope, magnitude_bits, quantize_int8, row_scale
+from burnish.kernels.common.products import int8_product, split_dot
+from burnish.kernels.common.tiles import INT8_GEMM, SPLIT_GEMM, Tile, pick, swizzle
+from burnish.kernels.common.variants import Variant
+from burnish.kernels.quant.int8_quantize_rows import POINTERS, quantize
+
+#: bytes that L2 delivers while a kernel starts: 2 us at 4 TB/s, the order of A100 and H100 data sheets, not a measurement
+LAUNCH_BYTES = 8 << 20
+#: the fused path keeps a block of x and its running maxima in registers, so its tiles have few rows
+FUSED_MAX_ROWS = 32
+#: from this N on two bf16 parts are enough for a 16-bit gradient; see above
+TWO_PARTS_MIN_N = 128
+#: rows and columns a program of the column sum covers, and rows it loads at once
+SUM_ROWS, SUM_COLUMNS, SUM_STEP = 256, 128, 32
+
+
+@triton.jit
+def preactivation(product, row_scales, channel_scales, bias_ptr, n, HAS_BIAS: tl.constexpr):
+    """z = float(product) * (row_scale * channel_scale) + bias, rounded after each operation."""
+    z = product.to(tl.float32) * (row_scales[:, None] * channel_scales[None, :])
+    if HAS_BIAS:
+        z = z + tl.load(bias_ptr + n).to(tl.float32)[None, :]
+    return z
+
+
+@triton.jit
+def int8_linear_fwd_kernel(
+    q_ptr,  # [M, width]
+    row_scale_ptr,  # [M]
+    weight_ptr,  # [N, width]
+    scale_ptr,  # [N]
+    bias_ptr,  # [N]; not read unless HAS_BIAS
+    dy_ptr,  # [M, N]; not read unless SLOPE
+    y_ptr,  # [M, N]
+    M,
+    N,
+    width,
+    stride_dym,
+    stride_dyn,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SLOPE: tl.constexpr,  # for the backward: y = dy * act'(z) instead of act(z)
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tile_m, tile_n = swizzle(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
+    rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # past the edge, rows and columns wrap to valid ones: loads need no mask, only the store has one
+    m = rows % M
+    n = columns % N
+    product = int8_product(q_ptr, weight_ptr, m, n, width, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
+    z = preactivation(product, tl.load(row_scale_ptr + m), tl.load(scale_ptr + n), bias_ptr, n, HAS_BIAS)
+    if SLOPE:
+        dy = tl.load(dy_ptr + m[:, None] * stride_dym + n[None, :] * stride_dyn).to(tl.float32)
+        y = dy * activation_slope(z, ACTIVATION)
+    else:
+        y = activate(z, ACTIVATION).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + rows[:, None] * N + columns[None, :], y, mask=(rows < M)[:, None] & (columns < N)[None, :])
+
+
+@triton.jit
+def int8_linear_fwd_kernel_fused(
+    x_ptr,  # [M, K]
+    weight_ptr,  # [N, width]
+    scale_ptr,  # [N]
+    bias_ptr,  # [N]; not read unless HAS_BIAS
+    y_ptr,  # [M, N]
+    M,
+    N,
+    K,
+    width,
+    stride_xm,
+    stride_xk,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tile_m, tile_n = swizzle(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
+    rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows = (rows < M)[:, None]
+    n = columns % N
+    k = tl.arange(0, BLOCK_K)
+    x_block = x_ptr + rows[:, None] * stride_xm + k[None, :].to(tl.int64) * stride_xk
+    step = stride_xk * tl.full([], BLOCK_K, tl.int64)
+
+    largest = tl.zeros([BLOCK_M, BLOCK_K], tl.int32)
+    x_pass = x_block
+    for start in range(0, K, BLOCK_K):
+        x = tl.load(x_pass, mask=in_rows & (k < K - start)[None, :], other=0.0)
+        largest = tl.maximum(largest, magnitude_bits(x.to(tl.float32)))
+        x_pass += step
+    amax, inverse, row_scales = row_scale(tl.max(largest, axis=1))
+
+    weight_block = weight_ptr + n[None, :] * width + k[:, None]
+    product = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    for start in range(0, K, BLOCK_K):
+        weight = tl.load(weight_block, mask=(k < width - start)[:, None], other=0)
+        x = tl.load(x_block, mask=in_rows & (k < K - start)[None, :], other=0.0)
+        q = quantize_int8(x.to(tl.float32), amax[:, None], inverse[:, None])
+        product = tl.dot(q, weight, product, out_dtype=tl.int32)
+        x_block += step
+        weight_block += BLOCK_K
+    z = preactivation(product, row_scales, tl.load(scale_ptr + n), bias_ptr, n, HAS_BIAS)
+    y = activate(z, ACTIVATION).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + rows[:, None] * N + columns[None, :], y, mask=(rows < M)[:, None] & (columns < N)[None, :])
+
+
+@triton.jit
+def int8_linear_bwd_dx_kernel(
+    dz_ptr,  # [M, N]
+    weight_ptr,  # [N, width]
+    scale_ptr,  # [N]
+    dx_ptr,  # [M, K]
+    M,
+    N,
+    K,
+    width,
+    stride_dzm,
+    stride_dzn,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # of K, the output's columns
+    BLOCK_K: tl.constexpr,  # of N, which is summed
+    GROUP: tl.constexpr,
+):
+    tile_m, tile_k = swizzle(tl.program_id(0), M, K, BLOCK_M, BLOCK_N, GROUP)
+    rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows = (rows < M)[:, None]
+    in_width = (columns < width)[None, :]
+    n = tl.arange(0, BLOCK_K)
+    dz_block = dz_ptr + rows[:, None] * stride_dzm + n[None, :].to(tl.int64) * stride_dzn
+    dz_step = stride_dzn * tl.full([], BLOCK_K, tl.int64)
+    weight_block = weight_ptr + n[:, None].to(tl.int64) * width + columns[None, :]
+    weight_step = width * tl.full([], BLOCK_K, tl.int64)
+    dx = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, N, BLOCK_K):
+        left = n < N - start
+        weight = tl.load(weight_block, mask=left[:, None] & in_width, other=0).to(tl.bfloat16)
+        dz = tl.load(dz_block, mask=in_rows & left[None, :], other=0.0).to(tl.float32)
+        channel_scales = tl.load(scale_ptr + start + n, mask=left, other=0.0)
+        dx = split_dot(dz * channel_scales[None, :], weight, dx, PARTS)
+        dz_block += dz_step
+        weight_block += weight_step
+    dx_block = dx_ptr + rows[:, None] * K + columns[None, :]
+    tl.store(dx_block, dx.to(dx_ptr.dtype.element_ty), mask=in_rows & (columns < K)[None, :])
+
+
+@triton.jit
+def int8_linear_bwd_kernel_dbias(
+    dz_ptr,  # [M, N]
+    sums_ptr,  # [M / ROWS, N]
+    M,
+    N,
+    stride_dzm,
+    stride_dzn,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    part = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, ROWS, BLOCK_M):
+        rows = part * ROWS + start + tl.arange(0, BLOCK_M)
+        inside = (rows < M)[:, None] & (columns < N)[None, :]
+        dz_block = dz_ptr + rows[:, None] * stride_dzm + columns[None, :] * stride_dzn
+        total += tl.load(dz_block, mask=inside, other=0.0).to(tl.float32)
+    tl.store(sums_ptr + part * N + columns, tl.sum(total, axis=0), mask=columns < N)
+
+
+def supports(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: int,
+    out_dtype: torch.dtype | None,
+) -> str | None:
+    if weight.dtype != torch.int8:
+        return "the weight is in the vnni layout, the kernel takes rows"
+    return target.objection(x)
+
+
+def supports_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    K: int,
+    activation: int,
+    bias_grad: bool,
+) -> str | None:
+    return supports(dy, weight, scale, bias, activation, None)
+
+
+def int8_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: int,
+    out_dtype: torch.dtype | None,
+) -> torch.Tensor:
+    rows = _matrix(x)
+    m, n = rows.shape[0], scale.shape[0]
+    y = torch.empty((*x.shape[:-1], n), dtype=out_dtype or x.dtype, device=x.device)
+    if m:
+        tile = pick(INT8_GEMM[target.arch(x.device)], m, n, target.sm_count(x.device))
+        forward = forward_fused if fuses(m, n, x.shape[-1], x.element_size(), tile) else forward_split
+        with target.on_device(x):
+            forward(rows, weight, scale.contiguous(), bias, activation, y, tile)
+    return y
+
+
+def fuses(m: int, n: int, k: int, itemsize: int, tile: Tile) -> bool:
+    """Whether the fused path moves fewer bytes than the split one, a launch counted as :data:`LAUNCH_BYTES`."""
+    columns = triton.cdiv(n, tile.block_n)
+    fused = 2 * itemsize * m * k * columns
+    split = (itemsize + 1) * m * k + m * k * columns + LAUNCH_BYTES
+    return tile.block_m <= FUSED_MAX_ROWS and fused <= split
+
+
+def forward_fused(x, weight, scale, bias, activation, y, tile):  # type: ignore[no-untyped-def]
+    """Write y [..., N] from x [M, K], M > 0, by one kernel."""
+    (m, k), (n, width) = x.shape, weight.shape
+    int8_linear_fwd_kernel_fused[tile.grid(m, n)](
+        *(x, weight, scale, _or(bias, scale), y, m, n, k, width, *x.stride()),
+        ACTIVATION=activation,
+        HAS_BIAS=bias is not None,
+        **tile.constants,
+        **tile.options,
+    )
+
+
+def forward_split(x, weight, scale, bias, activation, y, tile, dy=None):  # type: ignore[no-untyped-def]
+    """Write y [..., N] from x [M, K], M > 0, by two kernels; with ``dy``, write dy * act'(z)."""
+    m, (n, width) = x.shape[0], weight.shape
+    q = torch.empty((m, width), dtype=torch.int8, device=x.device)
+    row_scales = torch.empty(m, dtype=torch.float32, device=x.device)
+    quantize(x, q, row_scales, width)
+    int8_linear_fwd_kernel[tile.grid(m, n)](
+        *(q, row_scales, weight, scale, _or(bias, scale), y if dy is None else dy, y, m, n, width),
+        *((n, 1) if dy is None else dy.stride()),
+        ACTIVATION=activation,
+        HAS_BIAS=bias is not None,
+        SLOPE=dy is not None,
+        EVEN_K=width % tile.block_k == 0,
+        **tile.constants,
+        **tile.options,
+    )
+
+
+def int8_linear_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    K: int,
+    activation: int,
+    bias_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dz = _matrix(dy)
+    m, n = dz.shape
+    dx = torch.empty((*dy.shape[:-1], K), dtype=dy.dtype, device=dy.device)
+    arch, sm_count, scale = target.arch(dy.device), target.sm_count(dy.device), scale.contiguous()
+    with target.on_device(dy):
+        if activation and m:
+            assert x is not None  # checked with the op's other arguments
+            slopes = torch.empty((m, n), dtype=torch.float32, device=dy.device)
+            tile = pick(INT8_GEMM[arch], m, n, sm_count)
+            forward_split(_matrix(x), weight, scale, bias, activation, slopes, tile, dz)
+            dz = slopes
+        if m and K:
+            input_gradient(dz, weight, scale, dx, pick(SPLIT_GEMM[arch], m, K, sm_count))
+        dbias = column_sums(dz) if bias_grad else torch.empty(0, dtype=torch.float32, device=dy.device)
+    return dx, dbias
+
+
+def input_gradient(dz: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dx: torch.Tensor, tile: Tile) -> None:
+    """Write dx [..., K] = (dz * scale) @ weight, M and K > 0."""
+    (m, n), k = dz.shape, dx.shape[-1]
+    int8_linear_bwd_dx_kernel[tile.grid(m, k)](
+        *(dz, weight, scale, dx, m, n, k, weight.shape[1], *dz.stride()),
+        PARTS=2 if dx.dtype != torch.float32 and n >= TWO_PARTS_MIN_N else 3,
+        **tile.constants,
+        **tile.options,
+    )
+
+
+def column_sums(dz: torch.Tensor) -> torch.Tensor:
+    """fp32 [N] sums over the rows of dz [M, N], in an order that depends on M alone."""
+    n = dz.shape[1]
+    if dz.shape[0] == 0:
+        return torch.zeros(n, dtype=torch.float32, device=dz.device)
+    while True:
+        m = dz.shape[0]
+        parts = triton.cdiv(m, SUM_ROWS)
+        sums = torch.empty((parts, n) if parts > 1 else n, dtype=torch.float32, device=dz.device)
+        int8_linear_bwd_kernel_dbias[(parts, triton.cdiv(n, SUM_COLUMNS))](
+            *(dz, sums, m, n, *dz.stride()),
+            ROWS=SUM_ROWS,
+            BLOCK_M=SUM_STEP,
+            BLOCK_N=SUM_COLUMNS,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+        if parts == 1:
+            return sums
+        dz = sums
+
+
+def _matrix(x: torch.Tensor) -> torch.Tensor:
+    """x as [rows, last dimension], a view where strides allow; the last dimension may be 0, where -1 is ambiguous."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _or(bias: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:
+    """A pointer for the bias argument, which the kernel does not read without a bias."""
+    return scale if bias is None else bias.contiguous()

@@ -1,0 +1,87 @@
+"""Repairs of Triton's interpreter, so that kernels run on the CPU with the arithmetic of a GPU.
+
+Triton 3.6 to 3.9 interpret bf16 as raw 16-bit integers in ``tl.dot`` and in conversions from integers, truncate fp32 ->
+bf16, and lose the carry of fp32 -> fp8. :func:`activate` replaces these; then they are bit-equal to torch's, which
+``test_triton_interpreter.py`` proves. ``TRITON_INTERPRET=1`` must be set before a kernel module is imported, and the tests
+that need it run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+REASON = "runs under Triton's interpreter, in its own process: TRITON_INTERPRET=1"
+
+_active = False
+
+
+def require() -> None:
+    """Skip the calling test module, with the reason, unless this process interprets; then repair the interpreter."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip(REASON, allow_module_level=True)
+    pytest.importorskip("triton", reason="triton is not installed")
+    activate()
+
+
+def activate() -> None:
+    """Repair the interpreter of this process; a second call does nothing.
+
+    Raises:
+        RuntimeError: ``TRITON_INTERPRET`` is not 1.
+    """
+    global _active
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("TRITON_INTERPRET is not 1: set it before the first kernel module is imported")
+    if not _active:
+        _repair()
+        _active = True
+
+
+def _repair() -> None:
+    import numpy as np
+    import torch
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    convert, dot, from_signed = interpreter._convert_float, builder.create_dot, builder.create_si_to_fp
+    fp8_types = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+    fp8_types |= {tl.float8e4b8: torch.float8_e4m3fnuz, tl.float8e5b16: torch.float8_e5m2fnuz}
+
+    def to_bf16(values: np.ndarray) -> np.ndarray:
+        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        rounded = (bits + ((bits >> 16) & 1) + 0x7FFF) >> 16
+        return np.where(np.isnan(values), 0x7FC0 | (bits >> 16), rounded).astype(np.uint16)
+
+    def from_bf16(bits: np.ndarray) -> np.ndarray:
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+
+    def convert_float(values, source, destination, rounding):  # type: ignore[no-untyped-def]
+        if source == tl.float32 and destination == tl.bfloat16:
+            return to_bf16(values.view(np.float32))
+        if source == tl.bfloat16 and destination == tl.float32:
+            return from_bf16(values.view(np.uint16))
+        if source == tl.float32 and destination in fp8_types:
+            narrow = torch.from_numpy(np.array(values, np.float32)).to(fp8_types[destination])
+            return narrow.view(torch.uint8).numpy()
+        return convert(values, source, destination, rounding)
+
+    def widened(handle):  # type: ignore[no-untyped-def]
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle(from_bf16(handle.data), tl.float32)
+
+    def create_dot(self, a, b, *rest):  # type: ignore[no-untyped-def]
+        return dot(self, widened(a), widened(b), *rest)
+
+    def create_si_to_fp(self, value, kind):  # type: ignore[no-untyped-def]
+        if kind.scalar != tl.bfloat16:
+            return from_signed(self, value, kind)
+        return interpreter.TensorHandle(to_bf16(value.data.astype(np.float32)), tl.bfloat16)
+
+    interpreter._convert_float = convert_float
+    builder.create_dot = create_dot
+    builder.create_si_to_fp = create_si_to_fp
+    builder.create_ui_to_fp = create_si_to_fp
