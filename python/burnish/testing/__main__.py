@@ -1,0 +1,74 @@
+"""``python -m burnish.testing [OP ...]``: the conformance kit without pytest; exit status 1 if a check fails.
+
+Prints one line an op and backend with the number of checks that ran, then what was left out and why. ``--digest``
+prints instead one hash an op over the bits of all results, to compare instruction sets and thread counts by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import sys
+import time
+import traceback
+from collections import Counter
+
+import torch
+
+from burnish import registry
+from burnish.testing import digest, fuzz, plan
+from burnish.testing.calls import backends
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the checks that the command line asks for; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m burnish.testing", description=__doc__)
+    parser.add_argument("ops", nargs="*", metavar="OP", help="ops to test; default: all")
+    parser.add_argument("--backend", action="append", choices=registry.BACKENDS, help="default: all that can run")
+    parser.add_argument("--only", action="append", metavar="RULE", help="forward, guard, ...; default: all")
+    parser.add_argument("--fuzz", type=int, default=0, metavar="N", help="and N fuzzed examples an op and backend")
+    parser.add_argument("--threads", type=int, help="torch.set_num_threads")
+    parser.add_argument("--digest", action="store_true", help="print a hash of the results of each op and backend")
+    asked = parser.parse_args(argv)
+    faulthandler.enable()
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+    specs = [registry.get(name) for name in asked.ops] or list(registry.all_ops().values())
+    if asked.digest:
+        for spec in specs:
+            for backend in backends(spec)[0]:
+                if asked.backend is None or backend in asked.backend:
+                    print(spec.name, backend, digest(spec, backend))
+        return 0
+    return _run(specs, asked)
+
+
+def _run(specs: list[registry.OpSpec], asked: argparse.Namespace) -> int:
+    start = time.monotonic()
+    made = plan(specs, asked.backend)
+    ran: Counter[str] = Counter()
+    failed = 0
+    for check in made.checks:
+        if asked.only and check.rule not in asked.only:
+            continue
+        ran[f"{check.spec.name} {check.backend}"] += 1
+        try:
+            check.run()
+        except Exception:
+            failed += 1
+            print(f"FAILED {check.id}", file=sys.stderr)
+            traceback.print_exc()
+    for spec in specs if asked.fuzz else ():
+        for backend in backends(spec)[0]:
+            if asked.backend is None or backend in asked.backend:
+                ran[f"{spec.name} {backend} fuzzed"] += fuzz(spec, backend, asked.fuzz)
+    for name, count in ran.items():
+        print(f"{name}: {count}")
+    for name, reason in made.skipped.items():
+        print(f"left out: {name}: {reason}")
+    print(f"{sum(ran.values())} ran, {failed} failed, {time.monotonic() - start:.0f} s")
+    return 1 if failed or not ran else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""How a backend is called, and what its result is compared with.
+
+Inputs come from the record's ``make`` on the CPU. A GPU backend gets copies on the GPU where there is one; under
+Triton's interpreter it gets the CPU tensors. The two truths: :func:`oracle`, the reference in float64 on the same,
+already rounded inputs, and :func:`eager`, the reference in the inputs' own dtypes, which is what torch itself would
+give.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from burnish import dispatch
+from burnish.registry import Backend, Case, OpSpec
+
+Args = tuple[Any, ...]
+Outputs = tuple[torch.Tensor, ...]
+
+
+class Violation(AssertionError):
+    """A rule of the kit is broken; the message names the rule, the figure and the limit."""
+
+
+def interpreting() -> bool:
+    """Whether this process runs Triton kernels under the interpreter, and therefore nothing else."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def backends(spec: OpSpec) -> tuple[tuple[Backend, ...], dict[str, str]]:
+    """The backends to test in this process, and why each other one is left out.
+
+    The CPU backend is always to be tested, also where its kernel is missing: that is a failure, not a skip.
+    """
+    table = dispatch.candidates(spec)
+    run: list[Backend] = []
+    skipped: dict[str, str] = {}
+    listed: tuple[Backend, ...] = ("cpu", *(impl.backend for impl in spec.impls))
+    for backend in listed:
+        if interpreting() and backend != "triton":
+            skipped[backend] = "this process interprets Triton kernels"
+        elif backend == "cpu" or table[backend].startswith("yes"):
+            run.append(backend)
+        else:
+            skipped[backend] = table[backend]
+    return tuple(run), skipped
+
+
+def objection(spec: OpSpec, backend: Backend, args: Args) -> str | None:
+    """Why ``backend`` declines these arguments, in words; None if it runs them."""
+    impls = [impl for impl in spec.impls if impl.backend == backend]
+    return dispatch.objection(impls[0], to_device(backend, args)) if impls else None
+
+
+def to_device(backend: Backend, args: Args) -> Args:
+    """The arguments on the device that ``backend`` runs on; strides and storage offsets are kept."""
+    if backend not in ("triton", "native") or not torch.cuda.is_available():
+        return args
+    return map_tensors(_to_cuda, args)
+
+
+def _to_cuda(tensor: torch.Tensor) -> torch.Tensor:
+    storage = torch.as_strided(tensor, (tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0).cuda()
+    moved = storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return moved.requires_grad_(tensor.requires_grad)
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], args: Args) -> Args:
+    return tuple(function(arg) if isinstance(arg, torch.Tensor) else arg for arg in args)
+
+
+def as_outputs(result: Any) -> Outputs:
+    """An op's result as a tuple of tensors."""
+    return result if isinstance(result, tuple) else (result,)
+
+
+def run(spec: OpSpec, backend: Backend, args: Args, grad: bool = False) -> Outputs:
+    """Run the op on ``backend``, by the same road that users' calls take; ``grad`` asks for the differentiable op."""
+    with dispatch.use_backend(backend):
+        return as_outputs(dispatch.call(spec, to_device(backend, args), grad))
+
+
+def eager(spec: OpSpec, args: Args) -> Outputs:
+    """The reference in the inputs' own dtypes."""
+    with torch.no_grad():
+        return as_outputs(spec.reference(*args))
+
+
+def widen(args: Args) -> Args:
+    """Every floating-point tensor, and every floating-point dtype argument, to float64."""
+    return tuple(_widened(arg) for arg in args)
+
+
+def _widened(arg: Any) -> Any:
+    if isinstance(arg, torch.Tensor):
+        return arg.detach().double() if arg.is_floating_point() else arg
+    if isinstance(arg, torch.dtype):
+        return torch.float64 if arg.is_floating_point else arg
+    return arg
+
+
+def oracle(spec: OpSpec, args: Args) -> Outputs:
+    """The reference in float64."""
+    return eager(spec, widen(args))
+
+
+def is_exact(outputs: Outputs) -> bool:
+    """Whether the op makes integers: such an op, a quantiser's scales included, is bit-exact everywhere (N4)."""
+    return any(not out.is_floating_point() for out in outputs)
+
+
+def makes_integers(spec: OpSpec, backend: Backend, case: Case) -> bool:
+    """:func:`is_exact`, asked of the op's fake."""
+    return is_exact(as_outputs(spec.fake(*spec.make(case, backend, 0))))
+
+
+def resized(case: Case, first: int) -> Case:
+    """The case with another size of its first dimension, the rows."""
+    name = next(iter(case.dims))
+    return Case({**case.dims, name: first}, case.dtype, case.values, case.options)
+
+
+def rows(case: Case) -> int:
+    return next(iter(case.dims.values()))
+
+
+def volume(case: Case) -> int:
+    """The product of the dimensions."""
+    product = 1
+    for size in case.dims.values():
+        product *= size
+    return product
+
+
+def kinds(spec: OpSpec) -> dict[tuple[Any, ...], list[Case]]:
+    """The ordinary test cases by dtype and options, each list from small to large."""
+    groups: dict[tuple[Any, ...], list[Case]] = {}
+    for case in spec.cases.test:
+        if case.values == "normal":
+            groups.setdefault((case.dtype, tuple(sorted(case.options.items(), key=str))), []).append(case)
+    return {key: sorted(cases, key=volume) for key, cases in groups.items()}

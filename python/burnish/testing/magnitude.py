@@ -1,0 +1,96 @@
+"""|x||w| for any op: how large the terms were that a result was summed from.
+
+A rounding error is relative to the terms of a sum, not to the sum. :func:`magnitudes` runs a reference in float64 and
+carries beside each tensor the magnitude of its terms: |a| @ |b| for a product, |a| + |b| for a sum, and
+|f| + max(1, |f'|) |a| for a function. It also counts the longest sum. A sum or product of integer-valued operands is
+exact, so it counts no terms and its magnitude is its own: that is what holds an int8 layer to the error of its
+epilogue alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from burnish.testing.calls import Args, Outputs, as_outputs, widen
+
+_MOVES = {
+    "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select",
+    "clone", "alias", "detach", "contiguous", "flatten", "unfold", "index_select", "lift_fresh", "_to_copy",
+}  # fmt: skip
+_PRODUCTS = {"mm", "bmm", "mv", "dot"}
+_INTEGERS_EXACT_BELOW = 2.0**31
+
+
+def magnitudes(reference: Callable[..., Any], args: Args) -> tuple[Outputs, Outputs, int]:
+    """``reference`` in float64: its results, their magnitudes and the length of the longest inexact sum."""
+    mode = _Magnitudes()
+    with torch.no_grad(), mode:
+        outputs = as_outputs(reference(*widen(args)))
+    return outputs, tuple(mode.of(out).expand_as(out) for out in outputs), mode.terms
+
+
+class _Magnitudes(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.known: Any = WeakIdKeyDictionary()
+        self.terms = 0
+
+    def of(self, value: Any) -> torch.Tensor:
+        """The magnitude of a tensor or number; of one not computed here, its absolute value."""
+        if not isinstance(value, torch.Tensor):
+            return torch.tensor(abs(float(value)), dtype=torch.float64)
+        found: torch.Tensor | None = self.known.get(value)
+        return value.detach().abs().double() if found is None else found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float64:
+            self.known[out] = self._rule(func, args, kwargs, out)
+        elif isinstance(out, (tuple, list)) and func.overloadpacket.__name__ in ("split", "unbind", "split_with_sizes"):
+            for piece, magnitude in zip(out, func(self.of(args[0]), *args[1:], **kwargs), strict=True):
+                self.known[piece] = magnitude
+        return out
+
+    def _rule(self, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> torch.Tensor:
+        name = func.overloadpacket.__name__.rstrip("_")
+        if name in _MOVES:
+            moved: torch.Tensor = func(self.of(args[0]), *args[1:], **kwargs)
+            return moved
+        if name in _PRODUCTS:
+            return self._sum(func, args[:2], args[2:], out, terms=args[0].shape[-1])
+        if name == "addmm":
+            return self.of(args[0]) + self._sum(torch.mm, args[1:3], (), torch.mm(*args[1:3]), args[1].shape[-1])
+        if name in ("sum", "mean", "cumsum"):
+            return self._sum(func, args[:1], args[1:], out, max(args[0].numel() // max(out.numel(), 1), 1), **kwargs)
+        if name == "mul":
+            return self.of(args[0]) * self.of(args[1])
+        if name == "div":
+            return self.of(args[0]) / (args[1].abs() if isinstance(args[1], torch.Tensor) else abs(args[1]))
+        if name in ("add", "sub"):
+            return self.of(args[0]) + self.of(args[1])
+        return self._function(func, args, kwargs, out)
+
+    def _sum(self, func: Any, operands: Any, rest: Any, out: torch.Tensor, terms: int, **kwargs: Any) -> torch.Tensor:
+        total: torch.Tensor = func(*(self.of(operand) for operand in operands), *rest, **kwargs)
+        whole = all(bool((operand == operand.round()).all()) for operand in operands)
+        if whole and (not total.numel() or float(total.max()) <= _INTEGERS_EXACT_BELOW):
+            return out.abs()
+        self.terms = max(self.terms, terms)
+        return total
+
+    def _function(self, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> torch.Tensor:
+        """|f| plus what f makes of its arguments' errors; the slope of a one-argument function is measured."""
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        spread = [tensor for tensor in tensors if torch.broadcast_shapes(tensor.shape, out.shape) == out.shape]
+        if len(tensors) == 1 and spread and tensors[0].dtype == torch.float64:
+            (x,) = tensors
+            step = 1e-6 * x.abs().clamp_min(1.0)
+            slope = (func(x + step, *args[1:], **kwargs) - func(x - step, *args[1:], **kwargs)).abs() / (2 * step)
+            return out.abs() + slope.clamp_min(1.0).nan_to_num(1.0) * self.of(x)
+        return out.abs() + sum((self.of(tensor) for tensor in spread), torch.zeros((), dtype=torch.float64))

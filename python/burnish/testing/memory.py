@@ -1,0 +1,100 @@
+"""Memory that tells on a kernel: guard pages, read-only inputs, poisoned outputs, and tensors larger than RAM.
+
+A guarded tensor ends (or starts) at a page that cannot be touched and lies in pages that cannot be written: reading one
+byte too far, or writing to an input, ends the process with SIGSEGV at the culprit, and ``faulthandler`` prints where.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_PROT_NONE, _MAP_NORESERVE = 0, 0x4000
+
+
+def _map(size: int) -> int:
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    if address in (None, ctypes.c_void_p(-1).value):
+        raise OSError(ctypes.get_errno(), f"cannot map {size} bytes")
+    return int(address)
+
+
+def _protect(address: int, size: int, protection: int) -> None:
+    if _libc.mprotect(address, size, protection):
+        raise OSError(ctypes.get_errno(), f"cannot protect {size} bytes at {address:#x}")
+
+
+def _storage(address: int, nbytes: int, base: int, mapped: int) -> torch.Tensor:
+    """uint8 [nbytes] at ``address``; the mapping goes when the last tensor on it does."""
+    buffer = (ctypes.c_ubyte * nbytes).from_address(address)
+    weakref.finalize(buffer, _libc.munmap, base, mapped).atexit = False
+    return torch.frombuffer(buffer, dtype=torch.uint8)
+
+
+def lazy(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros of any size: pages take memory only once written."""
+    elements = 1
+    for size in shape:
+        elements *= size
+    nbytes = max(elements * dtype.itemsize, 1)
+    base = _map(nbytes)
+    return _storage(base, nbytes, base, nbytes)[: elements * dtype.itemsize].view(dtype).view(shape)
+
+
+def guarded(tensor: torch.Tensor, side: Literal["end", "start"] = "end") -> torch.Tensor:
+    """A contiguous, read-only copy with its last byte before, or its first byte after, an untouchable page."""
+    nbytes = tensor.numel() * tensor.itemsize
+    if nbytes == 0:
+        return tensor
+    page = mmap.PAGESIZE
+    body = (nbytes + page - 1) // page * page
+    base = _map(body + 2 * page)
+    address = base + page + (body - nbytes if side == "end" else 0)
+    copy = _storage(address, nbytes, base, body + 2 * page).view(tensor.dtype).view(tensor.shape)
+    copy.copy_(tensor.detach())
+    for guard in (base, base + page + body):
+        _protect(guard, page, _PROT_NONE)
+    _protect(base + page, body, mmap.PROT_READ)
+    return copy
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill every tensor that torch allocates uninitialised with NaN, or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill: Any = torch.utils.deterministic
+    filled = fill.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    fill.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        fill.fill_uninitialized_memory = filled
+
+
+def snapshot(args: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The whole storage of each tensor, the gaps between its elements included."""
+    return [_bytes(arg).clone() for arg in args if isinstance(arg, torch.Tensor)]
+
+
+def unchanged(before: list[torch.Tensor], args: tuple[Any, ...]) -> bool:
+    """Whether every byte of every input is what it was."""
+    after = [_bytes(arg) for arg in args if isinstance(arg, torch.Tensor)]
+    return all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())

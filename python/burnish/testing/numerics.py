@@ -1,0 +1,125 @@
+"""The numeric rules and their tolerances, in this one place.
+
+y is an op's result, y64 the float64 oracle's, yt eager torch's in the same dtype, all on the same inputs. u_o and u_a
+are the unit roundoffs (half of eps) of the output type and of the fp32 accumulators.
+
+====  =========================================================================================================
+N1    |y - y64| <= 2 max|yt - y64| + half an ulp of y64. Small results are pooled over seeds until the maximum
+      over yt means something.
+N2    |y - y64| <= 2 [(n + 2) u_a |x||w| + u_o |y64|] + the smallest subnormal, with n the length of the longest
+      inexact sum and |x||w| the result's magnitude as :mod:`burnish.testing.magnitude` finds it.
+N3    |mean((y - y64) / unit)| <= 0.05 over at least 1e5 elements; the unit is an ulp of y64 or, where cancellation
+      left less than the accumulator can resolve, u_a |x||w|. Truncating instead of rounding passes N1 and fails here.
+N4    an op with an integer result is bit-exact, in all of its results.
+C4    on integer-valued inputs the result is the exact one, rounded once.
+N5    on extreme quantised inputs the result is bit-equal to the reference's: saturation cannot hide in a tolerance.
+N7    NaN, +Inf and -Inf stand where torch has them, for a special value in any position of any input.
+====  =========================================================================================================
+"""
+
+from __future__ import annotations
+
+import torch
+
+from burnish.testing.calls import Violation
+
+FACTOR = 2.0
+MAX_BIAS = 0.05
+BIAS_ELEMENTS = 100_000
+#: N1 pools draws of a case until it has this many elements, or this many draws
+POOL, DRAWS = 1024, 32
+ACCUMULATOR = torch.float32
+
+
+def roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def smallest(dtype: torch.dtype) -> float:
+    """The smallest subnormal."""
+    info = torch.finfo(dtype)
+    return float(info.smallest_normal) * info.eps
+
+
+def ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The spacing of ``dtype`` at float64 ``values``."""
+    _, exponent = torch.frexp(values.abs())  # |v| = m 2^e with m in [0.5, 1)
+    spacing = torch.ldexp(torch.full_like(values, torch.finfo(dtype).eps), exponent - 1)
+    return spacing.clamp_min(smallest(dtype))
+
+
+def _where(bad: torch.Tensor) -> str:
+    return f"at {tuple(bad.nonzero()[0].tolist())}, {int(bad.sum())} of {bad.numel()} elements"
+
+
+def _first(bad: torch.Tensor, values: torch.Tensor) -> float:
+    return float(values[bad][0])
+
+
+def check_finite(what: str, y: torch.Tensor, y64: torch.Tensor) -> torch.Tensor:
+    """Raise unless y is infinite exactly where y64 overflows its dtype, and nowhere NaN; returns where it is finite."""
+    check_mask(what, y, y64.to(y.dtype), "the float64 result, rounded")
+    return y.isfinite()
+
+
+def check_eager(what: str, y: torch.Tensor, y64: torch.Tensor, yt: torch.Tensor) -> None:
+    """N1, on flat pooled tensors."""
+    finite = check_finite(what, y, y64)
+    y_, y64, yt = y[finite].double(), y64[finite], yt[finite].double()
+    if not y_.numel():
+        return
+    limit = FACTOR * (yt - y64).abs().max() + ulp(y64, y.dtype) / 2
+    error = (y_ - y64).abs()
+    bad = ~(error <= limit)
+    if bad.any():
+        worst = int((error / limit).argmax())
+        raise Violation(
+            f"N1: {what} is off by {float(error[worst]):.3e}, eager torch's limit is {float(limit[worst]):.3e}: "
+            f"{_where(bad)}"
+        )
+
+
+def check_bound(what: str, y: torch.Tensor, y64: torch.Tensor, magnitude: torch.Tensor, terms: int) -> None:
+    """N2."""
+    finite = check_finite(what, y, y64)
+    rounding = FACTOR * ((terms + 2) * roundoff(ACCUMULATOR) * magnitude + roundoff(y.dtype) * y64.abs())
+    bad = finite & ~((y.double() - y64).abs() <= rounding + smallest(y.dtype))
+    if bad.any():
+        raise Violation(
+            f"N2: {what} is {_first(bad, y):.9e}, float64 gives {_first(bad, y64):.9e}, the bound is "
+            f"{_first(bad, rounding):.3e} ({terms} terms): {_where(bad)}"
+        )
+
+
+def check_unbiased(what: str, y: torch.Tensor, y64: torch.Tensor, magnitude: torch.Tensor) -> None:
+    """N3."""
+    if y.numel() < BIAS_ELEMENTS:
+        raise ValueError(f"N3 needs {BIAS_ELEMENTS} elements, {what} has {y.numel()}")
+    finite = check_finite(what, y, y64)
+    unit = torch.maximum(ulp(y64, y.dtype), roundoff(ACCUMULATOR) * magnitude)
+    bias = float(((y.double() - y64) / unit)[finite].mean())
+    if not abs(bias) <= MAX_BIAS:
+        raise Violation(f"N3: {what} has a mean signed error of {bias:+.3f} ulp, at most {MAX_BIAS} is allowed")
+
+
+def check_equal(rule: str, what: str, y: torch.Tensor, expected: torch.Tensor) -> None:
+    """C4, N4, N5 and every promise of equal bits: same dtype and shape, same values, NaN where NaN is expected."""
+    if y.dtype != expected.dtype or y.shape != expected.shape:
+        raise Violation(
+            f"{rule}: {what} is {y.dtype} {tuple(y.shape)}, expected {expected.dtype} {tuple(expected.shape)}"
+        )
+    bad = ~((y == expected) | ((y != y) & (expected != expected)))
+    if bad.any():
+        raise Violation(
+            f"{rule}: {what} is {_first(bad, y):.9g}, expected exactly {_first(bad, expected):.9g}: {_where(bad)}"
+        )
+
+
+def check_mask(what: str, y: torch.Tensor, expected: torch.Tensor, source: str) -> None:
+    """N7: NaN, +Inf and -Inf in the same places."""
+    for name, mask in (("NaN", torch.isnan), ("+Inf", torch.isposinf), ("-Inf", torch.isneginf)):
+        bad = mask(y) != mask(expected)
+        if bad.any():
+            raise Violation(
+                f"N7: {what} is {_first(bad, y):g} where {source} is {_first(bad, expected):g} ({name}): {_where(bad)}"
+            )

@@ -1,0 +1,132 @@
+"""The list of checks of an op on a backend, each with an id and a thunk: pytest and the command line read the same one.
+
+Interpreted Triton kernels are a thousand times slower than the CPU's, so there a check keeps to smaller cases; which
+cases a process leaves out, and why, is in the :class:`Plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from burnish.registry import Backend, Case, OpSpec, dtype_name
+from burnish.testing import contract, gradients, values
+from burnish.testing.calls import backends, interpreting, kinds, makes_integers, objection, resized, rows, volume
+from burnish.testing.layouts import LAYOUTS
+
+#: the largest product of a case's dimensions that an interpreted kernel is given
+INTERPRETED_VOLUME = 600_000
+#: places that a special value is put in, per input
+SPECIAL_POSITIONS, INTERPRETED_POSITIONS = 100, 3
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of one op on one backend. ``rule`` is the check's name, ``label`` tells the case."""
+
+    spec: OpSpec
+    backend: Backend
+    rule: str
+    label: str
+    run: Callable[[], None]
+
+    @property
+    def id(self) -> str:
+        return f"{self.spec.stem}-{self.backend}-{self.rule}-{self.label}"
+
+
+@dataclass
+class Plan:
+    """``checks`` to run, and what is left out: id or backend, with the reason."""
+
+    checks: list[Check] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def plan(specs: Iterable[OpSpec], only: Iterable[Backend] | None = None) -> Plan:
+    """Every check of ``specs`` that this process can run, on the backends in ``only`` or on all."""
+    made = Plan()
+    for spec in specs:
+        run, skipped = backends(spec)
+        made.skipped.update({f"{spec.stem}-{backend}": reason for backend, reason in skipped.items()})
+        for backend in run:
+            if only is None or backend in only:
+                _plan_backend(made, spec, backend)
+    return made
+
+
+def _plan_backend(made: Plan, spec: OpSpec, backend: Backend) -> None:
+    """Add the checks of one backend, without the cases that it declines or that are too large to interpret."""
+    for rule, case, label, body in _on_cases(spec, backend):
+        check = Check(spec, backend, rule, label, body)
+        reason = _objection(spec, backend, case)
+        if reason is None:
+            made.checks.append(check)
+        else:
+            made.skipped[check.id] = reason
+    for rule, label, body in _on_op(spec, backend):
+        made.checks.append(Check(spec, backend, rule, label, body))
+
+
+def _objection(spec: OpSpec, backend: Backend, case: Case) -> str | None:
+    if interpreting() and volume(case) > INTERPRETED_VOLUME:
+        return f"the interpreter takes too long: {volume(case)} > {INTERPRETED_VOLUME}"
+    return objection(spec, backend, spec.make(case, backend, 0))
+
+
+def _on_cases(spec: OpSpec, backend: Backend) -> Iterator[tuple[str, Case, str, Callable[[], None]]]:
+    """Checks of values: (rule, case, label, body)."""
+    positions = INTERPRETED_POSITIONS if interpreting() else SPECIAL_POSITIONS
+    for case in spec.cases.test:
+        yield "forward", case, case.id, partial(values.forward, spec, backend, case)
+        yield "guard", case, case.id, partial(values.guard, spec, backend, case)
+    for cases in kinds(spec).values():
+        solid = [case for case in cases if min(case.dims.values()) > 1]
+        if not solid:
+            continue
+        small, middle = solid[0], solid[len(solid) // 2]
+        if small.dtype.is_floating_point:
+            few = resized(small, min(rows(small), 3))
+            yield "special", few, few.id, partial(values.special, spec, backend, few, positions)
+        if not makes_integers(spec, backend, small):
+            yield "unbiased", middle, middle.id, partial(values.unbiased, spec, backend, middle)
+        yield "deterministic", solid[-1], solid[-1].id, partial(values.deterministic, spec, backend, solid[-1])
+        if spec.autograd:
+            for case in cases:
+                yield "gradient", case, case.id, partial(gradients.gradient, spec, backend, case)
+            yield "double_backward", small, small.id, partial(gradients.double_backward, spec, backend, small)
+    for case in values.layout_cases(spec):
+        for name in LAYOUTS:
+            yield "layout", case, f"{name}-{case.id}", partial(values.layout, spec, backend, case, name)
+        yield "layout", case, f"batched-{case.id}", partial(values.batched, spec, backend, case)
+        yield "huge", case, case.id, partial(values.huge, spec, backend, case)
+
+
+def _on_op(spec: OpSpec, backend: Backend) -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """Checks of the op's dealings with PyTorch: (rule, label, body). What goes through PyTorch's dispatcher needs a
+    backend that is registered with it, which an interpreted kernel is not."""
+    for bad in spec.cases.invalid:
+        yield "invalid", bad.label.replace(" ", "_"), partial(contract.invalid, spec, backend, bad)
+    if spec.autograd:
+        for case in gradients.gradcheck_cases(spec):
+            yield "gradcheck", case.id, partial(gradients.gradcheck, spec, case)
+    if interpreting():
+        return
+    for dtype in contract.dtypes(spec):
+        for name in contract.input_sets(spec, dtype):
+            body = partial(contract.opcheck, spec, backend, dtype, name)
+            yield "opcheck", f"{dtype_name(dtype)}-{name}", body
+        for grad in (False, True) if spec.autograd else (False,):
+            yield _compile(spec, backend, dtype, "aot_eager", grad)
+    yield _compile(spec, backend, contract.dtypes(spec)[0], "inductor", spec.autograd is not None)
+
+
+def _compile(
+    spec: OpSpec, backend: Backend, dtype: torch.dtype, compiler: str, grad: bool
+) -> tuple[str, str, Callable[[], None]]:
+    case = contract.compile_case(spec, dtype)
+    body = partial(contract.compiled, spec, backend, case, compiler, grad)
+    return "compile", f"{compiler}-{dtype_name(dtype)}{'-grad' if grad else ''}", body

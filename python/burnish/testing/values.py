@@ -1,0 +1,256 @@
+"""Checks of an op's values: forward, bias of the error, special values, layouts, memory, determinism, huge indices."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Iterator
+from hashlib import sha256
+
+import torch
+
+from burnish.registry import Backend, Case, OpSpec
+from burnish.testing import memory, numerics
+from burnish.testing.calls import (
+    Args,
+    Outputs,
+    Violation,
+    as_outputs,
+    eager,
+    is_exact,
+    kinds,
+    map_tensors,
+    oracle,
+    resized,
+    rows,
+    run,
+    widen,
+)
+from burnish.testing.layouts import LAYOUTS
+from burnish.testing.magnitude import magnitudes
+
+#: a stride of 2**28 elements puts row 8 at element 2**31
+HUGE_STRIDE, HUGE_ROWS = 2**28, 17
+
+
+def _names(spec: OpSpec, outputs: Outputs) -> list[str]:
+    return [spec.stem if len(outputs) == 1 else f"{spec.stem}[{index}]" for index in range(len(outputs))]
+
+
+def run_checked(spec: OpSpec, backend: Backend, args: Args) -> Outputs:
+    """Run the op; raise if it changed an input or is not what its fake announces. The results come on the CPU."""
+    before = memory.snapshot(args)
+    outputs = run(spec, backend, args)
+    if not memory.unchanged(before, args):
+        raise Violation(f"C5: {spec.name} changed one of its inputs")
+    announced = as_outputs(spec.fake(*args))
+    for what, y, fake in zip(_names(spec, outputs), outputs, announced, strict=True):
+        for word in ("shape", "dtype", "stride"):
+            real, promised = getattr(y, word), getattr(fake, word)
+            real, promised = (real(), promised()) if word == "stride" else (real, promised)
+            if real != promised and not (word == "stride" and y.numel() == 0):
+                raise Violation(f"C1: {what} has {word} {real}, its fake announces {promised}")
+    return tuple(y.cpu() for y in outputs)
+
+
+def compare(spec: OpSpec, args: Args, outputs: Outputs, values: str) -> None:
+    """N2, or where the op or the values are exact N4, C4, N5, against the references on the same arguments."""
+    exact = is_exact(outputs)
+    if exact or values == "extreme":
+        rule = "N4" if exact else "N5"
+        for what, y, expected in zip(_names(spec, outputs), outputs, eager(spec, args), strict=True):
+            numerics.check_equal(rule, what, y, expected)
+        return
+    y64s, sizes, terms = magnitudes(spec.reference, args)
+    for what, y, y64, size in zip(_names(spec, outputs), outputs, y64s, sizes, strict=True):
+        if values == "integers":
+            numerics.check_equal("C4", what, y, y64.to(y.dtype))
+        else:
+            numerics.check_bound(what, y, y64, size, terms)
+
+
+def forward(spec: OpSpec, backend: Backend, case: Case) -> None:
+    """Fake equals real, inputs unchanged, and N1 and N2, or N4, C4, N5."""
+    pooled: list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = []
+    for seed in range(numerics.DRAWS):
+        args = spec.make(case, backend, seed)
+        outputs = run_checked(spec, backend, args)
+        compare(spec, args, outputs, case.values)
+        if is_exact(outputs) or case.values in ("integers", "extreme"):
+            return
+        pooled.append(
+            [(y.ravel(), y64.ravel(), yt.ravel()) for y, y64, yt in _triples(spec, args, outputs)]
+        )  # one entry an output
+        if all(sum(draw[i][0].numel() for draw in pooled) >= numerics.POOL for i in range(len(outputs))):
+            break
+        if not any(y.numel() for y in outputs):
+            break
+    for index, what in enumerate(_names(spec, outputs)):
+        numerics.check_eager(what, *(torch.cat([draw[index][i] for draw in pooled]) for i in range(3)))
+
+
+def _triples(spec: OpSpec, args: Args, outputs: Outputs) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    yield from zip(outputs, (y64.double() for y64 in oracle(spec, args)), eager(spec, args), strict=True)
+
+
+def unbiased(spec: OpSpec, backend: Backend, case: Case) -> None:
+    """N3, with the case's rows made many enough."""
+    narrow = as_outputs(spec.fake(*spec.make(case, backend, 0)))
+    largest = max(narrow, key=torch.Tensor.numel)
+    case = resized(case, math.ceil(numerics.BIAS_ELEMENTS * rows(case) / largest.numel()))
+    args = spec.make(case, backend, 0)
+    outputs = run_checked(spec, backend, args)
+    y64s, sizes, _ = magnitudes(spec.reference, args)
+    for what, y, y64, size in zip(_names(spec, outputs), outputs, y64s, sizes, strict=True):
+        if y.numel() >= numerics.BIAS_ELEMENTS and y.is_floating_point():
+            numerics.check_unbiased(what, y, y64, size)
+
+
+def special(spec: OpSpec, backend: Backend, case: Case, positions: int) -> None:
+    """N7: a NaN, infinity, negative zero or subnormal in at most ``positions`` places of each floating input."""
+    clean = spec.make(case, backend, 0)
+    floating = [i for i, arg in enumerate(clean) if isinstance(arg, torch.Tensor) and arg.is_floating_point()]
+    for index in floating:
+        size = clean[index].numel()
+        count = min(size, positions)
+        for place in sorted({round(i * (size - 1) / max(count - 1, 1)) for i in range(count)}):
+            for value in _specials(clean[index].dtype):
+                changed = clean[index].clone()
+                changed.view(-1)[place] = value
+                args = (*clean[:index], changed, *clean[index + 1 :])
+                what = f"{spec.stem} with {value} at element {place} of argument {index}"
+                _check_special(spec, backend, args, what, against_torch=index == floating[0] and not case.options)
+
+
+def _specials(dtype: torch.dtype) -> tuple[float, ...]:
+    return (math.nan, math.inf, -math.inf, -0.0, float(torch.finfo(dtype).smallest_normal) / 2)
+
+
+def _check_special(spec: OpSpec, backend: Backend, args: Args, what: str, against_torch: bool) -> None:
+    """Masks are float64's: torch's erf gelu makes NaN of +Inf in fp32 and bf16, and Inf in float64 and fp16."""
+    outputs = run_checked(spec, backend, args)
+    if is_exact(outputs):
+        for y, expected in zip(outputs, eager(spec, args), strict=True):
+            numerics.check_equal("N4", what, y, expected)
+        return
+    for y, y64 in zip(outputs, oracle(spec, args), strict=True):
+        numerics.check_mask(what, y, y64.to(y.dtype), "the reference")
+    if against_torch and spec.baseline is not None:
+        for y, torch_own in zip(outputs, as_outputs(spec.baseline(*widen(args))()), strict=True):
+            if torch_own is not None and torch_own.shape == y.shape:
+                numerics.check_mask(what, y, torch_own.to(y.dtype), "torch's own path")
+
+
+def strided_arguments(spec: OpSpec, args: Args) -> list[int]:
+    """The tensors that may have any strides: those of which the op's fake does not ask contiguity."""
+    free = []
+    for index, arg in enumerate(args):
+        if not isinstance(arg, torch.Tensor):
+            continue
+        gapped = LAYOUTS["every_second"](arg if arg.numel() > 1 else arg.new_zeros(3, 4))
+        try:
+            spec.fake(*args[:index], gapped, *args[index + 1 :])
+        except RuntimeError as error:
+            if "contiguous" in str(error):
+                continue
+        free.append(index)
+    return free
+
+
+def layout(spec: OpSpec, backend: Backend, case: Case, name: str) -> None:
+    """The result has the same bits whatever the strides of an argument."""
+    original = spec.make(case, backend, 0)
+    free = strided_arguments(spec, original)
+    if not free:
+        return
+    moved = list(original)
+    for index in free:
+        moved[index] = LAYOUTS[name](original[index])
+    plain = tuple(arg.contiguous() if isinstance(arg, torch.Tensor) else arg for arg in moved)
+    expected = tuple(y.cpu() for y in run(spec, backend, plain))
+    outputs = run_checked(spec, backend, tuple(moved))
+    for what, y, wanted in zip(_names(spec, outputs), outputs, expected, strict=True):
+        numerics.check_equal("layout", f"{what} of {name} inputs", y, wanted)
+
+
+def batched(spec: OpSpec, backend: Backend, case: Case) -> None:
+    """Leading dimensions [M, ..] -> [1, M, 1, ..] only reshape the result, where the op takes them."""
+    args = spec.make(case, backend, 0)
+    deep = map_tensors(lambda t: t[None, :, None] if t.dim() == 2 and t.is_floating_point() else t, args)
+    try:
+        spec.fake(*deep)
+    except RuntimeError:
+        return
+    expected = run(spec, backend, args)
+    for what, y, wanted in zip(_names(spec, expected), run_checked(spec, backend, deep), expected, strict=True):
+        numerics.check_equal("layout", f"{what} of batched inputs", y.reshape(wanted.shape), wanted.cpu())
+
+
+def guard(spec: OpSpec, backend: Backend, case: Case) -> None:
+    """C5: inputs between guard pages and read-only, outputs poisoned; the bits stay the same."""
+    args = spec.make(case, backend, 0)
+    expected = run(spec, backend, args)
+    with memory.poisoned():
+        results = [run_checked(spec, backend, args)]
+        if expected[0].device.type == "cpu":
+            results.append(run(spec, backend, map_tensors(lambda t: memory.guarded(t, "end"), args)))
+            results.append(run(spec, backend, map_tensors(lambda t: memory.guarded(t, "start"), args)))
+    for outputs in results:
+        for what, y, wanted in zip(_names(spec, expected), outputs, expected, strict=True):
+            numerics.check_equal("C5", f"{what} of guarded inputs", y.cpu(), wanted.cpu())
+
+
+def deterministic(spec: OpSpec, backend: Backend, case: Case) -> None:
+    """Two runs give the same bits, and so do one and two threads."""
+    args = spec.make(case, backend, 0)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 2, 1):
+            torch.set_num_threads(count)
+            results.append(run(spec, backend, args))
+    finally:
+        torch.set_num_threads(threads)
+    for outputs in results[1:]:
+        for what, y, first in zip(_names(spec, outputs), outputs, results[0], strict=True):
+            numerics.check_equal("determinism", f"{what}, run again", y.cpu(), first.cpu())
+
+
+def huge(spec: OpSpec, backend: Backend, case: Case) -> None:
+    """C6: each strided matrix argument in turn spans more than 2**31 elements, by rows and by columns."""
+    args = spec.make(resized(case, HUGE_ROWS), backend, 0)
+    expected = run(spec, backend, args)
+    for index in strided_arguments(spec, args):
+        matrix = args[index]
+        if matrix.dim() != 2:
+            continue
+        for axis in (0, 1):
+            if (matrix.shape[axis] - 1) * HUGE_STRIDE <= 2**31:
+                continue
+            strides = (HUGE_STRIDE, 1) if axis == 0 else (1, HUGE_STRIDE)
+            span = (matrix.shape[axis] - 1) * HUGE_STRIDE + matrix.shape[1 - axis]
+            spread = memory.lazy((span,), matrix.dtype).as_strided(matrix.shape, strides)
+            spread.copy_(matrix)
+            outputs = run(spec, backend, (*args[:index], spread, *args[index + 1 :]))
+            for what, y, wanted in zip(_names(spec, outputs), outputs, expected, strict=True):
+                numerics.check_equal("C6", f"{what} with argument {index} strided by 2**28", y.cpu(), wanted.cpu())
+
+
+def digest(spec: OpSpec, backend: Backend) -> str:
+    """SHA-256 over the bits of every test case's result: equal between instruction sets and thread counts."""
+    sha = sha256()
+    for case in spec.cases.test:
+        for y in run(spec, backend, spec.make(case, backend, 0)):
+            y = y.cpu().contiguous()
+            sha.update(ctypes.string_at(y.data_ptr(), y.numel() * y.itemsize))
+    return sha.hexdigest()
+
+
+def layout_cases(spec: OpSpec) -> list[Case]:
+    """Of each kind with edges, a small odd case and one of middling size."""
+    chosen = []
+    for cases in kinds(spec).values():
+        solid = [case for case in cases if min(case.dims.values()) > 1]
+        if len(solid) >= 3:
+            chosen += [solid[0], solid[len(solid) // 2]]
+    return chosen

@@ -1,0 +1,62 @@
+"""What all tests share: the fuzzer's length, one thread a worker, the interpreter's repairs, and the count at the end.
+
+The last lines of a run say how many checks of the conformance kit ran on each op and backend, and what was left out and
+why; a run that selected tests but ran none of them fails.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+from collections import Counter
+
+import pytest
+import torch
+
+_ran: Counter[str] = Counter()
+_skipped: Counter[str] = Counter()
+left_out = pytest.StashKey[dict[str, str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", choices=("default", "long"), default="default", help="500 or 20 000 examples an op")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    faulthandler.enable()
+    config.stash[left_out] = {}
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        torch.set_num_threads(1)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import triton_interpreter
+
+        triton_interpreter.activate()
+
+
+@pytest.fixture
+def fuzz_examples(request: pytest.FixtureRequest) -> int:
+    """How many examples a fuzz test is to run (rule C3)."""
+    from burnish import testing
+
+    return testing.LONG_EXAMPLES if request.config.getoption("--fuzz") == "long" else testing.EXAMPLES
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and not report.skipped:
+        _ran[dict(report.user_properties).get("op", report.nodeid.partition("::")[0])] += 1
+    if report.skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        _skipped[reason.removeprefix("Skipped: ")] += 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    selected = session.testscollected and not session.config.option.collectonly
+    if not hasattr(session.config, "workerinput") and selected and not _ran and not _skipped:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for name, count in sorted(_ran.items()):
+        terminalreporter.write_line(f"ran {count:5} of {name}")
+    for reason, count in _skipped.most_common():
+        terminalreporter.write_line(f"skipped {count}: {reason}")
