@@ -104,7 +104,7 @@ def surrogate(
     """Same values as :func:`reference`, with the gradient that the op promises."""
     q, row_scale = rows.reference(x.detach())
     quantised = (q.to(x.dtype) * row_scale.to(x.dtype).unsqueeze(-1) - x).detach() + x
-    dense = _canonical(weight, scale, x.shape[-1]).to(x.dtype) * scale.to(x.dtype).unsqueeze(-1)
+    dense = _canonical(weight, scale, x.shape[-1]).to(x.dtype) * scale.detach().to(x.dtype).unsqueeze(-1)
     z = F.linear(quantised, dense, None if bias is None else bias.to(x.dtype))
     return _CURVES[activation](z).to(out_dtype or x.dtype)
 
@@ -170,6 +170,8 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> No
 
 
 def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("int8_linear has no double backward: differentiate it without create_graph=True")
     x, weight, scale, bias = ctx.saved_tensors
     bias_grad = ctx.bias_dtype is not None and ctx.needs_input_grad[3]
     dx, dbias = int8_linear_backward(dy, x, weight, scale, bias, ctx.width, ctx.activation, bias_grad)
