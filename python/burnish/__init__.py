@@ -10,17 +10,28 @@ from burnish import native as _native
 
 _native.load()  # before the schemas below are defined, so that a mismatch is an exception here
 
-from burnish import ops  # noqa: E402
+from burnish import nn, ops  # noqa: E402
+from burnish.checkpoint import load, save  # noqa: E402
+from burnish.configs import Int8, Keep  # noqa: E402
 from burnish.dispatch import explain, use_backend  # noqa: E402
 from burnish.errors import BackendError, CheckpointError, SwapError  # noqa: E402
+from burnish.report import Report  # noqa: E402
+from burnish.swap import swap_  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
     "CheckpointError",
+    "Int8",
+    "Keep",
+    "Report",
     "SwapError",
     "explain",
+    "load",
+    "nn",
     "ops",
+    "save",
+    "swap_",
     "use_backend",
 ]

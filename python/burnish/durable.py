@@ -1,0 +1,174 @@
+"""Files that survive: a folder with one JSON text and one payload, replaced as a whole or not at all.
+
+The payload is written under a temporary name, flushed to the disk and renamed to a name made of its SHA-256; then the
+JSON, which names the payload, is exchanged by a rename. That rename is the commit: killed at any moment, the folder
+holds what was committed last. Writers and readers take turns by a lock on the folder, so a reader never sees a payload
+disappear. The JSON carries a checksum of itself and is accepted only in the exact bytes it was written in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from burnish.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # not POSIX: no turns
+    fcntl = None  # type: ignore[assignment]
+
+_PAYLOAD = re.compile(r"model-[0-9a-f]{16}\.safetensors")
+_TEMPORARY = re.compile(r"\.burnish-\d+\.(json|safetensors)")
+
+
+@contextlib.contextmanager
+def _locked(descriptor: int, *, write: bool) -> Iterator[None]:
+    """Hold the lock of an open folder and close it; where the file system has no locks, nothing is held."""
+    try:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX if write else fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def commit(folder: Path, name: str, recipe: dict[str, Any], write_payload: Callable[[Path], None]) -> None:
+    """Make ``recipe`` (as ``name``) and the payload that ``write_payload`` writes the content of the folder.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; what was there still is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(os.open(folder, os.O_RDONLY), write=True):
+        _sweep(folder, lambda found: bool(_TEMPORARY.fullmatch(found)))
+        temporary = folder / f".burnish-{os.getpid()}.safetensors"
+        text = folder / f".burnish-{os.getpid()}.json"
+        try:
+            write_payload(temporary)
+            _flush(temporary)
+            digest = sha256(temporary)
+            payload = folder / f"model-{digest[:16]}.safetensors"
+            recipe = {**recipe, "payload": {"file": payload.name, "sha256": digest, "bytes": temporary.stat().st_size}}
+            text.write_bytes(_encode(recipe))
+            _flush(text)
+            os.replace(temporary, payload)
+            _flush(folder)
+            os.replace(text, folder / name)
+            _flush(folder)
+        finally:
+            for path in (temporary, text):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        _sweep(folder, lambda found: bool(_PAYLOAD.fullmatch(found)) and found != payload.name)
+
+
+def _sweep(folder: Path, wanted: Callable[[str], bool]) -> None:
+    """Delete files that no commit names any more; what cannot be deleted stays."""
+    for found in os.listdir(folder):
+        if wanted(found):
+            with contextlib.suppress(OSError):
+                (folder / found).unlink()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _encode(recipe: dict[str, Any]) -> bytes:
+    return _dump({**recipe, "checksum": hashlib.sha256(_dump(recipe)).hexdigest()})
+
+
+def _dump(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Hold the folder's shared lock.
+
+    Raises:
+        CheckpointError: there is no such folder, or it cannot be read.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"load: {folder} is a file, expected the folder that burnish.save wrote")
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        raise CheckpointError(f"load: {folder} does not exist") from None
+    except OSError as error:
+        raise CheckpointError(f"load: {folder} cannot be read: {error.strerror}") from error
+    with _locked(descriptor, write=False):
+        yield
+
+
+def read(folder: Path, name: str) -> dict[str, Any]:
+    """The recipe, without its checksum.
+
+    Raises:
+        CheckpointError: there is none, or its bytes are not those that were written.
+    """
+    path = folder / name
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"load: {folder} holds no {name}: it is no checkpoint of burnish.save") from None
+    except OSError as error:
+        raise CheckpointError(f"load: {path} cannot be read: {error.strerror}") from error
+    try:
+        recipe = json.loads(raw)
+        checksum = recipe.pop("checksum")
+        intact = raw == _dump({**recipe, "checksum": checksum})
+        intact = intact and checksum == hashlib.sha256(_dump(recipe)).hexdigest()
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        intact = False
+    if not intact:
+        raise CheckpointError(f"load: {path} is damaged: its content does not match its checksum")
+    return recipe
+
+
+def checked_payload(folder: Path, entry: dict[str, Any]) -> Path:
+    """The payload that a recipe's ``payload`` entry names, after comparing its size and hash.
+
+    Raises:
+        CheckpointError: it is missing, unreadable, truncated or changed.
+    """
+    name = str(entry["file"])
+    if not _PAYLOAD.fullmatch(name):
+        raise CheckpointError(f"load: the payload is called {name!r}, expected model-<16 hex digits>.safetensors")
+    path = folder / name
+    try:
+        size = path.stat().st_size
+        if path.is_file() and size != entry["bytes"]:
+            raise CheckpointError(
+                f"load: {path} has {size} bytes, expected {entry['bytes']}: it is truncated or changed"
+            )
+        digest = sha256(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"load: {path}, which the checkpoint names, is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"load: {path} cannot be read: {error.strerror}") from error
+    if digest != entry["sha256"]:
+        raise CheckpointError(
+            f"load: {path} is damaged: its SHA-256 is {digest[:16]}..., expected {entry['sha256'][:16]}..."
+        )
+    return path

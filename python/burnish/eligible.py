@@ -1,0 +1,95 @@
+"""What can be swapped for an int8 layer, and in words why the rest cannot.
+
+Nothing here changes a module. A reason is a clause that finishes the sentence "kept, because ...".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.utils import parametrize
+
+from burnish.nn.int8_linear import Int8Linear, float_weight, is_conv1d
+from burnish.ops.int8_linear import MAX_K
+from burnish.registry import dtype_name
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+
+
+def is_candidate(module: torch.nn.Module) -> bool:
+    """Whether a rule for linear layers speaks of this module: a linear layer of any make, already swapped or not."""
+    return isinstance(module, torch.nn.Linear | Int8Linear) or is_conv1d(module)
+
+
+def objection(module: torch.nn.Module, parents: list[torch.nn.Module]) -> str | None:
+    """Why a linear layer cannot become an int8 one; None if it can.
+
+    Args:
+        module: the layer; any other module is refused as unsupported.
+        parents: the modules it is a child of.
+    """
+    if isinstance(module, Int8Linear):
+        return "already swapped"
+    if not is_candidate(module):
+        return "no int8 form"
+    return _by_class(module) or _by_parents(module, parents) or _by_tensors(module)
+
+
+def _by_class(module: torch.nn.Module) -> str | None:
+    cls = type(module)
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance (offloading hooks do that)"
+    if parametrize.is_parametrized(module):
+        return "it is parametrized: remove the parametrization first"
+    original: Any = torch.nn.Linear if isinstance(module, torch.nn.Linear) else _conv1d_class(cls)
+    if cls.forward is not original.forward or cls.__call__ is not torch.nn.Module.__call__:
+        return f"{cls.__name__} is a subclass of {original.__name__} with its own forward"
+    if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        return "it is lazy and has no shape yet: run one batch first"
+    if any(getattr(module, name, None) for name in _HOOKS):
+        return "it has state_dict hooks, which expect a float weight"
+    return None
+
+
+def _conv1d_class(cls: type) -> type:
+    return next(base for base in cls.__mro__ if base.__module__ == "transformers.pytorch_utils")
+
+
+def _by_parents(module: torch.nn.Module, parents: list[torch.nn.Module]) -> str | None:
+    """Layers whose parent reads their weight instead of calling them."""
+    for parent in parents:
+        if isinstance(parent, torch.nn.MultiheadAttention):
+            return "nn.MultiheadAttention reads its weight directly"
+        fast_path = (getattr(parent, "linear1", None), getattr(parent, "linear2", None))
+        if isinstance(parent, torch.nn.TransformerEncoderLayer) and module in fast_path:
+            return "nn.TransformerEncoderLayer's fast path reads its weight directly"
+    return None
+
+
+def _by_tensors(module: torch.nn.Module) -> str | None:
+    for name in ("weight", "bias"):
+        if name not in module._parameters:
+            if f"{name}_mask" in module._buffers:
+                return f"its {name} has a pruning mask: call torch.nn.utils.prune.remove first"
+            return f"its {name} is computed by a hook (weight or spectral norm): remove that first"
+        tensor = module._parameters[name]
+        if tensor is None:
+            continue
+        if type(tensor) is not torch.nn.Parameter:
+            return f"its {name} is a {type(tensor).__name__}, not a plain parameter: swap before sharding or wrapping"
+        if tensor.layout != torch.strided:
+            return f"its {name} is {str(tensor.layout).removeprefix('torch.')}, not dense"
+        if tensor.dtype not in _FLOATING:
+            return f"its {name} is {dtype_name(tensor.dtype)}; int8 has kernels for fp32, bf16 and fp16"
+    others = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"}
+    if others:
+        return f"it holds more than a linear layer does: {', '.join(sorted(others))}"
+    weight = float_weight(module)
+    assert weight is not None
+    if weight.shape[0] == 0:
+        return "it has no outputs"
+    if weight.shape[1] > MAX_K:
+        return f"it has {weight.shape[1]} inputs; int32 sums are exact up to {MAX_K}"
+    return None

@@ -1,0 +1,121 @@
+"""Is an int8 layer faster than what it replaces? Times both, at the rows the model runs, on this machine.
+
+Layers of one shape, dtype and row count are timed together: each round takes the next layer of the group, first as it
+was (with the activation that would be fused), then in int8, so that the weights of a deep model come from memory as
+they do in the model, and both see the same noise. The result is the median of the rounds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Call = Callable[[torch.Tensor], Any]
+_MIN_ROUNDS, _MAX_ROUNDS, _SECONDS = 7, 200, 0.15
+_WARMUP = 3
+
+
+@dataclass(frozen=True)
+class Times:
+    """Median microseconds of a layer as it was and in int8, at ``rows`` rows."""
+
+    rows: int
+    before_us: float
+    after_us: float
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One layer to time: both versions, and the input they get."""
+
+    before: Call
+    after: Call
+    shape: tuple[Any, ...]
+    rows: int
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def rows_of(
+    model: torch.nn.Module, modules: Sequence[torch.nn.Module], measure: int | tuple[Any, ...] | Mapping[str, Any]
+) -> dict[int, int]:
+    """The rows each module gets, by ``id``: the number given, or what one forward pass on the example shows.
+
+    The pass runs in eval mode without gradients; modules it does not call are absent from the result.
+    """
+    if isinstance(measure, int):
+        return {id(module): measure for module in modules}
+    rows: dict[int, int] = {}
+
+    def record(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        rows[id(module)] = args[0].numel() // max(args[0].shape[-1], 1)
+
+    handles = [module.register_forward_pre_hook(record) for module in modules]
+    try:
+        with _eval_mode(model), torch.no_grad():
+            if isinstance(measure, Mapping):
+                model(**measure)
+            else:
+                model(*measure)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return rows
+
+
+@contextmanager
+def _eval_mode(model: torch.nn.Module) -> Any:
+    training = [(module, module.training) for module in model.modules()]
+    for module, _ in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+def times(contests: Sequence[Contest]) -> list[Times]:
+    """The times of each contest, in their order."""
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for index, contest in enumerate(contests):
+        groups[contest.shape, contest.rows, contest.dtype, contest.device].append(index)
+    results: dict[int, Times] = {}
+    for members in groups.values():
+        measured = _race([contests[index] for index in members])
+        results.update(dict.fromkeys(members, measured))
+    return [results[index] for index in range(len(contests))]
+
+
+def _race(group: Sequence[Contest]) -> Times:
+    first = group[0]
+    x = torch.randn(first.rows, first.width, device=first.device).to(first.dtype)
+    wait = torch.cuda.synchronize if first.device.type == "cuda" else lambda: None
+    before: list[float] = []
+    after: list[float] = []
+    with torch.no_grad():
+        for contest in (*group[:_WARMUP],) * _WARMUP:
+            contest.before(x)
+            contest.after(x)
+        start = time.perf_counter()
+        while len(before) < _MAX_ROUNDS and (len(before) < _MIN_ROUNDS or time.perf_counter() - start < _SECONDS):
+            contest = group[len(before) % len(group)]
+            before.append(_clock(contest.before, x, wait))
+            after.append(_clock(contest.after, x, wait))
+    return Times(first.rows, 1e6 * statistics.median(before), 1e6 * statistics.median(after))
+
+
+def _clock(call: Call, x: torch.Tensor, wait: Callable[[], None]) -> float:
+    wait()
+    start = time.perf_counter()
+    call(x)
+    wait()
+    return time.perf_counter() - start

@@ -1,0 +1,6 @@
+"""Layers that hold state and call one function of :mod:`burnish.ops`."""
+
+from burnish.nn.fused import Fused
+from burnish.nn.int8_linear import Int8Linear
+
+__all__ = ["Fused", "Int8Linear"]
