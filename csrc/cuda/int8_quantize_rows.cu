@@ -198,7 +198,7 @@ void start(const Rows& x, int8_t* q, int64_t padded, float* scale, cudaStream_t 
 
 std::tuple<Tensor, Tensor> int8_quantize_rows(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() >= 1, "int8_quantize_rows.native: x is a scalar, expected [..., K]");
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const DeviceGuard guard(x.get_device_index());
   const Rows rows = as_rows(x);
   Tensor q = torch::stable::new_empty(x, sizes_with_last(x, rows.width), ScalarType::Char);
   Tensor scale = torch::stable::new_empty(x, sizes_with_last(x, -1), ScalarType::Float);

@@ -10,6 +10,7 @@
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <cstddef>
@@ -21,6 +22,9 @@
 #define BURNISH_DEVICE_KEY CUDA
 
 namespace burnish {
+
+// Makes a device current while it lives.
+using torch::stable::accelerator::DeviceGuard;
 
 // A block's dynamic shared memory, the only shared memory kernels use; aligned for 16-byte accesses.
 template <class T>

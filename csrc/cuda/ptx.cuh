@@ -28,13 +28,25 @@ __device__ inline Bytes16 load_streaming(const void* address) {
   return value;
 }
 
-// Reads 16 bytes that another block of this grid may have written: from L2, because an L1 is not coherent.
-__device__ inline Bytes16 load_shared_by_grid(const void* address) {
+// Read what another kernel or block may have written after this kernel started: from L2, because an L1 is not coherent.
+__device__ inline Bytes16 load_coherent(const Bytes16* address) {
   Bytes16 value;
   asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.word[0]), "=r"(value.word[1]), "=r"(value.word[2]), "=r"(value.word[3])
                : "l"(address)
                : "memory");
+  return value;
+}
+
+__device__ inline int32_t load_coherent(const int32_t* address) {
+  int32_t value;
+  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
+__device__ inline float load_coherent(const float* address) {
+  float value;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(address) : "memory");
   return value;
 }
 
