@@ -174,6 +174,7 @@ def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         raise RuntimeError("int8_linear has no double backward: differentiate it without create_graph=True")
     x, weight, scale, bias = ctx.saved_tensors
     bias_grad = ctx.bias_dtype is not None and ctx.needs_input_grad[3]
+    dy = dy.to(torch.promote_types(dy.dtype, ctx.x_dtype))  # dx comes in dy's dtype: never narrower than x
     dx, dbias = int8_linear_backward(dy, x, weight, scale, bias, ctx.width, ctx.activation, bias_grad)
     return dx.to(ctx.x_dtype), None, None, dbias.to(ctx.bias_dtype) if bias_grad else None, None, None
 
