@@ -1,0 +1,97 @@
+"""The table and the progress bar of ``burnish bench``, in rich."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from burnish.bench.rows import Results, Row, cases_of, fastest, summary
+
+_WIDTH = 150
+
+
+def console(stderr: bool = False) -> Console:
+    """A console that does not cut rows where output goes to a file."""
+    found = Console(stderr=stderr, highlight=False)
+    return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=_WIDTH)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
+    """The callback for :func:`burnish.bench.run`; it draws on the terminal's stderr, and nothing elsewhere."""
+    screen = console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
+        task = bar.add_task("preparing")
+
+        def update(done: int, total: int, label: str) -> None:
+            bar.update(task, completed=done, total=total, description=label)
+
+        yield update
+
+
+def show(results: Results, screen: Console) -> None:
+    """Print machine, rows and summary; slower rows look like faster ones, failed ones say why."""
+    about = results.machine
+    where = about.get("gpu") or f"{about['cpu']}, {about['threads']} threads, {about['isa'] or 'no native library'}"
+    screen.print(f"{where}; torch {about['torch']}, burnish {about['burnish']} ({about['commit'] or 'installed'})")
+    if about["ceilings"]:
+        screen.print("measured between the rows: " + ", ".join(map(_ceiling, about["ceilings"].items())))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("op", "case", "impl"):
+        table.add_column(name, no_wrap=True)
+    for name in ("median us", "q25 - q75", "GB/s", "TOP/s", "roofline", "speedup"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for (op, case), rows in cases_of(results.rows).items():
+        best = min((row for row in map(lambda p: fastest(rows, p), (True, False)) if row), key=_median, default=None)
+        for index, row in enumerate(rows):
+            first = ("", "") if index else (op, case)
+            style = "bold" if row is best else None
+            table.add_row(*first, row.impl, *_figures(row), style=style, end_section=row is rows[-1])
+    screen.print(table)
+    for row in results.rows:
+        if row.failed or row.skipped:
+            word, color = ("FAILED", "red") if row.failed else ("skipped", "yellow")
+            screen.print(Text(f"{word} {row.op} {row.case} {row.impl}: {row.failed or row.skipped}", style=color))
+    for name, reason in about.get("absent_peers", {}).items():
+        screen.print(Text(f"absent peer {name}: {reason}", style="yellow"))
+    for line in summary(results.rows):
+        screen.print(line)
+
+
+def _median(row: Row) -> float:
+    return row.median_us or 0.0
+
+
+def _ceiling(item: tuple[str, float]) -> str:
+    name, value = item
+    kind, _, unit = name.partition("_")
+    return f"{kind} {value:.1f} GB/s" if unit == "gbps" else f"{kind} {value:.3f} TOP/s"
+
+
+def _figures(row: Row) -> tuple[str | Text, ...]:
+    if row.median_us is None:
+        return (Text("FAILED", style="red") if row.failed else Text("skipped", style="yellow"),)
+    speedup = Text("-")
+    if row.speedup is not None:
+        speedup = Text(f"{row.speedup:.2f}x", style="green" if row.speedup > 1 else "red" if row.speedup < 1 else "")
+    return (
+        f"{row.median_us:.1f}",
+        f"{row.q25_us:.1f} - {row.q75_us:.1f}",
+        f"{row.gbps:.1f}",
+        f"{row.tflops:.3f}",
+        "-" if row.roofline is None else f"{row.roofline:.0%}",
+        speedup,
+    )

@@ -1,0 +1,154 @@
+"""How a call is timed: arguments that come from memory, batches long enough for the clock, contestants interleaved.
+
+Each contestant has the same number of argument sets, together several times the last-level cache, and uses the next
+ones on every call, so that weights come from memory as they do in a model. A round samples every contestant once, in
+random order; one untimed call goes before each sample, so that nobody pays for waking threads or for another's code in
+the instruction cache.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from burnish.bench import machine
+from burnish.registry import Backend, Case, OpSpec
+
+Call = Callable[[], Any]
+
+#: rotated bytes over bytes of cache: what an LRU cache of the given size cannot hold by far
+CACHE_FACTOR = 4
+#: sets of tiny cases stop here: building them would take longer than timing them
+MAX_SETS = 512
+#: a batch is never longer, or a round would not be short beside the drift of the machine
+MAX_BATCH = 256
+#: sets made from different seeds; the others are copies of these, elsewhere in memory
+SEEDS = 2
+#: host time to cover before a GPU batch starts, so that launches are queued and not timed
+_LAUNCH_CYCLES = 40_000
+
+
+def argument_sets(spec: OpSpec, case: Case, backend: Backend, device: str, contestants: int) -> list[tuple[Any, ...]]:
+    """Argument sets for ``case``: enough to overflow the cache, as few as memory allows, at least two."""
+    made = [_move(spec.make(case, backend, seed), device) for seed in range(SEEDS)]
+    size = max(1, sum(arg.nbytes for arg in made[0] if isinstance(arg, torch.Tensor)))
+    wanted = math.ceil(CACHE_FACTOR * machine.last_level_cache(device) / size) + 1
+    # a contestant may keep its weights in fp32: four times the bytes
+    affordable = machine.free_memory(device) // 2 // (4 * size * max(1, contestants))
+    count = max(SEEDS, min(wanted, affordable, MAX_SETS))
+    return made + [_copy(made[index % SEEDS]) for index in range(SEEDS, count)]
+
+
+def _move(args: tuple[Any, ...], device: str) -> tuple[Any, ...]:
+    return tuple(arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in args)
+
+
+def _copy(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
+
+
+class Contestant:
+    """A name, its calls (one an argument set) and the samples taken so far, in seconds a call."""
+
+    def __init__(self, name: str, calls: Sequence[Call]) -> None:
+        self.name = name
+        self.seconds: list[float] = []
+        self.batch = 1
+        self._calls = calls
+        self._next = 0
+
+    def take(self, count: int) -> list[Call]:
+        """The next ``count`` calls of the rotation."""
+        taken = [self._calls[(self._next + index) % len(self._calls)] for index in range(count)]
+        self._next = (self._next + count) % len(self._calls)
+        return taken
+
+
+def interleave(
+    contestants: Sequence[Contestant],
+    probes: Mapping[str, Callable[[], float]],
+    *,
+    device: str,
+    rounds: int,
+    min_ms: float,
+    seed: int = 0,
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Sample every contestant ``rounds`` times into its ``seconds``; returns what the probes measured each round.
+
+    A sample is a batch of at least ``min_ms`` milliseconds, divided by its length.
+    """
+    sample = _sample_cuda if device == "cuda" else _sample_cpu
+    order: list[Contestant | str] = [*contestants, *probes]
+    shuffle = random.Random(seed).shuffle
+    peaks: dict[str, list[float]] = {kind: [] for kind in probes}
+    with _quiet():
+        for contestant in contestants:
+            first = min(sample(contestant.take(2)) for _ in range(2))
+            contestant.batch = max(1, min(MAX_BATCH, math.ceil(min_ms / 1e3 / max(first, 1e-9))))
+        for _ in range(rounds):
+            shuffle(order)
+            for entry in order:
+                if isinstance(entry, str):
+                    peaks[entry].append(probes[entry]())
+                else:
+                    entry.seconds.append(sample(entry.take(entry.batch + 1)))
+            tick()
+    return peaks
+
+
+def _sample_cpu(calls: list[Call]) -> float:
+    """Seconds a call over ``calls[1:]``; the first is not timed."""
+    warm, *timed = calls
+    warm()
+    start = time.perf_counter_ns()
+    for call in timed:
+        call()
+    return (time.perf_counter_ns() - start) / len(timed) / 1e9
+
+
+def _sample_cuda(calls: list[Call]) -> float:
+    warm, *timed = calls
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    warm()
+    torch.cuda._sleep(_LAUNCH_CYCLES * len(timed))
+    start.record()
+    for call in timed:
+        call()
+    stop.record()
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) / len(timed) / 1e3
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No garbage collection and no autograd while timing."""
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """25 %, 50 % and 75 %, linear between neighbours."""
+    ordered = sorted(values)
+
+    def at(fraction: float) -> float:
+        position = fraction * (len(ordered) - 1)
+        low = int(position)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+    return at(0.25), at(0.5), at(0.75)

@@ -1,0 +1,204 @@
+"""The ``burnish`` command.
+
+    burnish doctor                          what this machine can run, and why not the rest
+    burnish bench [OP ...] [--peers]        time ops against torch and other libraries
+    burnish swap MODULE:FUNCTION            swap a model's layers and print the report
+    burnish new-op NAME                     scaffold an op that builds, passes the tests and is timed
+
+Exit codes: 0 done, 1 something is wrong with what was asked about (a failed row, no CPU library), 2 a bad argument.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+import burnish
+from burnish.registry import dtype_name
+
+_DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+class UsageError(Exception):
+    """A bad argument; the message is the one line the user sees."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    # what results record: as typed, less the folders of this machine
+    options.command = shlex.join(["burnish", *(Path(a).name if Path(a).is_absolute() else a for a in arguments)])
+    try:
+        return int(options.run(options))
+    except UsageError as error:
+        print(f"burnish {options.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="burnish", description="Smaller, faster PyTorch models by swapping layers for fused ones.")
+    parser.add_argument("--version", action="version", version=f"burnish {burnish.__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="doctor | bench | swap | new-op")
+
+    doctor = verbs.add_parser("doctor", help="what this machine can run, and why not the rest")
+    doctor.set_defaults(run=_doctor)
+
+    bench = verbs.add_parser("bench", help="time ops against torch and other libraries")
+    bench.set_defaults(run=_bench)
+    bench.add_argument("ops", nargs="*", metavar="OP", help="op names; all ops if none is given")
+    bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    bench.add_argument("--dtype", choices=tuple(_DTYPES), help="time the cases with a floating dtype in this one")
+    bench.add_argument("--case", default="*", metavar="GLOB", help="only cases whose id matches, like 'M1-*'")
+    bench.add_argument(
+        "--shape", action="append", default=[], type=_shape, metavar="M,N,K",
+        help="time this shape instead of the recorded ones; may be repeated",
+    )  # fmt: skip
+    bench.add_argument("--peers", action="store_true", help="time the other libraries that are installed, too")
+    bench.add_argument("--peers-dir", metavar="DIR", help="where their adapters are (default: bench/peers)")
+    bench.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's)")
+    bench.add_argument("--rounds", type=_positive, default=20, metavar="N", help="samples a row (default: 20)")
+    bench.add_argument(
+        "--min-time", type=_positive_float, default=2.0, metavar="MS", help="shortest sample in ms (default: 2)"
+    )
+    bench.add_argument("--json", metavar="FILE", help="write the rows and the machine to FILE")
+    bench.add_argument("--plot", metavar="FILE", help="write a chart to FILE, a PNG")
+
+    swap = verbs.add_parser("swap", help="swap a model's layers for int8 ones and print the report")
+    swap.set_defaults(run=_swap)
+    swap.add_argument("model", metavar="MODULE:FUNCTION", help="a function without arguments that returns the model")
+    swap.add_argument("--layers", default="*", metavar="GLOB", help="which layers, by name; 're:' for an expression")
+    swap.add_argument("--save", metavar="DIR", help="save the swapped model")
+
+    new_op = verbs.add_parser("new-op", help="scaffold an op that builds, passes the tests and is timed")
+    new_op.set_defaults(run=_new_op)
+    new_op.add_argument("name", metavar="NAME", help="lower-case words joined by '_', like row_softmax")
+    new_op.add_argument("--dir", default=".", metavar="DIR", help="the root of the checkout (default: here)")
+    return parser
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = text.split(",")
+    if not all(size.strip().isascii() and size.strip().isdigit() for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes like 64,4096,4096")
+    return tuple(map(int, sizes))
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from burnish import doctor
+
+    print(doctor.report())
+    return doctor.exit_code()
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from burnish import bench
+    from burnish.bench import peers
+
+    table = _extra("burnish.bench.table", "bench")
+    plot = _extra("burnish.bench.plot", "bench") if options.plot else None
+    for path in filter(None, (options.json, options.plot)):
+        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+            raise UsageError(f"cannot write {path}: its folder does not exist, or it is a folder")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no GPU is visible to torch")
+    try:
+        cases = bench.select_cases(
+            options.ops,
+            pattern=options.case,
+            dtype=_DTYPES[options.dtype] if options.dtype else None,
+            shapes=options.shape,
+        )
+        found, absent = peers.load(peers.find_folder(options.peers_dir)) if options.peers else ([], {})
+    except (KeyError, ValueError, FileNotFoundError) as error:
+        raise UsageError(error.args[0] if error.args else str(error)) from error
+    plan = bench.Plan(cases, device=options.device, peers=tuple(found), rounds=options.rounds, min_ms=options.min_time)
+    with table.progress_bar() as progress:
+        results = bench.run(
+            plan, threads=options.threads, command=options.command, absent_peers=absent, progress=progress
+        )
+    table.show(results, table.console())
+    if options.json:
+        Path(options.json).write_text(results.to_json())
+    if plot and any(row.timed for row in results.rows):
+        plot.draw(results, options.plot)
+    ours = [row for row in results.rows if not row.is_peer]
+    return 1 if results.failed or not any(row.timed for row in ours) else 0
+
+
+def _extra(module: str, extra: str) -> Any:
+    """A module that needs an optional dependency."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{error.name} is not installed: pip install 'burnish[{extra}]'") from error
+
+
+def _swap(options: argparse.Namespace) -> int:
+    module_name, colon, function = options.model.partition(":")
+    if not colon or not module_name or not function:
+        raise UsageError(f"{options.model!r} is not MODULE:FUNCTION")
+    sys.path.insert(0, "")
+    try:
+        make = getattr(import_module(module_name), function)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"{options.model}: {error}") from error
+    model = make()
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(f"{options.model} returned {type(model).__name__}, expected a torch.nn.Module")
+    try:
+        print(burnish.swap_(model, {options.layers: burnish.Int8()}))
+    except burnish.SwapError as error:
+        raise UsageError(str(error)) from error
+    if options.save:
+        burnish.save(model, options.save)
+        print(f"saved to {options.save}")
+    return 0
+
+
+def _new_op(options: argparse.Namespace) -> int:
+    from burnish import scaffold
+
+    try:
+        for path in scaffold.write(options.name, Path(options.dir)):
+            print(path)
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    print(f"next: python setup.py build_native && pytest tests -k {options.name} && burnish bench {options.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
