@@ -275,7 +275,7 @@ class Int8Linear(torch.nn.Module):
             if strict:
                 missing_keys.append(key)
             return
-        weight = state_dict[key].detach()
+        weight = state_dict[key]
         if local_metadata.get("assign_to_params_buffers", False):
             self._buffers["weight_packed"] = derive(weight, "packed", lambda: int8_linear_pack(weight))
             if self.bias is not None:

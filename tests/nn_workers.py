@@ -1,0 +1,98 @@
+"""What the other processes of the layer tests run: importable, so that a fresh interpreter can find it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import burnish
+from burnish.nn import Int8Linear
+
+STEPS, ROWS = 4, 8
+
+
+def model() -> nn.Module:
+    """Frozen int8 layers with trainable biases around a trainable float layer."""
+    torch.manual_seed(0)
+    return nn.Sequential(Int8Linear(24, 33, activation="gelu"), nn.Linear(33, 16), Int8Linear(16, 5, activation="silu"))
+
+
+def train(net: nn.Module, rank: int = 0, ranks: int = 1) -> None:
+    """A few steps on this rank's share of the rows; the mean over ranks is the mean over all rows."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for step in range(STEPS):
+        x = torch.randn(ROWS, 24, generator=torch.Generator().manual_seed(step))
+        share = x[rank * ROWS // ranks : (rank + 1) * ROWS // ranks]
+        optimizer.zero_grad()
+        net(share).square().mean().backward()
+        optimizer.step()
+
+
+def distributed(rank: int, kind: str, folder: str) -> None:
+    """One of two processes: trains under DDP or FSDP2, and rank 0 stores the gathered state dict."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    net: Any = model()
+    if kind == "ddp":
+        net = nn.parallel.DistributedDataParallel(net)
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in net:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+    train(net, rank, 2)
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+
+    net = net.module if kind == "ddp" else net
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(net, options=whole)
+    if rank == 0:
+        torch.save(state, f"{folder}/state.pt")
+    dist.barrier()
+    # and back in: what was gathered loads into the sharded model
+    loaded = torch.load(f"{folder}/state.pt", weights_only=True)
+    with torch.no_grad():
+        for tensor in (*net.parameters(), *net.buffers()):
+            tensor.zero_()
+    set_model_state_dict(net, loaded, options=StateDictOptions(full_state_dict=True))
+    again = get_model_state_dict(net, options=whole)
+    if rank == 0:
+        torch.save(again, f"{folder}/again.pt")
+    dist.destroy_process_group()
+
+
+def numbered(number: int) -> nn.Module:
+    """A model in which every tensor tells the number it was saved with."""
+    net = nn.Sequential(Int8Linear(256, 512), nn.Linear(512, 256), Int8Linear(256, 256))
+    with torch.no_grad():
+        for layer in net:
+            state = layer.state_dict()
+            layer.load_state_dict({key: torch.full_like(value, 1 + number % 100) for key, value in state.items()})
+    return net
+
+
+def save_forever(folder: str, start: int) -> None:
+    """Save numbered models until killed; ``committed`` tells the last number whose save returned."""
+    torch.set_num_threads(1)
+    committed = Path(folder) / "committed"
+    for number in itertools.count(start):
+        burnish.save(numbered(number), Path(folder) / "model")
+        committed.with_suffix(".new").write_text(str(number))
+        committed.with_suffix(".new").replace(committed)
+
+
+def save_many(folder: str, number: int, count: int) -> None:
+    """One of several writers of the same folder."""
+    torch.set_num_threads(1)
+    for _ in range(count):
+        burnish.save(numbered(number), folder)
+        time.sleep(0.001)
