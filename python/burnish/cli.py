@@ -125,13 +125,19 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     from burnish import bench
-    from burnish.bench import peers
+    from burnish.bench import machine, peers
 
+    try:
+        machine.cpu_isa()
+    except RuntimeError as error:
+        raise UsageError(str(error).partition("\n")[0]) from error
     table = _extra("burnish.bench.table", "bench")
     plot = _extra("burnish.bench.plot", "bench") if options.plot else None
     for path in filter(None, (options.json, options.plot)):
         if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
             raise UsageError(f"cannot write {path}: its folder does not exist, or it is a folder")
+    if plot and Path(options.plot).suffix[1:] not in plot.formats():
+        raise UsageError(f"cannot write {options.plot}: no image format of this name")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no GPU is visible to torch")
     try:

@@ -21,6 +21,11 @@ _PEERS = ("#9aa5b1", "#6c8ead", "#a9bcd0", "#58707f", "#c3b299", "#7d8c6c")
 _MAX_LABEL = 14
 
 
+def formats() -> set[str]:
+    """The suffixes that :func:`draw` can write."""
+    return set(Figure().canvas.get_supported_filetypes())
+
+
 def draw(results: Results, path: str | Path) -> None:
     """Write a PNG (or what the suffix says) with one pair of panels an op.
 

@@ -69,6 +69,8 @@ def select_cases(
         by_id = {case.id: case for case in cases}
         ids += list(by_id)
         found += [(spec, case) for name, case in by_id.items() if fnmatchcase(name, pattern)]
+    if shapes and not ids:
+        raise ValueError(f"no op takes a shape of {', '.join(str(len(shape)) for shape in shapes)} sizes")
     if not found:
         raise ValueError(f"no case matches {pattern!r}; the cases are: {', '.join(dict.fromkeys(ids))}")
     return tuple(found)
