@@ -127,6 +127,15 @@ def cuda_kernel(spec: OpSpec) -> Callable[..., Any]:
     return run
 
 
+def missing_cpu_kernel(spec: OpSpec) -> Callable[..., Any]:
+    """What PyTorch calls for CPU tensors where the native library is not there."""
+
+    def run(*args: Any) -> Any:
+        raise BackendError(f"{spec.name}: {native.missing['_native.so']}")
+
+    return run
+
+
 def call(spec: OpSpec, args: tuple[Any, ...], needs_grad: bool) -> Any:
     """Run the op with an override in force. GPU tensors need nothing special: their kernel asks :func:`forced`."""
     if _capturing.get():
@@ -173,10 +182,12 @@ def candidates(spec: OpSpec, args: tuple[Any, ...] | None = None) -> dict[str, s
     """Every backend of an op with ``yes`` or the reason it cannot run; without arguments, whether it could at all."""
     table = {"reference": "yes: the definition, for checking"}
     device = "cpu" if args is None else next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
-    has_cpu = torch._C._dispatch_has_kernel_for_dispatch_key(spec.qualname, "CPU")
-    table["cpu"] = "yes" if has_cpu else native.missing.get("_native.so", "no CPU kernel is registered")
-    if has_cpu and device != "cpu":
-        table["cpu"] = f"the tensors are on {device}"
+    if native.lacks(spec.namespace):
+        table["cpu"] = native.missing["_native.so"]
+    elif not torch._C._dispatch_has_kernel_for_dispatch_key(spec.qualname, "CPU"):
+        table["cpu"] = "no CPU kernel is registered"
+    else:
+        table["cpu"] = "yes" if device == "cpu" else f"the tensors are on {device}"
     for impl in spec.impls:
         reason = _unavailable(impl) or (objection(impl, args) if args is not None else None)
         table[impl.backend] = reason or "yes"

@@ -30,6 +30,11 @@ def load() -> None:
         _load("_cuda.so", "the CUDA kernels were not built: install nvcc and rebuild, or set BURNISH_BUILD_CUDA=1")
 
 
+def lacks(namespace: str) -> bool:
+    """Whether the CPU kernels of ops in ``namespace`` are missing because our library is not loaded."""
+    return namespace == "burnish" and "_native.so" in missing
+
+
 def _load(name: str, reason: str) -> None:
     path = _HERE / name
     if not path.is_file():

@@ -162,7 +162,7 @@ def register(spec: OpSpec) -> OpSpec:
     Raises:
         ValueError: the name is taken or outside the grammar, or a case list is empty.
     """
-    from burnish import dispatch
+    from burnish import dispatch, native
 
     if not _OP_NAME.fullmatch(spec.stem):
         raise ValueError(f"op name {spec.name!r}: expected lower-case words joined by '_', like int8_linear")
@@ -179,6 +179,8 @@ def register(spec: OpSpec) -> OpSpec:
         torch.library.register_fake(spec.qualname + overload, spec.fake, lib=library)
         if overload != ".native":
             library.impl(spec.stem + overload, dispatch.cuda_kernel(spec), "CUDA")
+            if native.lacks(spec.namespace):
+                library.impl(spec.stem + overload, dispatch.missing_cpu_kernel(spec), "CPU")
     if spec.autograd:
         torch.library.register_autograd(
             spec.qualname, spec.autograd.backward, setup_context=spec.autograd.setup_context, lib=library
