@@ -59,7 +59,7 @@ def opcheck(spec: OpSpec, backend: Backend, dtype: torch.dtype, name: str) -> No
 
 
 def compiled(spec: OpSpec, backend: Backend, case: Case, compiler: str, grad: bool) -> None:
-    """C7: one graph, the bits of eager and, for an op that has a batch M, at most one recompile over ten sizes of it."""
+    """C7: one graph, the bits of eager and, for an op with a batch M, at most one recompile over ten sizes of it."""
     torch._dynamo.reset()
     graphs = 0
     inner = torch._dynamo.lookup_backend(compiler)

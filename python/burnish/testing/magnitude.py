@@ -87,10 +87,16 @@ class _Magnitudes(TorchDispatchMode):
     def _function(self, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> torch.Tensor:
         """|f| plus what f makes of its arguments' errors; the slope of a one-argument function is measured."""
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        spread = [tensor for tensor in tensors if torch.broadcast_shapes(tensor.shape, out.shape) == out.shape]
+        spread = [tensor for tensor in tensors if _broadcasts(tensor, out)]
         if len(tensors) == 1 and spread and tensors[0].dtype == torch.float64:
             (x,) = tensors
             step = 1e-6 * x.abs().clamp_min(1.0)
             slope = (func(x + step, *args[1:], **kwargs) - func(x - step, *args[1:], **kwargs)).abs() / (2 * step)
             return out.abs() + slope.clamp_min(1.0).nan_to_num(1.0) * self.of(x)
         return out.abs() + sum((self.of(tensor) for tensor in spread), torch.zeros((), dtype=torch.float64))
+
+
+def _broadcasts(tensor: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether an element-wise function of ``tensor`` could have ``out``'s shape."""
+    pairs = zip(reversed(tensor.shape), reversed(out.shape), strict=False)
+    return tensor.dim() <= out.dim() and all(size in (1, wide) for size, wide in pairs)

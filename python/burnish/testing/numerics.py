@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import torch
 
-from burnish.testing.calls import Violation
+from burnish.testing.calls import Violation, interpreting
 
 FACTOR = 2.0
 MAX_BIAS = 0.05
 BIAS_ELEMENTS = 100_000
-#: N1 pools draws of a case until it has this many elements, or this many draws
-POOL, DRAWS = 1024, 32
+#: N1 pools draws of a case until it has this many elements, or this many draws; fewer where kernels are interpreted
+POOL, DRAWS = (256, 8) if interpreting() else (1024, 32)
 ACCUMULATOR = torch.float32
 
 
