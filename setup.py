@@ -31,6 +31,9 @@ ISA_FLAGS = {
     "generic": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": [
+        # GCC 12 warns of its own avx512 headers
+        "-Wno-uninitialized",
+        "-Wno-maybe-uninitialized",
         *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
         *("-mavx512vnni", "-mavx512bf16"),
     ],

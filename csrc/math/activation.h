@@ -83,8 +83,8 @@ BURNISH_HD V relu_slope(V z) {
 }
 
 // logit of the normal distribution function: Phi(z) = sigmoid(normal_logit(z)). An odd polynomial, least squares with
-// weights that make the error of z * Phi(z) below 2e-7 of max(|gelu(z)|, 1); beyond |z| = 6.5, where Phi is below 4e-11,
-// a value whose sigmoid is 0 or 1.
+// weights that make the error of z * Phi(z) below 2e-7 of max(|gelu(z)|, 1); beyond |z| = 6.5, where Phi is below
+// 4e-11, a value whose sigmoid is 0 or 1.
 template <class V>
 BURNISH_HD V normal_logit(V z) {
   const V s = z * z;

@@ -5,9 +5,9 @@
 
 namespace burnish {
 
-constexpr int64_t kPanel = 64;     // output channels of a panel
-constexpr int64_t kGroup = 16;     // the last panel is a multiple of this wide
-constexpr int64_t kDepth = 4;      // consecutive k of one channel
+constexpr int64_t kPanel = 64;       // output channels of a panel
+constexpr int64_t kGroup = 16;       // the last panel is a multiple of this wide
+constexpr int64_t kDepth = 4;        // consecutive k of one channel
 constexpr int64_t kRowPadding = 16;  // bytes that a row of the rows layout is a multiple of
 
 BURNISH_HD inline int64_t round_up(int64_t size, int64_t multiple) {

@@ -1,0 +1,87 @@
+// Argument checks of the CPU ops. Messages name op, argument, what came and what is allowed, as the Python records do;
+// here they also keep kernels from reading out of bounds.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+
+#include "cpu/kernels.h"
+#include "math/pack.h"
+
+namespace burnish {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "fp32";
+    case ScalarType::BFloat16:
+      return "bf16";
+    case ScalarType::Half:
+      return "fp16";
+    case ScalarType::Double:
+      return "fp64";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "of another dtype";
+  }
+}
+
+inline std::string shape_text(const Tensor& tensor) {
+  std::string text = "(";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  return text + (tensor.dim() == 1 ? ",)" : ")");
+}
+
+inline bool is_floating(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+}
+
+inline Format format_of(ScalarType type) {
+  return type == ScalarType::BFloat16 ? Format::kBf16 : type == ScalarType::Half ? Format::kFp16 : Format::kFloat;
+}
+
+inline void check_cpu(const char* op, const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, " is on another device, expected cpu");
+}
+
+inline void check_floating(const char* op, const char* name, const Tensor& tensor) {
+  check_cpu(op, name, tensor);
+  STD_TORCH_CHECK(is_floating(tensor.scalar_type()), op, ": ", name, " is ", dtype_name(tensor.scalar_type()),
+                  ", expected fp32, bf16 or fp16");
+}
+
+// `packed` is a run-time layout of an [N, K] weight; with `vnni_only`, the one that CPU kernels take.
+inline void check_packed(const char* op, const char* name, const Tensor& packed, int64_t N, int64_t K, bool vnni_only) {
+  check_cpu(op, name, packed);
+  const ScalarType type = packed.scalar_type();
+  const bool vnni = type == ScalarType::Byte;
+  STD_TORCH_CHECK(vnni || (type == ScalarType::Char && !vnni_only), op, ": ", name, " is ", dtype_name(type),
+                  vnni_only ? ", expected uint8 (vnni) from int8_linear_pack"
+                            : ", expected uint8 (vnni) or int8 (rows) from int8_linear_pack");
+  const int64_t rows = vnni ? round_up(N, kGroup) : N;
+  const int64_t width = round_up(K, vnni ? kDepth : kRowPadding);
+  STD_TORCH_CHECK(packed.dim() == 2 && packed.size(0) == rows && packed.size(1) == width, op, ": ", name, " has shape ",
+                  shape_text(packed), ", expected (", rows, ", ", width, ") for N=", N, ", K=", K,
+                  ": pack it by int8_linear_pack");
+  STD_TORCH_CHECK(packed.is_contiguous(), op, ": ", name, " is not contiguous, expected int8_linear_pack's result");
+}
+
+}  // namespace burnish

@@ -1,0 +1,19 @@
+// The level's entry in the table that isa.cpp picks from.
+#include "cpu/isa.h"
+#include "cpu/simd/level.h"
+
+#define BURNISH_TEXT2(name) #name
+#define BURNISH_TEXT(name) BURNISH_TEXT2(name)
+
+namespace burnish {
+
+template <>
+const Kernels& kernels_of<Isa::BURNISH_ISA>() {
+  using namespace BURNISH_ISA;
+  static constexpr Kernels kTable{
+      BURNISH_TEXT(BURNISH_ISA), quantize_row, int8_product, int8_dx, slope_row, peak_int8, peak_fp32, peak_bf16,
+      BURNISH_ISA::read};
+  return kTable;
+}
+
+}  // namespace burnish

@@ -1,0 +1,35 @@
+// burnish._math: the functors of math/ as scalar functions of Python, for tests and for authors of new ones.
+#include <pybind11/pybind11.h>
+
+#include "math/activation.h"
+#include "math/half.h"
+#include "math/int8.h"
+#include "math/pack.h"
+
+namespace py = pybind11;
+using namespace burnish;
+
+PYBIND11_MODULE(_math, m) {
+  m.doc() = "The functors of csrc/math as scalar functions; fp32 in, fp32 out.";
+  m.def("bf16_bits", [](float x) { return from_float<bf16>(x).bits; }, "x rounded to bf16, as its 16 bits");
+  m.def("fp16_bits", [](float x) { return from_float<fp16>(x).bits; }, "x rounded to fp16, as its 16 bits");
+  m.def("bf16_value", [](uint16_t bits) { return to_float(bf16{bits}); }, "the value of 16 bits of bf16");
+  m.def("fp16_value", [](uint16_t bits) { return to_float(fp16{bits}); }, "the value of 16 bits of fp16");
+  m.def(
+      "row_scale",
+      [](float amax) {
+        const RowScale rule = row_scale(magnitude_bits(amax));
+        return py::make_tuple(rule.amax, rule.inverse, rule.scale);
+      },
+      "(amax, 127 / amax, amax / 127), amax floored at 2**-100");
+  m.def("quantize", &quantize, "x in int8 for a row with this amax and inverse");
+  m.def("vnni_offset", &vnni_offset, "byte of weight [n, k] in the packed channels x width buffer");
+  m.def("exp_negative", &exp_negative<float>, "exp(x) for x <= 0");
+  m.def("sigmoid", &sigmoid<float>);
+  m.def(
+      "activate", [](float z, int code) { return activate(z, static_cast<Activation>(code)); },
+      "the activation of that code");
+  m.def(
+      "activation_slope", [](float z, int code) { return activation_slope(z, static_cast<Activation>(code)); },
+      "its derivative");
+}
