@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from burnish import bench, registry
 from burnish.bench import machine, peers, roofline, timing
 from burnish.bench.rows import BASELINE, summary
@@ -159,7 +158,7 @@ class TestRows:
 @pytest.mark.usefixtures("toys")
 class TestCases:
     def test_unknown_op_lists_the_ops(self):
-        with pytest.raises(KeyError, match="no op named 'softmaxx'; the ops are: int8_linear, .*toy::good"):
+        with pytest.raises(KeyError, match=r"no op named 'softmaxx'; the ops are: int8_linear, .*toy::good"):
             select_cases(["softmaxx"])
 
     def test_pattern_without_a_match_lists_the_cases(self):

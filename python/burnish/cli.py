@@ -169,7 +169,8 @@ def _extra(module: str, extra: str) -> Any:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        raise UsageError(f"{error.name} is not installed: pip install 'burnish[{extra}]'") from error
+        package = (error.name or module).partition(".")[0]
+        raise UsageError(f"{package} is not installed: pip install 'burnish[{extra}]'") from error
 
 
 def _swap(options: argparse.Namespace) -> int:
