@@ -62,10 +62,12 @@ class Case:
         """``M64-N4096-K4096-bf16``, then options and values where they are not the default."""
         parts = [f"{name}{size}" for name, size in self.dims.items()] + [dtype_name(self.dtype)]
         for name, value in self.options.items():
-            if value is True:
-                parts.append(name)
-            elif value not in (None, False, "none"):
-                parts.append(dtype_name(value) if isinstance(value, torch.dtype) else str(value))
+            if isinstance(value, bool):
+                parts.append(name if value else f"no_{name}")
+            elif isinstance(value, torch.dtype):
+                parts.append(f"{name.removesuffix('_dtype')}_{dtype_name(value)}")
+            elif value not in (None, "none"):
+                parts.append(str(value))
         return "-".join(parts + ([self.values] if self.values != "normal" else []))
 
 
