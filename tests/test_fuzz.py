@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from burnish import registry, testing
 
 PAIRS = [(spec, backend) for spec in registry.all_ops().values() for backend in testing.backends(spec)[0]]

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-
 from burnish import registry, testing
 
 PLAN = testing.plan(registry.all_ops().values())
