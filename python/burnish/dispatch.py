@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -26,7 +26,7 @@ from burnish.registry import BACKENDS, Backend, Impl
 if TYPE_CHECKING:
     from burnish.registry import OpSpec
 
-_override: ContextVar[Backend | None] = ContextVar("burnish_backend", default=None)
+_override: ContextVar[Backend | Literal["auto"] | None] = ContextVar("burnish_backend", default=None)
 
 #: how many overrides are in force in the whole process; zero lets public functions skip the look-up
 overrides = int(os.environ.get("BURNISH_BACKEND", "auto") not in ("", "auto"))
@@ -40,7 +40,7 @@ def forced() -> Backend | None:
     """
     chosen = _override.get()
     if chosen is not None:
-        return chosen
+        return None if chosen == "auto" else chosen
     word = os.environ.get("BURNISH_BACKEND", "auto") or "auto"
     if word == "auto":
         return None
@@ -63,7 +63,7 @@ def use_backend(name: str) -> Iterator[None]:
         BackendError: later, from an op which that backend cannot run.
     """
     global overrides
-    token = _override.set(None if name == "auto" else _checked(name, "use_backend"))
+    token = _override.set("auto" if name == "auto" else _checked(name, "use_backend"))
     overrides += 1
     try:
         yield
