@@ -1,9 +1,9 @@
 """Repairs of Triton's interpreter, so that kernels run on the CPU with the arithmetic of a GPU.
 
-Triton 3.6 to 3.9 interpret bf16 as raw 16-bit integers in ``tl.dot`` and in conversions from integers, truncate fp32 ->
-bf16, and lose the carry of fp32 -> fp8. :func:`activate` replaces these; then they are bit-equal to torch's, which
-``test_triton_interpreter.py`` proves. ``TRITON_INTERPRET=1`` must be set before a kernel module is imported, and the tests
-that need it run in a process of their own.
+Triton 3.6 to 3.9 interpret bf16 as raw 16-bit integers in ``tl.dot`` and in conversions from integers, truncate fp32
+-> bf16, and lose the carry of fp32 -> fp8. :func:`activate` replaces these; then they are bit-equal to torch's, which
+``test_triton_interpreter.py`` proves. ``TRITON_INTERPRET=1`` must be set before a kernel module is imported, and the
+tests that need it run in a process of their own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Device helpers on fp32 blocks: the Triton twins of ``csrc/math`` (``int8.h``, ``activation.h``), same names and formulas.
+"""Device helpers on fp32 blocks: the Triton twins of ``csrc/math`` (``int8.h``, ``activation.h``), by the same names.
 
 Kernels that use them are launched with ``enable_fp_fusion=False``: a product and a sum that must round twice stay two
-instructions, and every fused multiply-add is spelled ``tl.fma``. Only core operations appear here, no libdevice by name,
-so that the interpreter runs everything.
+instructions, and every fused multiply-add is spelled ``tl.fma``. Only core operations appear here, no libdevice by
+name, so that the interpreter runs everything.
 """
 
 import triton
@@ -73,11 +73,17 @@ def exp_negative(x):
 
 @triton.jit
 def sigmoid_pair(x):
-    """sigmoid(x) and sigmoid(-x), each without cancellation."""
+    """sigmoid(x) and sigmoid(-x), each without cancellation.
+
+    The divisor is in [1, 2]: an approximate reciprocal and fma corrections give the IEEE quotient (Markstein 1990)
+    without the slow path of a general division, a call that spilled the accumulators around it.
+    """
     e = exp_negative(-tl.abs(x))
-    one = tl.full(x.shape, 1.0, tl.float32)
-    large = tl.div_rn(one, 1.0 + e)
-    small = tl.div_rn(e, 1.0 + e)
+    divisor = 1.0 + e
+    reciprocal = 1.0 / divisor
+    large = tl.fma(tl.fma(-divisor, reciprocal, 1.0), reciprocal, reciprocal)
+    small = e * large
+    small = tl.fma(tl.fma(-divisor, small, e), large, small)
     return tl.where(x < 0, small, large), tl.where(x < 0, large, small)
 
 

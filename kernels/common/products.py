@@ -2,38 +2,45 @@
 
 import triton
 import triton.language as tl
-
 from burnish.kernels.common.numerics import split_bf16
 
 
 @triton.jit
 def int8_product(
-    a_ptr,  # int8 [M, width]
-    b_ptr,  # int8 [N, width]
-    m,  # int64 [BLOCK_M] rows of a, all in range
-    n,  # int64 [BLOCK_N] rows of b, all in range
+    a_ptr,  # int8 [rows of a, width], from the tile's first row on
+    b_ptr,  # int8 [rows of b, width], likewise
+    a_rows,  # how many rows there are from the tile's first on, at least 1
+    b_rows,
     width,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """a[m, :] @ b[n, :]^T in int32; EVEN_K promises that BLOCK_K divides width."""
+    """a @ b^T of a tile in int32; EVEN_K promises that BLOCK_K divides width.
+
+    Rows past the last repeat it, so that only the store needs a mask. Offsets within a tile fit 32 bits for widths up
+    to 2**23, and only the two scalar bases move: 64-bit pointers by the block cost the registers that spill first.
+    """
     k = tl.arange(0, BLOCK_K)
-    a_block = a_ptr + m[:, None] * width + k[None, :]
-    b_block = b_ptr + n[None, :] * width + k[:, None]
+    a_offsets = tl.minimum(tl.arange(0, BLOCK_M), (a_rows - 1).to(tl.int32))[:, None] * width + k[None, :]
+    b_offsets = tl.minimum(tl.arange(0, BLOCK_N), (b_rows - 1).to(tl.int32))[None, :] * width + k[:, None]
     product = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     for start in range(0, width, BLOCK_K):
         if EVEN_K:
-            a = tl.load(a_block)
-            b = tl.load(b_block)
+            a = tl.load(a_ptr + start + a_offsets)
+            b = tl.load(b_ptr + start + b_offsets)
         else:
-            a = tl.load(a_block, mask=(k < width - start)[None, :], other=0)
-            b = tl.load(b_block, mask=(k < width - start)[:, None], other=0)
+            a = tl.load(a_ptr + start + a_offsets, mask=(k < width - start)[None, :], other=0)
+            b = tl.load(b_ptr + start + b_offsets, mask=(k < width - start)[:, None], other=0)
         product = tl.dot(a, b, product, out_dtype=tl.int32)
-        a_block += BLOCK_K
-        b_block += BLOCK_K
     return product
+
+
+@triton.jit
+def halves(block, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and right columns of a block."""
+    return tl.split(tl.reshape(block, (BLOCK_M, 2, BLOCK_N // 2)).permute(0, 2, 1))
 
 
 @triton.jit

@@ -15,8 +15,8 @@ import torch
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
-#: multiprocessors assumed where there is no device to ask: few, so that interpreted kernels get small tiles too
-_DEFAULT_SM_COUNT = 16
+#: multiprocessors assumed where there is no device to ask: few, so that the interpreter runs few programs
+_DEFAULT_SM_COUNT = 4
 
 
 def interpreting() -> bool:

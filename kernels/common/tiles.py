@@ -1,9 +1,9 @@
 """Tile tables, the choice of a tile, and the order in which programs walk the output.
 
-A table belongs to a kind of matrix product, not to an op: per architecture, tiles from large to small. :func:`pick` takes
-the largest that wastes less than half of its rows and still gives every multiprocessor a program; results of integer
-kernels do not depend on it. Shared memory of a pipelined tile is about ``num_stages * (block_m + block_n) * block_k``
-bytes of int8; the ``sm_80`` column stays within 99 KiB because it also serves sm_86, sm_89 and sm_120.
+A table belongs to a kind of matrix product, not to an op: per architecture, tiles from large to small. :func:`pick`
+takes the largest that wastes less than half of its rows and still gives every multiprocessor a program; results of
+integer kernels do not depend on it. Shared memory of a pipelined int8 tile is about ``num_stages * (block_m + block_n)
+* block_k`` bytes; the ``sm_80`` column stays within 99 KiB because it also serves sm_86, sm_89 and sm_120.
 """
 
 from __future__ import annotations
@@ -49,20 +49,19 @@ GROUP_M = 8
 #: int8 x int8 -> int32, both operands with the depth contiguous
 INT8_GEMM: dict[str, tuple[Tile, ...]] = {
     "sm_80": (
-        Tile(128, 256, 64, 8, 4),
         Tile(128, 128, 128, 8, 3),
-        Tile(64, 128, 128, 4, 4),
+        Tile(64, 128, 128, 8, 4),
         Tile(64, 64, 128, 4, 4),
-        Tile(32, 64, 256, 4, 3),
-        Tile(16, 64, 256, 4, 4),
-        Tile(16, 32, 256, 4, 5),
+        Tile(32, 64, 128, 4, 4),
+        Tile(16, 64, 256, 4, 3),
+        Tile(16, 32, 256, 4, 4),
     ),
     "sm_90": (
         Tile(128, 256, 128, 8, 4),
         Tile(128, 128, 128, 8, 4),
         Tile(64, 128, 128, 4, 4),
         Tile(64, 64, 128, 4, 5),
-        Tile(32, 64, 256, 4, 4),
+        Tile(32, 64, 128, 4, 5),
         Tile(16, 64, 256, 4, 5),
         Tile(16, 32, 512, 4, 4),
     ),
@@ -70,8 +69,8 @@ INT8_GEMM: dict[str, tuple[Tile, ...]] = {
         Tile(128, 256, 128, 8, 4),
         Tile(128, 128, 128, 8, 4),
         Tile(64, 128, 128, 4, 4),
-        Tile(64, 64, 128, 4, 5),
-        Tile(32, 64, 256, 4, 4),
+        Tile(64, 64, 128, 4, 4),
+        Tile(32, 64, 128, 4, 5),
         Tile(16, 64, 256, 4, 5),
         Tile(16, 32, 512, 4, 4),
     ),
@@ -79,23 +78,23 @@ INT8_GEMM: dict[str, tuple[Tile, ...]] = {
         Tile(128, 128, 128, 8, 2),
         Tile(64, 128, 128, 4, 2),
         Tile(64, 64, 128, 4, 2),
-        Tile(32, 64, 256, 4, 2),
+        Tile(32, 64, 128, 4, 2),
         Tile(16, 64, 256, 4, 2),
         Tile(16, 32, 256, 4, 2),
     ),
 }
 
-#: fp32 x int8 -> fp32 on bf16 tensor cores, the fp32 operand split into bf16 parts; ``block_n`` is the output's width
+#: fp32 x int8 -> fp32 on bf16 tensor cores, the fp32 operand split into bf16 parts
 SPLIT_GEMM: dict[str, tuple[Tile, ...]] = {
-    "sm_80": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(16, 64, 64, 4, 3)),
-    "sm_90": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(16, 64, 64, 4, 4)),
-    "sm_100": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(16, 64, 64, 4, 4)),
+    "sm_80": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(16, 64, 64, 8, 3)),
+    "sm_90": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(16, 64, 64, 8, 3)),
+    "sm_100": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), Tile(16, 64, 64, 8, 3)),
     "gfx942": (Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 4, 2), Tile(16, 64, 64, 4, 2)),
 }
 
 
 def pick(tiles: tuple[Tile, ...], m: int, n: int, sm_count: int) -> Tile:
-    """The first tile with ``block_m < 2 * m`` that makes at least ``sm_count`` programs, else the one that makes most."""
+    """The first tile with ``block_m < 2 * m`` that makes ``sm_count`` programs, else the one that makes most."""
     fitting = [tile for tile in tiles if tile.block_m < 2 * m] or [tiles[-1]]
     counts = [triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n) for tile in fitting]
     for tile, count in zip(fitting, counts, strict=True):

@@ -11,46 +11,49 @@ split path's bytes plus what L2 delivers during one launch. That is small M, and
 
 Weights are the ``rows`` layout: K padded to 16 bytes with zeros, so every load of weights and q is a 16-byte one.
 
-Backward: ``dx = (dz * scale) @ w`` needs fp32 quality from an fp32 operand, and tensor cores offer bf16. An int8 weight
-is exact in bf16, so only ``v = dz * scale`` is split, into parts of 8 bits each (:func:`products.split_dot`). Three parts
-hold all 24 bits. Two leave at most 2**-16 |v|, which the element-wise bound 2 (N + 2) 2**-23 sum |v||w| covers, with the
-fp32 summation, from N = 83 on: two parts serve 16-bit gradients with N >= 128, three the rest. Against one bf16 product
-that is two or three times the tensor-core work; an fp32 ("ieee") product would be 15 times on an H100. With an
-activation, z is recomputed by the forward's GEMM, which then writes dz in fp32 instead of y. dbias sums dz in a fixed
-order, in fp32.
+Backward: ``dx = (dz * scale) @ w`` needs fp32 quality from an fp32 operand, and tensor cores offer bf16. An int8
+weight is exact in bf16, so only ``v = dz * scale`` is split, into parts of 8 bits each (:func:`products.split_dot`).
+Three parts hold all 24 bits. Two leave at most 2**-16 |v|, which the element-wise bound 2 (N + 2) 2**-23 sum |v||w|
+covers, with the fp32 summation, from N = 83 on: two parts serve 16-bit gradients with N >= 128, three the rest. Against
+one bf16 product that is two or three times the tensor-core work; an fp32 ("ieee") product would be 15 times on an H100.
+With an activation, z is recomputed by the forward's GEMM, which then writes dz in fp32 instead of y. dbias sums dz in a
+fixed order, in fp32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-
 from burnish.kernels.common import target
 from burnish.kernels.common.numerics import activate, activation_slope, magnitude_bits, quantize_int8, row_scale
-from burnish.kernels.common.products import int8_product, split_dot
+from burnish.kernels.common.products import halves, int8_product, split_dot
 from burnish.kernels.common.tiles import INT8_GEMM, SPLIT_GEMM, Tile, pick, swizzle
-from burnish.kernels.common.variants import Variant
+from burnish.kernels.common.variants import Variant, of_tile
 from burnish.kernels.quant.int8_quantize_rows import POINTERS, quantize
 
-#: bytes that L2 delivers while a kernel starts: 2 us at 4 TB/s, the order of A100 and H100 data sheets, not a measurement
+#: bytes that L2 delivers while a kernel starts: 2 us at 4 TB/s, the order of an A100 or H100, not a measurement
 LAUNCH_BYTES = 8 << 20
 #: the fused path keeps a block of x and its running maxima in registers, so its tiles have few rows
 FUSED_MAX_ROWS = 32
 #: from this N on two bf16 parts are enough for a 16-bit gradient; see above
 TWO_PARTS_MIN_N = 128
+#: the widest tile whose accumulators leave registers for an activation's slope
+SLOPE_MAX_COLUMNS = 128
 #: rows and columns a program of the column sum covers, and rows it loads at once
 SUM_ROWS, SUM_COLUMNS, SUM_STEP = 256, 128, 32
 
 
 @triton.jit
-def preactivation(product, row_scales, channel_scales, bias_ptr, n, HAS_BIAS: tl.constexpr):
-    """z = float(product) * (row_scale * channel_scale) + bias, rounded after each operation."""
+def preactivation(product, row_scales, scale_ptr, bias_ptr, n, N, HAS_BIAS: tl.constexpr):
+    """z = float(product) * (row_scale * channel_scale) + bias, rounded after each operation; any value where n >= N."""
+    channel_scales = tl.load(scale_ptr + n, mask=n < N, other=0.0)
     z = product.to(tl.float32) * (row_scales[:, None] * channel_scales[None, :])
     if HAS_BIAS:
-        z = z + tl.load(bias_ptr + n).to(tl.float32)[None, :]
+        z = z + tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     return z
 
 
@@ -78,19 +81,33 @@ def int8_linear_fwd_kernel(
     GROUP: tl.constexpr,
 ):
     tile_m, tile_n = swizzle(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
-    rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # past the edge, rows and columns wrap to valid ones: loads need no mask, only the store has one
-    m = rows % M
-    n = columns % N
-    product = int8_product(q_ptr, weight_ptr, m, n, width, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
-    z = preactivation(product, tl.load(row_scale_ptr + m), tl.load(scale_ptr + n), bias_ptr, n, HAS_BIAS)
-    if SLOPE:
-        dy = tl.load(dy_ptr + m[:, None] * stride_dym + n[None, :] * stride_dyn).to(tl.float32)
-        y = dy * activation_slope(z, ACTIVATION)
-    else:
-        y = activate(z, ACTIVATION).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + rows[:, None] * N + columns[None, :], y, mask=(rows < M)[:, None] & (columns < N)[None, :])
+    first_m = tile_m.to(tl.int64) * BLOCK_M
+    first_n = tile_n.to(tl.int64) * BLOCK_N
+    q_ptr += first_m * width
+    weight_ptr += first_n * width
+    product = int8_product(q_ptr, weight_ptr, M - first_m, N - first_n, width, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
+    m = first_m + tl.arange(0, BLOCK_M)
+    row_scales = tl.load(row_scale_ptr + m, mask=m < M, other=0.0)
+    # wide tiles finish in four column slices: the activation of all of a thread's accumulators at once would spill
+    WIDTH: tl.constexpr = BLOCK_N // 4 if BLOCK_N >= 128 else BLOCK_N
+    if WIDTH < BLOCK_N:
+        left, right = halves(product, BLOCK_M, BLOCK_N)
+        quarter0, quarter1 = halves(left, BLOCK_M, BLOCK_N // 2)
+        quarter2, quarter3 = halves(right, BLOCK_M, BLOCK_N // 2)
+    for part in tl.static_range(BLOCK_N // WIDTH):
+        n = first_n + part * WIDTH + tl.arange(0, WIDTH)
+        inside = (m < M)[:, None] & (n < N)[None, :]
+        if WIDTH == BLOCK_N:
+            columns = product
+        else:
+            columns = quarter0 if part == 0 else quarter1 if part == 1 else quarter2 if part == 2 else quarter3
+        z = preactivation(columns, row_scales, scale_ptr, bias_ptr, n, N, HAS_BIAS)
+        if SLOPE:
+            dy = tl.load(dy_ptr + m[:, None] * stride_dym + n[None, :] * stride_dyn, mask=inside, other=0.0)
+            y = dy.to(tl.float32) * activation_slope(z, ACTIVATION)
+        else:
+            y = activate(z, ACTIVATION).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + m[:, None] * N + n[None, :], y, mask=inside)
 
 
 @triton.jit
@@ -114,12 +131,11 @@ def int8_linear_fwd_kernel_fused(
     GROUP: tl.constexpr,
 ):
     tile_m, tile_n = swizzle(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
-    rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_rows = (rows < M)[:, None]
-    n = columns % N
+    m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows = (m < M)[:, None]
     k = tl.arange(0, BLOCK_K)
-    x_block = x_ptr + rows[:, None] * stride_xm + k[None, :].to(tl.int64) * stride_xk
+    x_block = x_ptr + m[:, None] * stride_xm + k[None, :].to(tl.int64) * stride_xk
     step = stride_xk * tl.full([], BLOCK_K, tl.int64)
 
     largest = tl.zeros([BLOCK_M, BLOCK_K], tl.int32)
@@ -130,18 +146,18 @@ def int8_linear_fwd_kernel_fused(
         x_pass += step
     amax, inverse, row_scales = row_scale(tl.max(largest, axis=1))
 
-    weight_block = weight_ptr + n[None, :] * width + k[:, None]
+    weight_ptr += tile_n.to(tl.int64) * BLOCK_N * width
+    weight_offsets = tl.minimum(tl.arange(0, BLOCK_N), N - tile_n * BLOCK_N - 1)[None, :] * width + k[:, None]
     product = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     for start in range(0, K, BLOCK_K):
-        weight = tl.load(weight_block, mask=(k < width - start)[:, None], other=0)
+        weight = tl.load(weight_ptr + start + weight_offsets, mask=(k < width - start)[:, None], other=0)
         x = tl.load(x_block, mask=in_rows & (k < K - start)[None, :], other=0.0)
         q = quantize_int8(x.to(tl.float32), amax[:, None], inverse[:, None])
         product = tl.dot(q, weight, product, out_dtype=tl.int32)
         x_block += step
-        weight_block += BLOCK_K
-    z = preactivation(product, row_scales, tl.load(scale_ptr + n), bias_ptr, n, HAS_BIAS)
+    z = preactivation(product, row_scales, scale_ptr, bias_ptr, n, N, HAS_BIAS)
     y = activate(z, ACTIVATION).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + rows[:, None] * N + columns[None, :], y, mask=(rows < M)[:, None] & (columns < N)[None, :])
+    tl.store(y_ptr + m[:, None] * N + n[None, :], y, mask=in_rows & (n < N)[None, :])
 
 
 @triton.jit
@@ -170,17 +186,16 @@ def int8_linear_bwd_dx_kernel(
     n = tl.arange(0, BLOCK_K)
     dz_block = dz_ptr + rows[:, None] * stride_dzm + n[None, :].to(tl.int64) * stride_dzn
     dz_step = stride_dzn * tl.full([], BLOCK_K, tl.int64)
-    weight_block = weight_ptr + n[:, None].to(tl.int64) * width + columns[None, :]
-    weight_step = width * tl.full([], BLOCK_K, tl.int64)
+    weight_offsets = n[:, None] * width + columns[None, :]
     dx = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, N, BLOCK_K):
         left = n < N - start
-        weight = tl.load(weight_block, mask=left[:, None] & in_width, other=0).to(tl.bfloat16)
+        weight = tl.load(weight_ptr + weight_offsets, mask=left[:, None] & in_width, other=0).to(tl.bfloat16)
         dz = tl.load(dz_block, mask=in_rows & left[None, :], other=0.0).to(tl.float32)
         channel_scales = tl.load(scale_ptr + start + n, mask=left, other=0.0)
         dx = split_dot(dz * channel_scales[None, :], weight, dx, PARTS)
         dz_block += dz_step
-        weight_block += weight_step
+        weight_ptr += width.to(tl.int64) * BLOCK_K
     dx_block = dx_ptr + rows[:, None] * K + columns[None, :]
     tl.store(dx_block, dx.to(dx_ptr.dtype.element_ty), mask=in_rows & (columns < K)[None, :])
 
@@ -208,30 +223,14 @@ def int8_linear_bwd_kernel_dbias(
     tl.store(sums_ptr + part * N + columns, tl.sum(total, axis=0), mask=columns < N)
 
 
-def supports(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: int,
-    out_dtype: torch.dtype | None,
-) -> str | None:
+def supports(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> str | None:
     if weight.dtype != torch.int8:
         return "the weight is in the vnni layout, the kernel takes rows"
     return target.objection(x)
 
 
-def supports_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor | None,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    K: int,
-    activation: int,
-    bias_grad: bool,
-) -> str | None:
-    return supports(dy, weight, scale, bias, activation, None)
+def supports_backward(dy: torch.Tensor, x: torch.Tensor | None, weight: torch.Tensor, *rest: Any) -> str | None:
+    return supports(dy, weight)
 
 
 def int8_linear(
@@ -309,13 +308,17 @@ def int8_linear_backward(
         if activation and m:
             assert x is not None  # checked with the op's other arguments
             slopes = torch.empty((m, n), dtype=torch.float32, device=dy.device)
-            tile = pick(INT8_GEMM[arch], m, n, sm_count)
+            tile = pick(slope_tiles(arch), m, n, sm_count)
             forward_split(_matrix(x), weight, scale, bias, activation, slopes, tile, dz)
             dz = slopes
         if m and K:
             input_gradient(dz, weight, scale, dx, pick(SPLIT_GEMM[arch], m, K, sm_count))
         dbias = column_sums(dz) if bias_grad else torch.empty(0, dtype=torch.float32, device=dy.device)
     return dx, dbias
+
+
+def slope_tiles(arch: str) -> tuple[Tile, ...]:
+    return tuple(tile for tile in INT8_GEMM[arch] if tile.block_n <= SLOPE_MAX_COLUMNS)
 
 
 def input_gradient(dz: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dx: torch.Tensor, tile: Tile) -> None:
@@ -359,3 +362,37 @@ def _matrix(x: torch.Tensor) -> torch.Tensor:
 def _or(bias: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:
     """A pointer for the bias argument, which the kernel does not read without a bias."""
     return scale if bias is None else bias.contiguous()
+
+
+def variants(arch: str) -> Iterator[Variant]:
+    """Every tile of this architecture, with data types, activations and depths spread over the tiles."""
+    types = list(POINTERS.values())
+    operands, sizes = "q_ptr:*i8 row_scale_ptr:*fp32 weight_ptr:*i8 scale_ptr:*fp32", "M:i32 N:i32 width:i32"
+    forward = {"kernel": int8_linear_fwd_kernel, "unit": "int8", "stride_dyn": 1, "HAS_BIAS": True}
+    for index, tile in enumerate(INT8_GEMM[arch]):
+        for activation in range(5) if index == 0 else (1 + index % 4,):
+            dtype, even = types[(index + activation) % 3], activation % 2 == 0
+            pointers = f"{operands} bias_ptr:{dtype} dy_ptr:{dtype} y_ptr:{dtype} {sizes} stride_dym:i32"
+            label = f"{dtype[1:]}-act{activation}"
+            plain = {"ACTIVATION": activation, "SLOPE": False, "EVEN_K": even}
+            yield of_tile(**forward, tile=tile, label=label, types=pointers, **plain)
+            if activation and tile in slope_tiles(arch):
+                pointers = f"{operands} bias_ptr:{dtype} dy_ptr:{dtype} y_ptr:*fp32 {sizes} stride_dym:i32"
+                slope = {"ACTIVATION": activation, "SLOPE": True, "EVEN_K": not even}
+                yield of_tile(**forward, tile=tile, label=f"{label}-slope", types=pointers, **slope)
+    for index, tile in enumerate(tile for tile in INT8_GEMM[arch] if tile.block_m <= FUSED_MAX_ROWS):
+        for dtype in types:
+            pointers = f"x_ptr:{dtype} weight_ptr:*i8 scale_ptr:*fp32 bias_ptr:{dtype} y_ptr:{dtype} {sizes} K:i32"
+            yield of_tile(
+                int8_linear_fwd_kernel_fused, tile, f"{dtype[1:]}-act{index + 2}", f"{pointers} stride_xm:i32",
+                "int8", stride_xk=1, ACTIVATION=index + 2, HAS_BIAS=True,
+            )  # fmt: skip
+    for tile in SPLIT_GEMM[arch]:
+        for dz, dx, parts in (("*bf16", "*bf16", 2), ("*fp32", "*fp16", 2), ("*fp32", "*fp32", 3)):
+            pointers = f"dz_ptr:{dz} weight_ptr:*i8 scale_ptr:*fp32 dx_ptr:{dx} {sizes} K:i32 stride_dzm:i32"
+            label = f"{dz[1:]}-{dx[1:]}-parts{parts}"
+            yield of_tile(int8_linear_bwd_dx_kernel, tile, label, pointers, "bf16", stride_dzn=1, PARTS=parts)
+    blocks = {"stride_dzn": 1, "ROWS": SUM_ROWS, "BLOCK_M": SUM_STEP, "BLOCK_N": SUM_COLUMNS}
+    for dtype in types:
+        pointers = {"dz_ptr": dtype, "sums_ptr": "*fp32", "M": "i32", "N": "i32", "stride_dzm": "i32"}
+        yield Variant(dtype[1:], int8_linear_bwd_kernel_dbias, pointers, blocks, num_warps=4)

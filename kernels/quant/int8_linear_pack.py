@@ -1,5 +1,5 @@
-"""int8_linear_pack and int8_linear_unpack for the ``rows`` layout in Triton: one row-copy kernel that pads with zeros or
-cuts the padding off. The ``vnni`` layout is the CPU's and is packed there.
+"""int8_linear_pack and int8_linear_unpack for the ``rows`` layout in Triton: one kernel copies rows and pads them with
+zeros, or cuts the padding off. The ``vnni`` layout is the CPU's and is packed there.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-
 from burnish.kernels.common import target
 from burnish.kernels.common.variants import Variant
 
@@ -83,14 +82,6 @@ def _copy(source: torch.Tensor, source_width: int, width: int) -> torch.Tensor:
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    yield Variant(
-        name="rows",
-        kernel=int8_linear_pack_fwd_kernel,
-        types={
-            **{"source_ptr": "*i8", "target_ptr": "*i8", "N": "i32", "source_width": "i32", "width": "i32"},
-            "stride_n": "i64",
-        },
-        constants={"stride_k": 1, "BLOCK_N": _BLOCK_ROWS, "BLOCK_K": _BLOCK_COLUMNS},
-        num_warps=4,
-        unaligned=frozenset({"N"}),
-    )
+    types = {"source_ptr": "*i8", "target_ptr": "*i8", "N": "i32", "source_width": "i32", "width": "i32"}
+    constants = {"stride_k": 1, "BLOCK_N": _BLOCK_ROWS, "BLOCK_K": _BLOCK_COLUMNS}
+    yield Variant("rows", int8_linear_pack_fwd_kernel, {**types, "stride_n": "i32"}, constants, num_warps=4)

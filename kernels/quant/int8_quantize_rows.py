@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-
 from burnish.kernels.common import target
 from burnish.kernels.common.numerics import magnitude_bits, quantize_int8, row_scale
 from burnish.kernels.common.variants import Variant
@@ -101,17 +100,12 @@ def block(width: int) -> tuple[int, int, int]:
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    for dtype in POINTERS.values():
-        for block_k, block_m, num_warps in BLOCKS:
-            for one_block in (True, False) if block_k == BLOCKS[-1][0] else (True,):
-                yield Variant(
-                    name=f"{block_m}x{block_k}-{dtype[1:]}{'' if one_block else '-loop'}",
-                    kernel=int8_quantize_rows_fwd_kernel,
-                    types={
-                        **{"x_ptr": dtype, "q_ptr": "*i8", "scale_ptr": "*fp32", "M": "i32", "K": "i32"},
-                        **{"stride_xm": "i64", "stride_qm": "i32"},
-                    },
-                    constants={"stride_xk": 1, "BLOCK_M": block_m, "BLOCK_K": block_k, "ONE_BLOCK": one_block},
-                    num_warps=num_warps,
-                    unaligned=frozenset({"M"}),
-                )
+    """Every block and the loop, with the data types spread over them."""
+    dtypes = list(POINTERS.values())
+    for index, (block_k, block_m, num_warps) in enumerate((*BLOCKS, BLOCKS[-1])):
+        dtype, one_block = dtypes[index % 3], index < len(BLOCKS)
+        types = {"x_ptr": dtype, "q_ptr": "*i8", "scale_ptr": "*fp32", "M": "i32", "K": "i32"}
+        types |= {"stride_xm": "i32", "stride_qm": "i32"}
+        constants = {"stride_xk": 1, "BLOCK_M": block_m, "BLOCK_K": block_k, "ONE_BLOCK": one_block}
+        label = f"{block_m}x{block_k}-{dtype[1:]}{'' if one_block else '-loop'}"
+        yield Variant(label, int8_quantize_rows_fwd_kernel, types, constants, num_warps)

@@ -1,0 +1,132 @@
+"""Every shipped Triton kernel, compiled ahead of time for sm_80, sm_90, sm_100 and gfx942: no GPU is needed.
+
+Gates: no stack and no local-memory traffic, shared memory within the architecture's limit, the matrix instruction that
+the architecture has, no global access narrower than 4 bytes where N and K are multiples of 16, and contraction off. The
+kernels list their variants themselves (``variants(arch)``), so a new kernel module is covered by existing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiles kernels, and TRITON_INTERPRET=1 leaves none to compile", allow_module_level=True)
+
+from burnish.kernels.common.target import ARCHITECTURES  # noqa: E402
+from burnish.kernels.common.variants import Variant  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+KIB = 1024
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+#: bytes a program may use; sm_80's variants also run on sm_86, sm_89 and sm_120, which have the least
+SHARED_LIMIT = {"sm_80": 99 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}
+#: the instruction for tiles of 64 rows or more, then for fewer, which wgmma and tcgen05 do not take
+MATRIX_UNITS = {
+    ("sm_80", "int8"): ("IMMA.16832.S8.S8", "IMMA.16832.S8.S8"),
+    ("sm_80", "bf16"): ("HMMA.16816.F32.BF16", "HMMA.16816.F32.BF16"),
+    ("sm_90", "int8"): ("IGMMA.64x", "IMMA.16832.S8.S8"),
+    ("sm_90", "bf16"): ("HGMMA.64x", "HMMA.16816.F32.BF16"),
+    ("sm_100", "int8"): ("UTCIMMA", "IMMA.16832.S8.S8"),
+    ("sm_100", "bf16"): ("UTCHMMA", "HMMA.16816.F32.BF16"),
+    ("gfx942", "int8"): ("v_mfma_i32", "v_mfma_i32"),
+    ("gfx942", "bf16"): ("v_mfma_f32", "v_mfma_f32"),
+}
+
+
+def kernel_modules() -> Iterator[Any]:
+    """The modules with kernels: every file of a family but ``common``."""
+    for path in sorted((Path(__file__).parents[1] / "kernels").glob("*/*.py")):
+        if path.parent.name != "common" and path.stem != "__init__":
+            yield import_module(f"burnish.kernels.{path.parent.name}.{path.stem}")
+
+
+def all_variants() -> list[Any]:
+    return [
+        pytest.param(arch, variant, id=f"{arch}-{variant.id}")
+        for arch in ARCHITECTURES
+        for module in kernel_modules()
+        for variant in module.variants(arch)
+    ]
+
+
+def build(arch: str, variant: Variant) -> Any:
+    names = variant.kernel.arg_names
+    signature = {name: variant.types.get(name, "constexpr") for name in names}
+    constants = {(names.index(name),): value for name, value in variant.constants.items()}
+    aligned = {
+        (index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name in variant.types and name != "M"
+    }
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": False}
+    return triton.compile(
+        ASTSource(variant.kernel, signature, constants, aligned), target=TARGETS[arch], options=options
+    )
+
+
+def disassemble(cubin: bytes, folder: Path) -> tuple[str, str]:
+    """The machine code, and the resources line, of a cubin."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    file = folder / "kernel.cubin"
+    file.write_bytes(cubin)
+    commands = ([tools / "nvdisasm", "-c", file], [tools / "cuobjdump", "-res-usage", file])
+    code, usage = (subprocess.run(command, capture_output=True, text=True, check=True).stdout for command in commands)
+    return code, usage
+
+
+def expected_unit(arch: str, variant: Variant) -> str | None:
+    if variant.unit is None:
+        return None
+    large, small = MATRIX_UNITS[arch, variant.unit]
+    return large if variant.constants["BLOCK_M"] >= 64 else small
+
+
+@pytest.mark.parametrize(("arch", "variant"), all_variants())
+def test_gates(arch: str, variant: Variant, tmp_path: Path) -> None:
+    compiled = build(arch, variant)
+    assert compiled.metadata.enable_fp_fusion is False
+    assert compiled.metadata.shared <= SHARED_LIMIT[arch]
+    unit = expected_unit(arch, variant)
+    if arch == "gfx942":
+        code = compiled.asm["amdgcn"]
+        assert re.findall(r"\.private_segment_fixed_size:\s+(\d+)", code) == ["0"], "scratch memory is used"
+        assert set(re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", code)) == {"0"}
+    else:
+        code, usage = disassemble(compiled.asm["cubin"], tmp_path)
+        assert re.findall(r"STACK:(\d+)", usage) == ["0"], usage
+        assert not re.findall(r"\b(?:LDL|STL)\b[.\w]*", code), "registers are spilled to local memory"
+        assert not re.findall(r"\b(?:LDG|STG|LDGSTS)\S*\.[US](?:8|16)\b", code), "narrow global accesses"
+        if variant.unit is None:
+            assert "fma" not in compiled.asm["ptx"], "a multiplication and an addition were contracted"
+    if unit is not None:
+        assert unit in code, f"no {unit}; matrix instructions: {set(re.findall(r'[A-Z]*MMA[.A-Z0-9x]*', code))}"
+
+
+def test_every_kernel_has_variants() -> None:
+    """A kernel launched by a module but compiled for no architecture would escape the gates."""
+    for module in kernel_modules():
+        kernels = {name for name in vars(module) if re.search(r"_kernel($|_)", name)}
+        for arch in ARCHITECTURES:
+            assert {variant.kernel.__name__ for variant in module.variants(arch)} >= kernels, (module.__name__, arch)
+
+
+def test_every_launch_turns_contraction_off() -> None:
+    """Triton's default differs between versions, and bit-exact rounding needs it off."""
+    for module in kernel_modules():
+        source = inspect.getsource(module)
+        launches = len(re.findall(r"_kernel\w*\[", source))
+        assert launches == source.count("enable_fp_fusion=False") + source.count("**tile.options") > 0, module.__name__
