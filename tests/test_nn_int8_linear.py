@@ -1,4 +1,4 @@
-"""Int8Linear keeps the promises of a layer: nn.Linear's interface, canonical state, one copy, and every torch feature."""
+"""Int8Linear keeps a layer's promises: nn.Linear's interface, canonical state, one copy, every torch feature."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import io
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
+import burnish
 import pytest
 import torch
+from burnish.nn import Int8Linear
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-import burnish
-from burnish.nn import Int8Linear
 
 SIZES = [(64, 64), (70, 33), (1, 1), (5, 200), (130, 16)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -101,7 +100,7 @@ def test_a_new_layer_draws_what_linear_draws() -> None:
 
 
 def test_state_dict_is_canonical_and_makes_an_exact_round_trip() -> None:
-    linear, layer, x = pair()
+    _, layer, x = pair()
     state = layer.state_dict()
     assert {key: (value.dtype, tuple(value.shape)) for key, value in state.items()} == {
         "weight": (torch.int8, (33, 70)),
@@ -395,7 +394,7 @@ BAD_STATE = {
 @pytest.mark.parametrize("label", BAD_STATE)
 def test_bad_state_is_refused(label: str, assign: bool) -> None:
     change, match = BAD_STATE[label]
-    _, layer, x = pair()
+    _, layer, _ = pair()
     state = dict(layer.state_dict())
     change(state)
     with pytest.raises(RuntimeError, match=match):
@@ -425,7 +424,11 @@ BAD_CALLS = {
     "out_features": (lambda: Int8Linear(8, 0), ValueError, "out_features is 0, expected an integer of at least 1"),
     "activation": (lambda: Int8Linear(8, 4, activation="tanh"), ValueError, "activation is 'tanh', expected one of"),
     "dtype": (lambda: Int8Linear(8, 4, dtype=torch.float64), TypeError, "dtype is fp64, expected fp32, bf16 or fp16"),
-    "module": (lambda: Int8Linear.from_float(nn.Conv2d(3, 3, 1)), TypeError, "the module is Conv2d, expected nn.Linear"),
+    "module": (
+        lambda: Int8Linear.from_float(nn.Conv2d(3, 3, 1)),
+        TypeError,
+        "the module is Conv2d, expected nn.Linear",
+    ),
     "twice": (lambda: Int8Linear.from_float(Int8Linear(8, 4)), TypeError, "the module is Int8Linear, expected"),
     "double": (lambda: Int8Linear.from_float(nn.Linear(8, 4).double()), TypeError, "dtype is fp64, expected fp32"),
     "NaN": (

@@ -5,7 +5,8 @@
 
 The folder holds ``burnish.json`` and one safetensors file that it names. The file has the model's ``state_dict``, plain
 tensors in canonical form, each shared one once, so any safetensors reader can open it and a checkpoint made on one kind
-of machine loads on every other. The JSON has the recipe:
+of machine loads on every other. Buffers that a model makes for itself and does not keep in its ``state_dict`` are not in
+the file. The JSON has the recipe:
 
 =========  ===========================================================================================
 format     1; a newer one is refused
@@ -60,15 +61,15 @@ def save(model: torch.nn.Module, path: str | os.PathLike[str]) -> None:
     folder = Path(path)
     tensors, tied = _distinct(model.state_dict())
     recipe = {"format": FORMAT, "burnish": __version__, **_recipe(model), "tied": tied}
-    specs = {
-        key: safetensors.TensorSpec(
-            dtype=str(tensor.dtype).removeprefix("torch."),
-            shape=list(tensor.shape),
-            data_ptr=tensor.data_ptr(),
-            data_len=tensor.nbytes,
-        )
-        for key, tensor in tensors.items()
-    }
+    specs = {}
+    for key, tensor in tensors.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        try:
+            specs[key] = safetensors.TensorSpec(
+                dtype=dtype, shape=list(tensor.shape), data_ptr=tensor.data_ptr(), data_len=tensor.nbytes
+            )
+        except safetensors.SafetensorError:
+            raise CheckpointError(f"save: {key!r} is {dtype}, which safetensors has no format for") from None
     try:
         durable.commit(folder, RECIPE, recipe, lambda file: safetensors.serialize_file(specs, str(file), None))
     except (OSError, safetensors.SafetensorError) as error:

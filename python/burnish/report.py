@@ -159,7 +159,12 @@ class Report:
 def model_bytes(model: _Module) -> int:
     """Bytes of all parameters and buffers, shared ones once."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return sum(tensor.nbytes for tensor in tensors.values())
+    return sum(map(tensor_bytes, tensors.values()))
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Its bytes; none for the parameter of a lazy module."""
+    return 0 if torch.nn.parameter.is_lazy(tensor) else tensor.nbytes
 
 
 def _share(part: int, whole: int) -> str:

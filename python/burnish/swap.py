@@ -29,7 +29,7 @@ from burnish.errors import SwapError
 from burnish.nn import Fused, Int8Linear
 from burnish.nn.int8_linear import float_weight
 from burnish.registry import dtype_name
-from burnish.report import Report, Row, Slot, model_bytes
+from burnish.report import Report, Row, Slot, model_bytes, tensor_bytes
 
 FilterFn = Callable[[torch.nn.Module, str], bool]
 
@@ -329,7 +329,7 @@ def _bytes(tensors: Sequence[torch.Tensor], counted: set[int]) -> int:
     """Their bytes, without those counted before."""
     new = {id(tensor): tensor for tensor in tensors if id(tensor) not in counted}
     counted.update(new)
-    return sum(tensor.nbytes for tensor in new.values())
+    return sum(map(tensor_bytes, new.values()))
 
 
 def _described(module: torch.nn.Module) -> str:
@@ -337,7 +337,7 @@ def _described(module: torch.nn.Module) -> str:
     weight = module._parameters.get("weight")
     if isinstance(module, Int8Linear):
         return f"{name} {module.in_features}->{module.out_features}"
-    if not eligible.is_candidate(module) or weight is None or weight.dim() != 2:
+    if not eligible.is_candidate(module) or weight is None or torch.nn.parameter.is_lazy(weight) or weight.dim() != 2:
         return name
     outputs, inputs = weight.shape if isinstance(module, torch.nn.Linear) else weight.shape[::-1]
     return f"{name} {inputs}->{outputs} {dtype_name(weight.dtype)}"
