@@ -12,13 +12,14 @@ from rich.text import Text
 
 from burnish.bench.rows import Results, Row, cases_of, fastest, summary
 
-_WIDTH = 150
+#: what the longest row needs: a narrower terminal wraps it, which is better than rich's cutting it
+_WIDTH = 120
 
 
 def console(stderr: bool = False) -> Console:
-    """A console that does not cut rows where output goes to a file."""
+    """A console that cuts no row, also where output goes to a file."""
     found = Console(stderr=stderr, highlight=False)
-    return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=_WIDTH)
+    return Console(stderr=stderr, highlight=False, width=max(found.width, _WIDTH))
 
 
 @contextmanager
@@ -49,26 +50,32 @@ def show(results: Results, screen: Console) -> None:
     screen.print(f"{where}; torch {about['torch']}, burnish {about['burnish']} ({about['commit'] or 'installed'})")
     if about["ceilings"]:
         screen.print("measured between the rows: " + ", ".join(map(_ceiling, about["ceilings"].items())))
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("op", "case", "impl"):
-        table.add_column(name, no_wrap=True)
-    for name in ("median us", "q25 - q75", "GB/s", "TOP/s", "roofline", "speedup"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for (op, case), rows in cases_of(results.rows).items():
-        best = min((row for row in map(lambda p: fastest(rows, p), (True, False)) if row), key=_median, default=None)
-        for index, row in enumerate(rows):
-            first = ("", "") if index else (op, case)
-            style = "bold" if row is best else None
-            table.add_row(*first, row.impl, *_figures(row), style=style, end_section=row is rows[-1])
-    screen.print(table)
+    groups = cases_of(results.rows)
+    for op in dict.fromkeys(op for op, _ in groups):
+        screen.print(_table(op, {case: rows for (name, case), rows in groups.items() if name == op}))
     for row in results.rows:
         if row.failed or row.skipped:
             word, color = ("FAILED", "red") if row.failed else ("skipped", "yellow")
-            screen.print(Text(f"{word} {row.op} {row.case} {row.impl}: {row.failed or row.skipped}", style=color))
+            screen.print(
+                Text(f"{word} {row.op} {row.case} {row.impl}: {row.failed or row.skipped}", style=color), soft_wrap=True
+            )
     for name, reason in about.get("absent_peers", {}).items():
-        screen.print(Text(f"absent peer {name}: {reason}", style="yellow"))
+        screen.print(Text(f"absent peer {name}: {reason}", style="yellow"), soft_wrap=True)
     for line in summary(results.rows):
-        screen.print(line)
+        screen.print(line, soft_wrap=True)
+
+
+def _table(op: str, cases: dict[str, list[Row]]) -> Table:
+    table = Table(title=op, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold")
+    for name in ("case", "impl"):
+        table.add_column(name, no_wrap=True)
+    for name in ("median us", "q25 - q75", "GB/s", "TOP/s", "roofline", "speedup"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for case, rows in cases.items():
+        best = min((row for row in (fastest(rows, True), fastest(rows, False)) if row), key=_median, default=None)
+        for index, row in enumerate(rows):
+            table.add_row("" if index else case, row.impl, *_figures(row), style="bold" if row is best else None)
+    return table
 
 
 def _median(row: Row) -> float:
