@@ -24,10 +24,10 @@ _ROUNDER_BITS = tl.constexpr(0x4B400000)
 _LOG2E = tl.constexpr(1.44269504088896341)
 _LN2_HIGH = tl.constexpr(0.693145751953125)
 _LN2_LOW = tl.constexpr(1.42860682030941723212e-6)
-_SQRT_HALF = tl.constexpr(0.70710678118654752440)
 _INV_SQRT_2PI = tl.constexpr(0.39894228040143267794)
-_SQRT_2_OVER_PI = tl.constexpr(0.79788456080286535588)
+_TWO_SQRT_2_OVER_PI = tl.constexpr(1.59576912160573071176)
 _GELU_CUBIC = tl.constexpr(0.044715)
+_GELU_CUBIC_SLOPE = tl.constexpr(0.13414499163627625)  # 3 * _GELU_CUBIC rounded as fp32 does
 
 
 @triton.jit
@@ -72,19 +72,35 @@ def exp_negative(x):
 
 
 @triton.jit
-def sigmoid_pair(x):
-    """sigmoid(x) and sigmoid(-x), each without cancellation.
+def _quotient(numerator, divisor, reciprocal):
+    """numerator / divisor, rounded as IEEE division rounds it where the quotient is normal, for a divisor in [1, 2].
 
-    The divisor is in [1, 2]: an approximate reciprocal and fma corrections give the IEEE quotient (Markstein 1990)
-    without the slow path of a general division, a call that spilled the accumulators around it.
+    An approximate reciprocal and fma corrections (Markstein 1990) have no slow path; that of a general division is a
+    call, which spilled the accumulators around it.
     """
+    guess = numerator * reciprocal
+    return tl.fma(tl.fma(-divisor, guess, numerator), reciprocal, guess)
+
+
+@triton.jit
+def _reciprocal(divisor):
+    guess = 1.0 / divisor
+    return tl.fma(tl.fma(-divisor, guess, 1.0), guess, guess)
+
+
+@triton.jit
+def sigmoid_pair(x):
+    """sigmoid(x) and sigmoid(-x), each without cancellation."""
     e = exp_negative(-tl.abs(x))
-    divisor = 1.0 + e
-    reciprocal = 1.0 / divisor
-    large = tl.fma(tl.fma(-divisor, reciprocal, 1.0), reciprocal, reciprocal)
-    small = e * large
-    small = tl.fma(tl.fma(-divisor, small, e), large, small)
+    large = _reciprocal(1.0 + e)
+    small = _quotient(e, 1.0 + e, large)
     return tl.where(x < 0, small, large), tl.where(x < 0, large, small)
+
+
+@triton.jit
+def sigmoid(x):
+    e = exp_negative(-tl.abs(x))
+    return _quotient(tl.where(x < 0, e, 1.0), 1.0 + e, _reciprocal(1.0 + e))
 
 
 @triton.jit
@@ -94,47 +110,63 @@ def relu(z):
 
 @triton.jit
 def relu_slope(z):
-    return tl.where(z <= 0, 0.0, 1.0)
+    return tl.where(z > 0, 1.0, tl.where(z < 1, 0.0, z))
+
+
+@triton.jit
+def normal_logit(z):
+    """The logit of the normal distribution function, Phi(z) = sigmoid(normal_logit(z)); see ``activation.h``."""
+    s = z * z
+    p = tl.fma(s, -3.743029150515831e-11, 5.599023022995198e-09)
+    p = tl.fma(p, s, -3.0714244303453597e-07)
+    p = tl.fma(p, s, 8.334816811839119e-06)
+    p = tl.fma(p, s, -0.0001124928894569166)
+    p = tl.fma(p, s, -6.11419600318186e-05)
+    p = tl.fma(p, s, 0.07266275584697723)
+    p = tl.fma(p, s, 1.5957705974578857)
+    return tl.where(tl.abs(z) > 6.5, tl.where(z < 0, -100.0, 100.0), z * p)
 
 
 @triton.jit
 def gelu(z):
-    return z * tl.fma(tl.erf(z * _SQRT_HALF), 0.5, 0.5)
+    return z * sigmoid(normal_logit(z))
 
 
 @triton.jit
 def gelu_slope(z):
     density = exp_negative(z * z * -0.5) * _INV_SQRT_2PI
-    return tl.fma(z, density, tl.fma(tl.erf(z * _SQRT_HALF), 0.5, 0.5))
+    return tl.fma(z, density, sigmoid(normal_logit(z)))
 
 
 @triton.jit
-def _gelu_tanh_argument(z):
-    """2 * sqrt(2 / pi) * (z + 0.044715 * z**3) and its derivative, with z held where its cube is finite."""
-    held = tl.minimum(tl.maximum(z, -64.0), 64.0)
-    square = held * held
-    twice = 2.0 * _SQRT_2_OVER_PI
-    return twice * tl.fma(held * square, _GELU_CUBIC, held), twice * tl.fma(square, 3.0 * _GELU_CUBIC, 1.0)
+def _held(z):
+    """z where its cube is finite, else a value whose sigmoid is 0 or 1; NaN stays."""
+    low = tl.where(z < -64.0, -64.0, z)
+    return tl.where(low > 64.0, 64.0, low)
+
+
+@triton.jit
+def _gelu_tanh_argument(h):
+    """2 * sqrt(2 / pi) * (h + 0.044715 * h**3): gelu_tanh is z times the sigmoid of it."""
+    return tl.fma(h * (h * h), _GELU_CUBIC, h) * _TWO_SQRT_2_OVER_PI
 
 
 @triton.jit
 def gelu_tanh(z):
-    u, _ = _gelu_tanh_argument(z)
-    s, _ = sigmoid_pair(u)
-    return z * s
+    return z * sigmoid(_gelu_tanh_argument(_held(z)))
 
 
 @triton.jit
 def gelu_tanh_slope(z):
-    u, du = _gelu_tanh_argument(z)
-    s, rest = sigmoid_pair(u)
-    return tl.fma(z, s * rest * du, s)
+    h = _held(z)
+    s, rest = sigmoid_pair(_gelu_tanh_argument(h))
+    slope = tl.fma(h * h, _GELU_CUBIC_SLOPE, 1.0) * _TWO_SQRT_2_OVER_PI
+    return tl.fma(z, s * rest * slope, s)
 
 
 @triton.jit
 def silu(z):
-    s, _ = sigmoid_pair(z)
-    return z * s
+    return z * sigmoid(z)
 
 
 @triton.jit

@@ -1,0 +1,232 @@
+"""The interpreter's repairs are bit-equal to torch; and what the generated tests of the Triton kernels do not reach.
+
+That is every tile of every architecture, both forward paths, the twins of ``csrc/math``, and the split of the
+backward's operand.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton_interpreter
+
+triton_interpreter.require()
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+from burnish import _math, registry  # noqa: E402
+from burnish.kernels.common import numerics, target, tiles  # noqa: E402
+from burnish.kernels.quant import int8_linear, int8_quantize_rows  # noqa: E402
+
+ALL_TILES = sorted({tile for table in tiles.INT8_GEMM.values() for tile in table}, key=lambda tile: tile.name)
+SPLIT_TILES = sorted({tile for table in tiles.SPLIT_GEMM.values() for tile in table}, key=lambda tile: tile.name)
+FUSED_TILES = [tile for tile in ALL_TILES if tile.block_m <= int8_linear.FUSED_MAX_ROWS]
+ACTIVATIONS = range(5)
+
+
+def patterns(count: int = 1 << 14) -> torch.Tensor:
+    """fp32 values: random bit patterns with every exponent, NaN, infinities, subnormals, and ties of bf16 rounding."""
+    generator = torch.Generator().manual_seed(7)
+    bits = torch.randint(-(2**31), 2**31, (count,), generator=generator, dtype=torch.int64).to(torch.int32)
+    ties = (bits[: count // 4] & -0x10000) | 0x8000
+    special = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 3.4e38, -3.4e38, 7.94, 448.0, 464.0]
+    moderate = torch.randn(count // 4, generator=generator) * 8
+    return torch.cat([bits.view(torch.float32), ties.view(torch.float32), torch.tensor(special), moderate])
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> None:
+    """Equal values, or NaN in the same places."""
+    assert left.dtype == right.dtype
+    assert torch.equal(left.isnan(), right.isnan())
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[left.element_size()]
+    kept = ~left.isnan()
+    assert torch.equal(left[kept].view(integer), right[kept].view(integer))
+
+
+@triton.jit
+def convert_kernel(source_ptr, result_ptr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    values = tl.load(source_ptr + index, mask=index < COUNT)
+    tl.store(result_ptr + index, values.to(result_ptr.dtype.element_ty), mask=index < COUNT)
+
+
+@triton.jit
+def dot_kernel(a_ptr, b_ptr, result_ptr, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    offsets = index[:, None] * BLOCK + index[None, :]
+    product = tl.dot(tl.load(a_ptr + offsets), tl.load(b_ptr + offsets), out_dtype=tl.float32)
+    tl.store(result_ptr + offsets, product)
+
+
+def converted(source: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    result = torch.empty(source.shape, dtype=dtype)
+    block = triton.next_power_of_2(source.numel())
+    convert_kernel[(1,)](source, result, COUNT=source.numel(), BLOCK=block)
+    return result
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2], ids=lambda dtype: str(dtype)[6:]
+)
+def test_narrowing_from_fp32_is_torchs(dtype: torch.dtype) -> None:
+    same_bits(converted(patterns(), dtype).float(), patterns().to(dtype).float())
+
+
+def test_widening_of_bf16_is_torchs() -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    same_bits(converted(every, torch.float32), every.float())
+
+
+def test_integers_convert_to_bf16_as_in_torch() -> None:
+    every = torch.arange(-128, 128).to(torch.int8)
+    same_bits(converted(every, torch.bfloat16), every.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda dtype: str(dtype)[6:])
+def test_dot_is_torchs(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randint(-64, 65, (32, 32), generator=generator).to(dtype) / 8 for _ in range(2))
+    result = torch.empty(32, 32)
+    dot_kernel[(1,)](a, b, result, BLOCK=32)
+    assert torch.equal(result, (a.double() @ b.double()).float())
+
+
+@triton.jit
+def activation_kernel(z_ptr, value_ptr, slope_ptr, COUNT: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    z = tl.load(z_ptr + index, mask=index < COUNT)
+    tl.store(value_ptr + index, numerics.activate(z, ACTIVATION), mask=index < COUNT)
+    tl.store(slope_ptr + index, numerics.activation_slope(z, ACTIVATION), mask=index < COUNT)
+
+
+@pytest.mark.parametrize("activation", [1, 2, 3, 4])
+def test_activations_are_the_bits_of_csrc_math(activation: int) -> None:
+    z = torch.cat([patterns(2048), torch.linspace(-20, 20, 2001), torch.linspace(-90, -86, 101)])
+    value, slope = torch.empty_like(z), torch.empty_like(z)
+    block = triton.next_power_of_2(z.numel())
+    activation_kernel[(1,)](z, value, slope, COUNT=z.numel(), BLOCK=block, ACTIVATION=activation)
+    same_bits(value, torch.tensor([_math.activate(v, activation) for v in z.tolist()]))
+    same_bits(slope, torch.tensor([_math.activation_slope(v, activation) for v in z.tolist()]))
+
+
+def test_quantisation_is_the_bits_of_csrc_math() -> None:
+    x = patterns(1024)[:1024].reshape(32, 32)
+    q, scale = int8_quantize_rows.int8_quantize_rows(x)
+    for row, q_row, row_scale in zip(x, q, scale, strict=True):
+        largest = math.nan if row.isnan().any() else row.abs().max().item()
+        amax, inverse, expected = _math.row_scale(largest)
+        same_bits(row_scale, torch.tensor(expected))
+        assert q_row.tolist() == [_math.quantize(value, amax, inverse) for value in row.tolist()]
+
+
+@pytest.mark.parametrize("width", [1, 127, 128, 129, 1024, 1025, 4097, 8192, 8193, 16400])
+def test_every_block_of_the_quantisation(width: int) -> None:
+    x = torch.randn(3, width, generator=torch.Generator().manual_seed(width)).to(torch.bfloat16)
+    for got, expected in zip(
+        int8_quantize_rows.int8_quantize_rows(x), registry.get("int8_quantize_rows").reference(x), strict=True
+    ):
+        assert torch.equal(got, expected)
+
+
+def integers(m: int, n: int, k: int) -> tuple[torch.Tensor, ...]:
+    """x with scale 1, a packed weight, unit scales and a bias: the result is exact in fp32."""
+    generator = torch.Generator().manual_seed(m + n + k)
+    x = torch.randint(-8, 9, (m, k), generator=generator).float()
+    x[:, 0] = 127
+    weight = torch.randint(-8, 9, (n, k), generator=generator).to(torch.int8)
+    packed = torch.nn.functional.pad(weight, (0, -k % 16))
+    return x, packed, torch.ones(n), torch.randint(-8, 9, (n,), generator=generator).float()
+
+
+@pytest.mark.parametrize("even", [True, False], ids=["even", "ragged"])
+@pytest.mark.parametrize("tile", ALL_TILES, ids=lambda tile: tile.name)
+def test_every_forward_tile_is_exact(tile: tiles.Tile, even: bool) -> None:
+    k = 2 * tile.block_k if even else tile.block_k + 7
+    x, weight, scale, bias = integers(tile.block_m + 3, tile.block_n + 5, k)
+    expected = (x.double() @ weight[:, :k].double().T + bias).float()
+    paths = [int8_linear.forward_split] + [int8_linear.forward_fused] * (tile in FUSED_TILES)
+    for path in paths:
+        y = torch.full_like(expected, math.nan)
+        path(x, weight, scale, bias, 0, y, tile)
+        assert torch.equal(y, expected), path.__name__
+
+
+@pytest.mark.parametrize("tile", SPLIT_TILES, ids=lambda tile: tile.name)
+def test_every_backward_tile_is_exact(tile: tiles.Tile) -> None:
+    dz, n, k = torch.empty(tile.block_m + 3, tile.block_k + 5), tile.block_k + 5, tile.block_n + 7
+    _, weight, scale, _ = integers(1, n, k)
+    dz.random_(-8, 9, generator=torch.Generator().manual_seed(1))
+    dx = torch.full((dz.shape[0], k), math.nan)
+    int8_linear.input_gradient(dz, weight, scale, dx, tile)
+    assert torch.equal(dx, (dz.double() @ weight[:, :k].double()).float())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+def test_both_forward_paths_give_the_same_bits(dtype: torch.dtype, activation: int) -> None:
+    generator = torch.Generator().manual_seed(activation)
+    x = torch.randn(19, 150, generator=generator)
+    x[3, 7], x[5, 9], x[6, 1] = math.nan, math.inf, -math.inf
+    _, weight, _, bias = integers(1, 45, 150)
+    scale, x = torch.rand(45, generator=generator) / 64, x.to(dtype)
+    results = []
+    for path in (int8_linear.forward_split, int8_linear.forward_fused):
+        results.append(torch.empty(19, 45, dtype=dtype))
+        path(x, weight, scale, bias.to(dtype), activation, results[-1], FUSED_TILES[0])
+    same_bits(*results)
+    expected = registry.get("int8_linear").reference(x.double(), weight, scale, bias, activation, torch.float64)
+    assert torch.equal(results[0].isnan(), expected.isnan())
+    assert torch.equal(results[0].isinf(), expected.isinf())
+
+
+@pytest.mark.parametrize("n", [1, 2, 30, int8_linear.TWO_PARTS_MIN_N - 1, int8_linear.TWO_PARTS_MIN_N])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+def test_the_split_keeps_the_elementwise_bound_under_cancellation(dtype: torch.dtype, n: int) -> None:
+    """Rows of w that nearly cancel: the bound of rule N2 without its output term is met before the one rounding."""
+    generator = torch.Generator().manual_seed(n)
+    dz = torch.randn(33, n, generator=generator)
+    weight = torch.randint(-128, 128, (n, 48), generator=generator).to(torch.int8)
+    dz[:, n - n // 2 :] = -dz[:, : n // 2]  # opposite halves, nearly equal scales
+    weight[n - n // 2 :] = weight[: n // 2]
+    scale = torch.ones(n) + torch.rand(n, generator=generator) * 1e-3
+    dz = dz.to(dtype)
+    dx, _ = int8_linear.int8_linear_backward(dz, None, weight, scale, None, 48, 0, False)
+    v = dz.double() * scale.double()
+    exact, magnitude = v @ weight.double(), v.abs() @ weight.double().abs()
+    bound = 2 * ((n + 2) * 2.0**-23 * magnitude + torch.finfo(dtype).eps * exact.abs()) + 1e-30
+    assert ((dx.double() - exact).abs() <= bound).all()
+
+
+def test_infinite_gradients_stay_infinite() -> None:
+    dz = torch.tensor([[math.inf, 1.0], [-math.inf, 1.0], [math.nan, 1.0], [3e38, 1.0]])
+    weight = torch.tensor([[2, -3, 0], [1, 1, 1]], dtype=torch.int8)
+    packed = torch.nn.functional.pad(weight, (0, 13))
+    dx, _ = int8_linear.int8_linear_backward(dz, None, packed, torch.ones(2), None, 3, 0, False)
+    expected = dz @ weight.float()
+    assert torch.equal(dx.isnan(), expected.isnan())
+    assert torch.equal(dx.isinf(), expected.isinf())
+    assert torch.equal(dx[~dx.isnan()].sign(), expected[~expected.isnan()].sign())
+
+
+@pytest.mark.parametrize("m", [0, 1, 31, 256, 257, 700])
+def test_bias_gradients_sum_every_row_once(m: int) -> None:
+    dz = torch.randint(-8, 9, (m, 150), generator=torch.Generator().manual_seed(m)).float()
+    assert torch.equal(int8_linear.column_sums(dz), dz.sum(0))
+
+
+def test_objections_name_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, scale, _ = integers(2, 16, 16)
+    assert int8_linear.supports(x, weight, scale, None, 0, None) is None
+    assert "vnni layout" in str(int8_linear.supports(x, weight.to(torch.uint8), scale, None, 0, None))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "on the CPU" in str(target.objection(x))
+
+
+def test_tiles_fill_the_device() -> None:
+    table = tiles.INT8_GEMM["sm_90"]
+    assert tiles.pick(table, 4096, 4096, 132) == table[0]
+    assert tiles.pick(table, 1, 4096, 132).block_m == 16
+    small = tiles.pick(table, 128, 384, 132)
+    assert small.block_m * small.block_n == min(t.block_m * t.block_n for t in table)
