@@ -54,11 +54,14 @@ def render(results: list[Results]) -> str:
     lines += [f"- {line}" for line in summary(rows)] + [""]
     untimed = [f"- {row.op} {row.case} {row.impl}: {row.failed or row.skipped}" for row in rows if not row.timed]
     lines += [*(["Not timed:", "", *untimed, ""] if untimed else [])]
-    lines += ["| date | commit | ceilings | command |", "| --- | --- | --- | --- |"]
+    lines += ["| date | commit | ceilings | others' share of the cores | command |", "| --- | --- | --- | --- | --- |"]
     for about in (result.machine for result in results):
         ceilings = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in about["ceilings"].items())
         command = about["command"].replace("|", r"\|")
-        lines.append(f"| {about['date']} | {about['commit'] or about['burnish']} | {ceilings} | `{command}` |")
+        taken = "-" if about["neighbours"] is None else f"{about['neighbours']:.1%}"
+        lines.append(
+            f"| {about['date']} | {about['commit'] or about['burnish']} | {ceilings} | {taken} | `{command}` |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -92,6 +92,7 @@ class TestRows:
             assert list(row) == KEYS
             assert all(isinstance(row[key], float) for key in KEYS[3:9] + KEYS[10:])
             assert 0 < row["q25_us"] <= row["median_us"] <= row["q75_us"]
+        assert 0 <= document["machine"]["neighbours"] <= 1
         for key in ("date", "command", "commit", "burnish", "torch", "cpu", "threads", "isa", "ceilings", "peers"):
             assert key in document["machine"]
         path = tmp_path / "rows.json"
@@ -319,6 +320,26 @@ class TestMachine:
         assert machine.parse_size("512") == 512
         assert machine.last_level_cache() >= 1 << 20
         assert machine.free_memory() > 1 << 20
+
+    def test_neighbours_are_noticed(self, monkeypatch):
+        used = iter([100.0, 100.0 + machine.os.cpu_count()])
+        monkeypatch.setattr(machine, "_busy_seconds", lambda: next(used))
+        neighbours = machine.Neighbours()
+        assert neighbours.share is None
+        with neighbours.watch():
+            time.sleep(0.01)
+        assert neighbours.share == 1.0
+        monkeypatch.setattr(machine, "_busy_seconds", lambda: 5.0)
+        quiet = machine.Neighbours()
+        with quiet.watch():
+            time.sleep(0.01)
+        assert quiet.share == 0.0
+
+    def test_own_work_is_no_neighbour(self):
+        before, own = machine._busy_seconds(), time.process_time()
+        while time.process_time() - own < 0.2:
+            pass
+        assert machine._busy_seconds() - before >= 0.15
 
     def test_commit_only_of_the_checkout_it_runs_from(self, tmp_path, monkeypatch):
         (tmp_path / "machine.py").touch()

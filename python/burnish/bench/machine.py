@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -98,6 +100,38 @@ def last_level_cache(device: str = "cpu") -> int:
             except (OSError, ValueError):
                 continue
     return sum(found.values()) or _DEFAULT_CACHE
+
+
+class Neighbours:
+    """How much of our cores other processes, or the host, took while :meth:`watch` was in force."""
+
+    def __init__(self) -> None:
+        self._taken = 0.0
+        self._offered = 0.0
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        busy, own, start = _busy_seconds(), time.process_time(), time.perf_counter()
+        yield
+        after = _busy_seconds()
+        if busy is not None and after is not None:
+            self._taken += max(0.0, after - busy - (time.process_time() - own))
+            self._offered += (time.perf_counter() - start) * (os.cpu_count() or 1)
+
+    @property
+    def share(self) -> float | None:
+        """0 on a quiet machine, 1 where they had everything; None if the system does not tell."""
+        return min(1.0, self._taken / self._offered) if self._offered else None
+
+
+def _busy_seconds() -> float | None:
+    """Core seconds used so far by all processes, and stolen by the host."""
+    try:
+        fields = Path("/proc/stat").read_text().partition("\n")[0].split()[1:]
+        user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
+        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):
+        return None
 
 
 def parse_size(text: str) -> int:

@@ -95,6 +95,7 @@ def run(
     total = len(plan.cases) * (plan.rounds + 1)
     rows: list[Row] = []
     ceilings: dict[str, list[float]] = {}
+    neighbours = machine.Neighbours()
     with _threads(threads):
         about = machine.describe(plan.device, command or " ".join(sys.argv))
         for index, (spec, case) in enumerate(plan.cases):
@@ -102,17 +103,23 @@ def run(
             label = f"{spec.name} {case.id}"
             steps = iter(range(done + 1, total + 1))
             progress(done, total, label)
-            rows += _time_case(plan, spec, case, ceilings, lambda: progress(next(steps), total, label))  # noqa: B023
+            tick = partial(_tick, progress, steps, total, label)
+            rows += _time_case(plan, spec, case, ceilings, neighbours, tick)
         progress(total, total, "")
     units = {"read": ("read_gbps", 1e9)}
     about["ceilings"] = {
         units.get(kind, (f"{kind}_tops", 1e12))[0]: round(quartiles(values)[1] / units.get(kind, ("", 1e12))[1], 4)
         for kind, values in ceilings.items()
     }
+    about["neighbours"] = neighbours.share
     about["rounds"], about["min_ms"] = plan.rounds, plan.min_ms
     about["peers"] = {peer.name: peer.version for peer in plan.peers}
     about["absent_peers"] = absent_peers or {}
     return Results(about, tuple(rows))
+
+
+def _tick(progress: Callable[[int, int, str], None], steps: Iterator[int], total: int, label: str) -> None:
+    progress(next(steps), total, label)
 
 
 @contextmanager
@@ -149,20 +156,26 @@ def implementation(spec: OpSpec, backend: Backend, args: tuple[Any, ...]) -> Cal
 
 
 def _time_case(
-    plan: Plan, spec: OpSpec, case: Case, ceilings: dict[str, list[float]], tick: Callable[[], None]
+    plan: Plan,
+    spec: OpSpec,
+    case: Case,
+    ceilings: dict[str, list[float]],
+    neighbours: machine.Neighbours,
+    tick: Callable[[], None],
 ) -> list[Row]:
     refused, contestants = _contestants(plan, spec, case)
     tick()
     cost = spec.cost(case)
-    peaks = interleave(
-        contestants,
-        roofline.probes(plan.device, cost.unit, cost.ops) if contestants else {},
-        device=plan.device,
-        rounds=plan.rounds if contestants else 0,
-        min_ms=plan.min_ms,
-        seed=plan.seed,
-        tick=tick,
-    )
+    with neighbours.watch():
+        peaks = interleave(
+            contestants,
+            roofline.probes(plan.device, cost.unit, cost.ops) if contestants else {},
+            device=plan.device,
+            rounds=plan.rounds if contestants else 0,
+            min_ms=plan.min_ms,
+            seed=plan.seed,
+            tick=tick,
+        )
     for kind, values in peaks.items():
         ceilings.setdefault(kind, []).extend(values)
     torch_path = next((one for one in contestants if one.name == BASELINE), None)

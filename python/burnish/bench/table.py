@@ -15,6 +15,9 @@ from burnish.bench.rows import Results, Row, cases_of, fastest, summary
 #: what the longest row needs: a narrower terminal wraps it, which is better than rich's cutting it
 _WIDTH = 120
 
+#: what others may take of the cores before a run's figures are doubted
+QUIET = 0.05
+
 
 def console(stderr: bool = False) -> Console:
     """A console that cuts no row, also where output goes to a file."""
@@ -61,6 +64,10 @@ def show(results: Results, screen: Console) -> None:
             )
     for name, reason in about.get("absent_peers", {}).items():
         screen.print(Text(f"absent peer {name}: {reason}", style="yellow"), soft_wrap=True)
+    taken = about.get("neighbours")
+    if taken is not None and taken > QUIET:
+        text = f"the machine was not quiet: other processes had {taken:.0%} of the cores while timing"
+        screen.print(Text(text, style="red"), soft_wrap=True)
     for line in summary(results.rows):
         screen.print(line, soft_wrap=True)
 
