@@ -142,6 +142,7 @@ void forward(const Rows& rows, Format x_format, const Tensor& weight, const Tens
   run_forward({kernels(), product, static_cast<const char*>(rows.tensor.const_data_ptr()),
                rows.stride * size_of(x_format), x_format, rows.width, q, row_scale, row_offset},
               rows.count);
+  scratch.trim();
 }
 
 Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias,
@@ -157,6 +158,24 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, c
   Tensor y = torch::stable::new_empty(x, sizes_with_last(x, scale.size(0)), out);
   forward(rows, format_of(x.scalar_type()), weight, scale, bias, activation, y.mutable_data_ptr(), format_of(out));
   return y;
+}
+
+// sums[n] = the sum of column n of dz, n in [begin, end): blocks of rows apart, then the blocks, which keeps the
+// rounding error of a long sum near that of a short one.
+void sum_rows(const float* dz, int64_t rows, int64_t stride, int64_t begin, int64_t end, float* sums) {
+  constexpr int64_t kBlock = 16;
+  float block[kPanel];
+  std::fill(sums + begin, sums + end, 0.0f);
+  for (int64_t from = begin; from < end; from += kPanel) {
+    const int64_t count = std::min(kPanel, end - from);
+    for (int64_t row = 0; row < rows; row += kBlock) {
+      std::fill(block, block + count, 0.0f);
+      for (int64_t r = row; r < std::min(row + kBlock, rows); ++r) {
+        for (int64_t n = 0; n < count; ++n) block[n] += dz[r * stride + from + n];
+      }
+      for (int64_t n = 0; n < count; ++n) sums[from + n] += block[n];
+    }
+  }
 }
 
 // dx and dbias for dz = dy * act'(z), z recomputed by the forward where there is an activation.
@@ -205,13 +224,9 @@ std::tuple<Tensor, Tensor> int8_linear_backward(const Tensor& dy, const std::opt
   Tensor dbias = torch::stable::new_empty(dy, {bias_grad ? N : 0}, ScalarType::Float);
   if (bias_grad) {
     auto* sums = dbias.mutable_data_ptr<float>();
-    torch::stable::parallel_for(0, N, std::max<int64_t>(64, 65536 / std::max<int64_t>(M, 1)),
-                                [&](int64_t begin, int64_t end) {
-                                  std::fill(sums + begin, sums + end, 0.0f);
-                                  for (int64_t row = 0; row < M; ++row) {
-                                    for (int64_t n = begin; n < end; ++n) sums[n] += dz[row * padded + n];
-                                  }
-                                });
+    const int64_t grain = std::max<int64_t>(64, 65536 / std::max<int64_t>(M, 1));
+    torch::stable::parallel_for(0, N, grain,
+                                [&](int64_t begin, int64_t end) { sum_rows(dz, M, padded, begin, end, sums); });
   }
 
   Tensor dx = torch::stable::new_empty(dy, sizes_with_last(dy, K));
@@ -222,6 +237,7 @@ std::tuple<Tensor, Tensor> int8_linear_backward(const Tensor& dy, const std::opt
     partial.reserve(Scratch::bytes<float>(int8_dx_scratch(M)));
     level.int8_dx(args, begin, end, partial.take<float>(int8_dx_scratch(M)));
   });
+  scratch.trim();
   return {dx, dbias};
 }
 

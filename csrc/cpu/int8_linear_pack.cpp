@@ -2,6 +2,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <sys/mman.h>
+
 #include <cstring>
 #include <string>
 
@@ -28,6 +30,15 @@ void for_each_byte(int64_t N, int64_t K, const F& f) {
   });
 }
 
+// Asks for 2 MiB pages under a large weight, before it is first written, because a stream over 4 KiB pages waits for a
+// page walk every 64 cache lines. Advice only: where the system declines, nothing changes.
+void advise_large_pages(void* data, int64_t bytes) {
+  constexpr uintptr_t kLarge = uintptr_t{2} << 20;
+  const uintptr_t from = (reinterpret_cast<uintptr_t>(data) + kLarge - 1) / kLarge * kLarge;
+  const uintptr_t to = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kLarge * kLarge;
+  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+}
+
 Tensor int8_linear_pack(const Tensor& weight, const std::string& layout) {
   check_cpu("int8_linear_pack", "weight", weight);
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char, "int8_linear_pack: weight is ",
@@ -52,6 +63,7 @@ Tensor int8_linear_pack(const Tensor& weight, const std::string& layout) {
   }
   Tensor packed = torch::stable::new_empty(weight, {round_up(N, kGroup), round_up(K, kDepth)}, ScalarType::Byte);
   auto* to = packed.mutable_data_ptr<uint8_t>();
+  advise_large_pages(to, packed.numel());
   for_each_byte(N, K, [&](int64_t offset, int64_t n, int64_t k) {
     const int value = n < N && k < K ? from[n * stride_n + k * stride_k] : 0;
     to[offset] = static_cast<uint8_t>(value + 128);

@@ -32,6 +32,14 @@ class Scratch {
     size_ = size;
   }
 
+  // Gives a block back that is too large to sit idle in every thread.
+  void trim() {
+    if (size_ <= kKept) return;
+    std::free(block_);
+    block_ = nullptr;
+    size_ = 0;
+  }
+
   template <class T>
   T* take(int64_t count) {
     T* array = reinterpret_cast<T*>(block_ + taken_);
@@ -40,6 +48,7 @@ class Scratch {
   }
 
  private:
+  static constexpr int64_t kKept = int64_t{32} << 20;
   char* block_ = nullptr;
   int64_t size_ = 0;
   int64_t taken_ = 0;

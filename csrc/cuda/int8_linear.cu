@@ -28,6 +28,7 @@
 #include "cuda/rows.cuh"
 #include "math/activation.h"
 #include "math/half.h"
+#include "math/pack.h"
 
 namespace burnish {
 namespace {
@@ -36,8 +37,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int kMaxRows = 16;
-constexpr int kMaxWidth = 131072;         // int32 sums cannot overflow up to here
-constexpr int kMaxChannels = 1 << 30;     // an int32 counts channels past the last tile of the last block
+constexpr int kMaxWidth = 131072;      // int32 sums cannot overflow up to here
+constexpr int kMaxChannels = 1 << 30;  // an int32 counts channels past the last tile of the last block
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kStageBytes = 128;
@@ -60,7 +61,7 @@ struct Problem {
   int rows;
   int channels;
   int splits;
-  int activation;
+  Activation activation;
   Format bias_format;
   Format y_format;
 };
@@ -81,8 +82,8 @@ __device__ inline void store_from_float(void* data, int64_t i, Format format, fl
   }
 }
 
-// What a warp fetches next. Blocks take every gridDim.x-th tile, and of its rows the stages of one split, blockIdx.y; step
-// s of a warp is stage (s * splits + split) * kWarps + warp.
+// What a warp fetches next. Blocks take every gridDim.x-th tile, and of its rows the stages of one split, blockIdx.y;
+// step s of a warp is stage (s * splits + split) * kWarps + warp.
 struct Cursor {
   int tile;
   int k;  // the stage's first byte in a row
@@ -107,8 +108,8 @@ struct Ring {
 
   const Problem& p;
   int tiles;
-  int group;   // the lane's row within 8: a channel of the weight, a row of x
-  int column;  // the lane's 16 bytes within a half of a stage
+  int group;       // the lane's row within 8: a channel of the weight, a row of x
+  int column;      // the lane's 16 bytes within a half of a stage
   Bytes16* slots;  // this lane's first
 
   __device__ Bytes16* slot(int stage, int i) const { return slots + (stage * kSlots + i) * 32; }
@@ -325,7 +326,8 @@ void start(Problem p, const Rows& x, const DeviceLimits& limits, cudaStream_t st
   const int64_t places =
       int64_t{limits.multiprocessors} * std::max(1, limits.shared_memory / (static_cast<int>(kShared) + kReserved));
   const int64_t tiles = ceil_div(p.channels, Sums::kChannels);
-  p.splits = static_cast<int>(std::max<int64_t>(1, std::min(places / tiles, int64_t{Sums::kChannels} * p.width / kSplitBytes)));
+  p.splits = static_cast<int>(
+      std::max<int64_t>(1, std::min(places / tiles, int64_t{Sums::kChannels} * p.width / kSplitBytes)));
   Tensor partial, tickets;
   if (p.splits > 1) {
     const int64_t outputs = tiles * p.splits * Sums::kOutputs * kThreads;
@@ -362,7 +364,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, c
   STD_TORCH_CHECK(x.dim() >= 1, "int8_linear.native: x is a scalar, expected [..., K]");
   const DeviceGuard guard(x.get_device_index());
   const Rows rows = as_rows(x);
-  const int64_t width = ceil_div(rows.width, 16) * 16;
+  const int64_t width = round_up(rows.width, kRowPadding);
   const int64_t channels = scale.numel();
   STD_TORCH_CHECK(rows.count <= kMaxRows, "int8_linear.native: x has ", rows.count, " rows, expected at most ",
                   kMaxRows);
@@ -373,6 +375,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, c
   STD_TORCH_CHECK(rows.width <= kMaxWidth, "int8_linear.native: K is ", rows.width, ", expected at most ", kMaxWidth);
   STD_TORCH_CHECK(channels <= kMaxChannels, "int8_linear.native: N is ", channels, ", expected at most ", kMaxChannels);
   STD_TORCH_CHECK(!bias || bias->numel() == channels, "int8_linear.native: bias has not N = ", channels, " elements");
+  STD_TORCH_CHECK(activation >= 0 && activation < kActivations, "int8_linear.native: activation is ", activation);
   const ScalarType dtype = out_dtype.value_or(x.scalar_type());
   Tensor y = torch::stable::new_empty(x, sizes_with_last(x, channels), dtype);
   if (y.numel() == 0) return y;
@@ -395,7 +398,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, c
   p.width = static_cast<int>(width);
   p.rows = static_cast<int>(rows.count);
   p.channels = static_cast<int>(channels);
-  p.activation = static_cast<int>(activation);
+  p.activation = static_cast<Activation>(activation);
   p.bias_format = offsets ? format_of(offsets->scalar_type(), "bias") : Format::kFloat;
   p.y_format = format_of(dtype, "out_dtype");
 

@@ -33,12 +33,12 @@ struct Word;
 template <>
 struct Word<float> {
   static constexpr int kElements = 1;
-  static __device__ float element(uint32_t word, int) { return from_bits(word); }
+  static __device__ float element(uint32_t word, int) { return bits_float(word); }
 };
 template <>
 struct Word<bf16> {
   static constexpr int kElements = 2;
-  static __device__ float element(uint32_t word, int i) { return from_bits(i == 0 ? word << 16 : word & 0xffff0000u); }
+  static __device__ float element(uint32_t word, int i) { return bits_float(i == 0 ? word << 16 : word & 0xffff0000u); }
 };
 template <>
 struct Word<fp16> {

@@ -77,9 +77,12 @@ BURNISH_HD V relu(V z) {
   return select(less(z, splat<V>(0.0f)), splat<V>(0.0f), z);
 }
 
+// 1 at NaN, as torch's relu lets the gradient through there.
 template <class V>
 BURNISH_HD V relu_slope(V z) {
-  return select(less(splat<V>(0.0f), z), splat<V>(1.0f), select(less(z, splat<V>(1.0f)), splat<V>(0.0f), z));
+  const auto positive = less(splat<V>(0.0f), z);
+  const auto otherwise = select(less(z, splat<V>(1.0f)), splat<V>(0.0f), splat<V>(1.0f));
+  return select(positive, splat<V>(1.0f), otherwise);
 }
 
 // logit of the normal distribution function: Phi(z) = sigmoid(normal_logit(z)). An odd polynomial, least squares with

@@ -1,7 +1,8 @@
 // The gradient of int8_linear's input: dx = dz @ w with dz in fp32 and w in int8, summed in fp32 over n in order.
 //
 // A block of 64 columns of dx is the unit of parallel work. For each panel of 64 channels the block's weights are
-// unpacked to a 64 x 64 fp32 tile, which lives in L1, and every row of dz passes over it; partial sums stay in scratch.
+// unpacked to a 64 x 64 fp32 tile, which lives in L1, and every row of dz passes over it. A panel's sum is formed apart
+// and then added to the total in scratch: two levels keep the rounding error near that of a blocked matrix product.
 #include "cpu/simd/level.h"
 #include "math/pack.h"
 
@@ -31,7 +32,7 @@ template <int MR>
 void accumulate(const float* dz, int64_t dz_stride, const float* tile, int64_t channels, float* sums) {
   Vec sum[MR][kVectors];
   BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
-    BURNISH_UNROLL for (int v = 0; v < kVectors; ++v) sum[m][v] = load(sums + m * kTile + v * Vec::kLanes, Vec::kLanes);
+    BURNISH_UNROLL for (int v = 0; v < kVectors; ++v) sum[m][v] = Vec(0.0f);
   }
   for (int64_t n = 0; n < channels; ++n) {
     Vec weight[kVectors];
@@ -44,7 +45,10 @@ void accumulate(const float* dz, int64_t dz_stride, const float* tile, int64_t c
     }
   }
   BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
-    BURNISH_UNROLL for (int v = 0; v < kVectors; ++v) store(sums + m * kTile + v * Vec::kLanes, sum[m][v], Vec::kLanes);
+    BURNISH_UNROLL for (int v = 0; v < kVectors; ++v) {
+      float* total = sums + m * kTile + v * Vec::kLanes;
+      store(total, load(total, Vec::kLanes) + sum[m][v], Vec::kLanes);
+    }
   }
 }
 
