@@ -4,11 +4,11 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <optional>
 #include <string>
 
+#include "check.h"
 #include "cpu/kernels.h"
 #include "math/pack.h"
 
@@ -59,13 +59,13 @@ inline Format format_of(ScalarType type) {
 }
 
 inline void check_cpu(const char* op, const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, " is on another device, expected cpu");
+  BURNISH_CHECK(tensor.is_cpu(), op, ": ", name, " is on another device, expected cpu");
 }
 
 inline void check_floating(const char* op, const char* name, const Tensor& tensor) {
   check_cpu(op, name, tensor);
-  STD_TORCH_CHECK(is_floating(tensor.scalar_type()), op, ": ", name, " is ", dtype_name(tensor.scalar_type()),
-                  ", expected fp32, bf16 or fp16");
+  BURNISH_CHECK(is_floating(tensor.scalar_type()), op, ": ", name, " is ", dtype_name(tensor.scalar_type()),
+                ", expected fp32, bf16 or fp16");
 }
 
 // `packed` is a run-time layout of an [N, K] weight; with `vnni_only`, the one that CPU kernels take.
@@ -73,15 +73,15 @@ inline void check_packed(const char* op, const char* name, const Tensor& packed,
   check_cpu(op, name, packed);
   const ScalarType type = packed.scalar_type();
   const bool vnni = type == ScalarType::Byte;
-  STD_TORCH_CHECK(vnni || (type == ScalarType::Char && !vnni_only), op, ": ", name, " is ", dtype_name(type),
-                  vnni_only ? ", expected uint8 (vnni) from int8_linear_pack"
-                            : ", expected uint8 (vnni) or int8 (rows) from int8_linear_pack");
+  BURNISH_CHECK(vnni || (type == ScalarType::Char && !vnni_only), op, ": ", name, " is ", dtype_name(type),
+                vnni_only ? ", expected uint8 (vnni) from int8_linear_pack"
+                          : ", expected uint8 (vnni) or int8 (rows) from int8_linear_pack");
   const int64_t rows = vnni ? round_up(N, kGroup) : N;
   const int64_t width = round_up(K, vnni ? kDepth : kRowPadding);
-  STD_TORCH_CHECK(packed.dim() == 2 && packed.size(0) == rows && packed.size(1) == width, op, ": ", name, " has shape ",
-                  shape_text(packed), ", expected (", rows, ", ", width, ") for N=", N, ", K=", K,
-                  ": pack it by int8_linear_pack");
-  STD_TORCH_CHECK(packed.is_contiguous(), op, ": ", name, " is not contiguous, expected int8_linear_pack's result");
+  BURNISH_CHECK(packed.dim() == 2 && packed.size(0) == rows && packed.size(1) == width, op, ": ", name, " has shape ",
+                shape_text(packed), ", expected (", rows, ", ", width, ") for N=", N, ", K=", K,
+                ": pack it by int8_linear_pack");
+  BURNISH_CHECK(packed.is_contiguous(), op, ": ", name, " is not contiguous, expected int8_linear_pack's result");
 }
 
 }  // namespace burnish

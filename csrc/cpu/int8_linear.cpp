@@ -32,21 +32,21 @@ constexpr int64_t kRowBlockBytes = int64_t{96} << 10;  // quantised rows that a 
 void check_operands(const char* op, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias,
                     int64_t K, int64_t activation) {
   check_cpu(op, "scale", scale);
-  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float, op, ": scale is ", dtype_name(scale.scalar_type()),
-                  ", expected fp32");
-  STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) >= 1, op, ": scale has shape ", shape_text(scale),
-                  ", expected [N] with N >= 1");
+  BURNISH_CHECK(scale.scalar_type() == ScalarType::Float, op, ": scale is ", dtype_name(scale.scalar_type()),
+                ", expected fp32");
+  BURNISH_CHECK(scale.dim() == 1 && scale.size(0) >= 1, op, ": scale has shape ", shape_text(scale),
+                ", expected [N] with N >= 1");
   const int64_t N = scale.size(0);
-  STD_TORCH_CHECK(K >= 0 && K <= kMaxDepth, op, ": K is ", K, ", expected at most ", kMaxDepth,
-                  ": int32 sums could overflow");
+  BURNISH_CHECK(K >= 0 && K <= kMaxDepth, op, ": K is ", K, ", expected at most ", kMaxDepth,
+                ": int32 sums could overflow");
   check_packed(op, "weight", weight, N, K, true);
   if (bias.has_value()) {
     check_floating(op, "bias", *bias);
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == N, op, ": bias has shape ", shape_text(*bias), ", expected [",
-                    N, "] as scale has");
+    BURNISH_CHECK(bias->dim() == 1 && bias->size(0) == N, op, ": bias has shape ", shape_text(*bias), ", expected [", N,
+                  "] as scale has");
   }
-  STD_TORCH_CHECK(activation >= 0 && activation < kActivations, op, ": activation is ", activation, ", expected 0 to ",
-                  kActivations - 1);
+  BURNISH_CHECK(activation >= 0 && activation < kActivations, op, ": activation is ", activation, ", expected 0 to ",
+                kActivations - 1);
 }
 
 // An fp32 contiguous view of a vector: itself, or a copy in `storage`.
@@ -149,11 +149,10 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, c
                    int64_t activation, const std::optional<ScalarType>& out_dtype) {
   constexpr const char* kOp = "int8_linear";
   check_floating(kOp, "x", x);
-  STD_TORCH_CHECK(x.dim() >= 1, "int8_linear: x is a scalar, expected at least one dimension");
+  BURNISH_CHECK(x.dim() >= 1, "int8_linear: x is a scalar, expected at least one dimension");
   check_operands(kOp, weight, scale, bias, x.size(x.dim() - 1), activation);
   const ScalarType out = out_dtype.value_or(x.scalar_type());
-  STD_TORCH_CHECK(is_floating(out), "int8_linear: out_dtype is ", dtype_name(out),
-                  ", expected fp32, bf16, fp16 or None");
+  BURNISH_CHECK(is_floating(out), "int8_linear: out_dtype is ", dtype_name(out), ", expected fp32, bf16, fp16 or None");
   const Rows rows = as_rows(x);
   Tensor y = torch::stable::new_empty(x, sizes_with_last(x, scale.size(0)), out);
   forward(rows, format_of(x.scalar_type()), weight, scale, bias, activation, y.mutable_data_ptr(), format_of(out));
@@ -184,23 +183,23 @@ std::tuple<Tensor, Tensor> int8_linear_backward(const Tensor& dy, const std::opt
                                                 int64_t activation, bool bias_grad) {
   constexpr const char* kOp = "int8_linear_backward";
   check_floating(kOp, "dy", dy);
-  STD_TORCH_CHECK(dy.dim() >= 1, "int8_linear_backward: dy is a scalar, expected at least one dimension");
+  BURNISH_CHECK(dy.dim() >= 1, "int8_linear_backward: dy is a scalar, expected at least one dimension");
   check_operands(kOp, weight, scale, bias, K, activation);
   const int64_t N = scale.size(0);
-  STD_TORCH_CHECK(dy.size(dy.dim() - 1) == N, "int8_linear_backward: dy has shape ", shape_text(dy),
-                  ", expected [..., ", N, "] as scale has");
+  BURNISH_CHECK(dy.size(dy.dim() - 1) == N, "int8_linear_backward: dy has shape ", shape_text(dy), ", expected [..., ",
+                N, "] as scale has");
   const Rows rows = as_rows(dy);
   const int64_t M = rows.count, padded = round_up(N, kGroup);
   static thread_local Scratch scratch;
   scratch.reserve(Scratch::bytes<float>(M * N) + 2 * Scratch::bytes<float>(M * padded) + Scratch::bytes<float>(N));
   const float* z = nullptr;
   if (activation != 0) {
-    STD_TORCH_CHECK(x.has_value(),
-                    "int8_linear_backward: x is None, expected the input that the activation's slope needs");
+    BURNISH_CHECK(x.has_value(),
+                  "int8_linear_backward: x is None, expected the input that the activation's slope needs");
     check_floating(kOp, "x", *x);
     std::vector<int64_t> expected = sizes_with_last(dy, K);
-    STD_TORCH_CHECK(std::equal(expected.begin(), expected.end(), x->sizes().begin(), x->sizes().end()),
-                    "int8_linear_backward: x has shape ", shape_text(*x), ", expected dy's with K=", K, " last");
+    BURNISH_CHECK(std::equal(expected.begin(), expected.end(), x->sizes().begin(), x->sizes().end()),
+                  "int8_linear_backward: x has shape ", shape_text(*x), ", expected dy's with K=", K, " last");
     auto* values = scratch.take<float>(M * N);
     forward(as_rows(*x), format_of(x->scalar_type()), weight, scale, bias, 0, values, Format::kFloat);
     z = values;

@@ -41,11 +41,11 @@ void advise_large_pages(void* data, int64_t bytes) {
 
 Tensor int8_linear_pack(const Tensor& weight, const std::string& layout) {
   check_cpu("int8_linear_pack", "weight", weight);
-  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char, "int8_linear_pack: weight is ",
-                  dtype_name(weight.scalar_type()), ", expected int8");
-  STD_TORCH_CHECK(weight.dim() == 2, "int8_linear_pack: weight has shape ", shape_text(weight), ", expected [N, K]");
-  STD_TORCH_CHECK(layout == "vnni" || layout == "rows", "int8_linear_pack: layout is '", layout,
-                  "', expected 'vnni' or 'rows'");
+  BURNISH_CHECK(weight.scalar_type() == ScalarType::Char, "int8_linear_pack: weight is ",
+                dtype_name(weight.scalar_type()), ", expected int8");
+  BURNISH_CHECK(weight.dim() == 2, "int8_linear_pack: weight has shape ", shape_text(weight), ", expected [N, K]");
+  BURNISH_CHECK(layout == "vnni" || layout == "rows", "int8_linear_pack: layout is '", layout,
+                "', expected 'vnni' or 'rows'");
   const int64_t N = weight.size(0), K = weight.size(1);
   const int64_t stride_n = weight.stride(0), stride_k = weight.stride(1);
   const auto* from = weight.const_data_ptr<int8_t>();
@@ -72,7 +72,7 @@ Tensor int8_linear_pack(const Tensor& weight, const std::string& layout) {
 }
 
 Tensor int8_linear_unpack(const Tensor& packed, int64_t N, int64_t K) {
-  STD_TORCH_CHECK(N >= 0 && K >= 0, "int8_linear_unpack: N is ", N, " and K is ", K, ", expected sizes");
+  BURNISH_CHECK(N >= 0 && K >= 0, "int8_linear_unpack: N is ", N, " and K is ", K, ", expected sizes");
   check_packed("int8_linear_unpack", "packed", packed, N, K, false);
   Tensor weight = torch::stable::new_empty(packed, {N, K}, ScalarType::Char);
   auto* to = weight.mutable_data_ptr<int8_t>();

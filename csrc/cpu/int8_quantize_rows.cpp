@@ -16,7 +16,7 @@ constexpr int64_t kElementsPerTask = 32768;  // some microseconds: what a second
 
 std::tuple<Tensor, Tensor> int8_quantize_rows(const Tensor& x) {
   check_floating("int8_quantize_rows", "x", x);
-  STD_TORCH_CHECK(x.dim() >= 1, "int8_quantize_rows: x is a scalar, expected [..., K]");
+  BURNISH_CHECK(x.dim() >= 1, "int8_quantize_rows: x is a scalar, expected [..., K]");
   const Kernels& level = kernels();
   const Rows rows = as_rows(x);
   Tensor q = torch::stable::new_empty(x, sizes_with_last(x, rows.width), ScalarType::Char);

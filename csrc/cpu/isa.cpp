@@ -1,10 +1,9 @@
 #include "cpu/isa.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <cstdlib>
 #include <string>
+
+#include "check.h"
 
 namespace burnish {
 namespace {
@@ -46,11 +45,11 @@ const Kernels& choose() {
   const std::string wanted = variable == nullptr ? "" : variable;
   for (const Isa isa : kLevels) {
     if (wanted.empty() ? has(isa) : wanted == table(isa).name) {
-      STD_TORCH_CHECK(has(isa), "BURNISH_CPU_ISA is '", wanted, "', but this CPU or operating system lacks it");
+      BURNISH_CHECK(has(isa), "BURNISH_CPU_ISA is '", wanted, "', but this CPU or operating system lacks it");
       return table(isa);
     }
   }
-  STD_TORCH_CHECK(false, "BURNISH_CPU_ISA is '", wanted, "', expected one of: generic, avx2, avx512");
+  BURNISH_CHECK(false, "BURNISH_CPU_ISA is '", wanted, "', expected one of: generic, avx2, avx512");
 }
 
 }  // namespace

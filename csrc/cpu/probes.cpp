@@ -9,6 +9,7 @@
 #include <memory>
 #include <string>
 
+#include "check.h"
 #include "cpu/isa.h"
 
 namespace burnish {
@@ -49,7 +50,7 @@ double read_rate(int64_t millis) {
     if (memory != nullptr) std::memset(memory.get(), 1, kReadBytes);  // real pages, not the shared zero page
     return memory;
   }();
-  STD_TORCH_CHECK(block != nullptr, "cpu_peak: no memory for the ", kReadBytes >> 20, " MiB that 'read' walks over");
+  BURNISH_CHECK(block != nullptr, "cpu_peak: no memory for the ", kReadBytes >> 20, " MiB that 'read' walks over");
   static std::atomic<uint64_t> sink;
   return rate(millis, [&](int64_t thread, int64_t threads) {
     const int64_t share = kReadBytes / threads / 4096 * 4096;
@@ -61,14 +62,14 @@ double read_rate(int64_t millis) {
 // Operations (multiply and add count two) or bytes a second over all of torch's threads: kind is int8, bf16, fp32 or
 // read.
 double cpu_peak(const std::string& kind, int64_t millis) {
-  STD_TORCH_CHECK(millis > 0, "cpu_peak: millis is ", millis, ", expected more than 0");
+  BURNISH_CHECK(millis > 0, "cpu_peak: millis is ", millis, ", expected more than 0");
   if (kind == "read") return read_rate(millis);
   const Kernels& level = kernels();
   const auto peak = kind == "int8"   ? level.peak_int8
                     : kind == "fp32" ? level.peak_fp32
                     : kind == "bf16" ? level.peak_bf16
                                      : nullptr;
-  STD_TORCH_CHECK(peak != nullptr, "cpu_peak: kind is '", kind, "', expected int8, bf16, fp32 or read");
+  BURNISH_CHECK(peak != nullptr, "cpu_peak: kind is '", kind, "', expected int8, bf16, fp32 or read");
   return rate(millis, [&](int64_t, int64_t) { return peak(200000); });
 }
 
