@@ -100,8 +100,8 @@ def _raises(what: str, bad: Invalid, call: Callable[[], Any]) -> None:
     try:
         call()
     except (RuntimeError, ValueError, TypeError) as error:
-        if not re.search(bad.match, str(error)):
-            raise Violation(f"{what}: expected a message matching {bad.match!r}, got: {error}") from error
+        if not re.match(bad.match, str(error)):
+            raise Violation(f"{what}: expected a message that begins like {bad.match!r}, got: {error}") from error
         return
     raise Violation(f"{what} raised nothing")
 

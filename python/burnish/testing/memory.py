@@ -2,6 +2,7 @@
 
 A guarded tensor ends (or starts) at a page that cannot be touched and lies in pages that cannot be written: reading one
 byte too far, or writing to an input, ends the process with SIGSEGV at the culprit, and ``faulthandler`` prints where.
+Results get the same treatment by standing in for torch's allocator while a kernel runs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from burnish.testing.calls import Violation
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -58,16 +62,61 @@ def guarded(tensor: torch.Tensor, side: Literal["end", "start"] = "end") -> torc
     nbytes = tensor.numel() * tensor.itemsize
     if nbytes == 0:
         return tensor
+    base, body = _between_guards(nbytes)
+    start = body - nbytes if side == "end" else 0
+    copy = _storage(base + start, nbytes, base - mmap.PAGESIZE, body + 2 * mmap.PAGESIZE)
+    typed = copy.view(tensor.dtype).view(tensor.shape)
+    typed.copy_(tensor.detach())
+    _protect(base, body, mmap.PROT_READ)
+    return typed
+
+
+def _between_guards(nbytes: int) -> tuple[int, int]:
+    """Address and size of whole pages for ``nbytes``, with an untouchable page before and after them."""
     page = mmap.PAGESIZE
     body = (nbytes + page - 1) // page * page
     base = _map(body + 2 * page)
-    address = base + page + (body - nbytes if side == "end" else 0)
-    copy = _storage(address, nbytes, base, body + 2 * page).view(tensor.dtype).view(tensor.shape)
-    copy.copy_(tensor.detach())
     for guard in (base, base + page + body):
         _protect(guard, page, _PROT_NONE)
-    _protect(base + page, body, mmap.PROT_READ)
-    return copy
+    return base + page, body
+
+
+class GuardedOutputs(TorchDispatchMode):
+    """Inside, what a kernel of ``namespace`` allocates through torch lies before an untouchable page and is filled with
+    NaN. It starts at a multiple of 64 bytes, as torch's own memory does; :meth:`check` looks at what is in between."""
+
+    ALIGNMENT, CANARY = 64, 0xA5
+
+    def __init__(self, namespace: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.namespace = namespace
+        self.allocated = 0
+        self._gaps: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == self.namespace:
+            with self:  # below this mode, or it would see the op again
+                return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("empty", "new_empty", "empty_strided", "new_empty_strided", "empty_like"):
+            return self._guard(out) if out.numel() and out.is_contiguous() else out
+        return out
+
+    def _guard(self, out: torch.Tensor) -> torch.Tensor:
+        nbytes = out.numel() * out.itemsize
+        padded = (nbytes + self.ALIGNMENT - 1) // self.ALIGNMENT * self.ALIGNMENT
+        base, body = _between_guards(padded)
+        mapped = body + 2 * mmap.PAGESIZE
+        whole = _storage(base + body - padded, padded, base - mmap.PAGESIZE, mapped)
+        self._gaps.append(whole[nbytes:].fill_(self.CANARY))
+        self.allocated += 1
+        typed = whole[:nbytes].view(out.dtype).view(out.shape)
+        return typed.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max)
+
+    def check(self) -> None:
+        """Raise if a byte between an allocation and its guard page was written."""
+        if not all(bool((gap == self.CANARY).all()) for gap in self._gaps):
+            raise Violation("C5: the kernel wrote beyond the end of a result")
 
 
 @contextmanager

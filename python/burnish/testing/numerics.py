@@ -8,8 +8,9 @@ N1    |y - y64| <= 2 max|yt - y64| + half an ulp of y64. Small results are poole
       over yt means something.
 N2    |y - y64| <= 2 [(n + 2) u_a |x||w| + u_o |y64|] + the smallest subnormal, with n the length of the longest
       inexact sum and |x||w| the result's magnitude as :mod:`burnish.testing.magnitude` finds it.
-N3    |mean((y - y64) / unit)| <= 0.05 over at least 1e5 elements; the unit is an ulp of y64 or, where cancellation
-      left less than the accumulator can resolve, u_a |x||w|. Truncating instead of rounding passes N1 and fails here.
+N3    |mean(e)| <= 0.05 and |mean(e sign(y64))| <= 0.05 for e = (y - y64) / unit, over at least 1e5 elements: errors
+      lean neither downwards nor towards zero. The unit is an ulp of y64 or, where cancellation left less than the
+      accumulator can resolve, u_a |x||w|. Truncating instead of rounding passes N1 and fails here.
 N4    an op with an integer result is bit-exact, in all of its results.
 C4    on integer-valued inputs the result is the exact one, rounded once.
 N5    on extreme quantised inputs the result is bit-equal to the reference's: saturation cannot hide in a tolerance.
@@ -97,9 +98,10 @@ def check_unbiased(what: str, y: torch.Tensor, y64: torch.Tensor, magnitude: tor
         raise ValueError(f"N3 needs {BIAS_ELEMENTS} elements, {what} has {y.numel()}")
     finite = check_finite(what, y, y64)
     unit = torch.maximum(ulp(y64, y.dtype), roundoff(ACCUMULATOR) * magnitude)
-    bias = float(((y.double() - y64) / unit)[finite].mean())
-    if not abs(bias) <= MAX_BIAS:
-        raise Violation(f"N3: {what} has a mean signed error of {bias:+.3f} ulp, at most {MAX_BIAS} is allowed")
+    error = ((y.double() - y64) / unit)[finite]
+    for direction, bias in (("upwards", error.mean()), ("away from zero", (error * y64[finite].sign()).mean())):
+        if not abs(float(bias)) <= MAX_BIAS:
+            raise Violation(f"N3: {what} leans {float(bias):+.3f} ulp {direction} in the mean, {MAX_BIAS} is allowed")
 
 
 def check_equal(rule: str, what: str, y: torch.Tensor, expected: torch.Tensor) -> None:

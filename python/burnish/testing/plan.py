@@ -54,11 +54,11 @@ def plan(specs: Iterable[OpSpec], only: Iterable[Backend] | None = None) -> Plan
         made.skipped.update({f"{spec.stem}-{backend}": reason for backend, reason in skipped.items()})
         for backend in run:
             if only is None or backend in only:
-                _plan_backend(made, spec, backend)
+                plan_backend(made, spec, backend)
     return made
 
 
-def _plan_backend(made: Plan, spec: OpSpec, backend: Backend) -> None:
+def plan_backend(made: Plan, spec: OpSpec, backend: Backend) -> None:
     """Add the checks of one backend, without the cases that it declines or that are too large to interpret."""
     for rule, case, label, body in _on_cases(spec, backend):
         check = Check(spec, backend, rule, label, body)

@@ -166,7 +166,7 @@ def layout(spec: OpSpec, backend: Backend, case: Case, name: str) -> None:
     moved = list(original)
     for index in free:
         moved[index] = LAYOUTS[name](original[index])
-    plain = tuple(arg.contiguous() if isinstance(arg, torch.Tensor) else arg for arg in moved)
+    plain = map_tensors(lambda t: t.clone(memory_format=torch.contiguous_format), tuple(moved))
     expected = tuple(y.cpu() for y in run(spec, backend, plain))
     outputs = run_checked(spec, backend, tuple(moved))
     for what, y, wanted in zip(_names(spec, outputs), outputs, expected, strict=True):
@@ -187,7 +187,7 @@ def batched(spec: OpSpec, backend: Backend, case: Case) -> None:
 
 
 def guard(spec: OpSpec, backend: Backend, case: Case) -> None:
-    """C5: inputs between guard pages and read-only, outputs poisoned; the bits stay the same."""
+    """C5: inputs read-only between guard pages, results poisoned and before one; the bits stay the same."""
     args = spec.make(case, backend, 0)
     expected = run(spec, backend, args)
     with memory.poisoned():
@@ -195,6 +195,12 @@ def guard(spec: OpSpec, backend: Backend, case: Case) -> None:
         if expected[0].device.type == "cpu":
             results.append(run(spec, backend, map_tensors(lambda t: memory.guarded(t, "end"), args)))
             results.append(run(spec, backend, map_tensors(lambda t: memory.guarded(t, "start"), args)))
+    if backend == "cpu":
+        with memory.GuardedOutputs(spec.namespace) as outputs_guard:
+            results.append(run(spec, backend, args))
+        outputs_guard.check()
+        if outputs_guard.allocated == 0 and any(y.numel() for y in expected):
+            raise Violation(f"C5: {spec.name} allocated nothing through torch, so its results were not guarded")
     for outputs in results:
         for what, y, wanted in zip(_names(spec, expected), outputs, expected, strict=True):
             numerics.check_equal("C5", f"{what} of guarded inputs", y.cpu(), wanted.cpu())
