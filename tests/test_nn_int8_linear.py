@@ -212,6 +212,9 @@ def test_autocast_gives_what_linear_gives() -> None:
         expected = burnish.ops.int8_linear(x, layer.weight_packed, layer.weight_scale, layer.bias, out_dtype=dtype)
         with torch.autocast("cpu", dtype):
             assert torch.equal(layer(x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        meta = Int8Linear(70, 33, device="meta")(x.to("meta"))
+    assert (meta.shape, meta.dtype) == ((6, 33), nn.Linear(70, 33, device="meta")(x.to("meta")).dtype)
     x.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         layer(x).sum().backward()

@@ -148,7 +148,11 @@ def test_measure_keeps_the_original_where_it_wins(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("example", [IDS, (IDS,), {"ids": IDS}])
-def test_measure_learns_the_rows_from_an_example(example) -> None:
+def test_measure_learns_the_rows_from_an_example(example, monkeypatch: pytest.MonkeyPatch) -> None:
+    def clock(call, x: torch.Tensor, wait) -> float:
+        return 1.0 if isinstance(getattr(call, "__self__", None), Int8Linear) else 2.0
+
+    monkeypatch.setattr("burnish.measure._clock", clock)
     model = Model()
     unused = model.blocks[0]
     unused.extra = nn.Linear(4, 4)

@@ -86,8 +86,8 @@ def _by_tensors(module: torch.nn.Module) -> str | None:
     others = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"}
     if others:
         return f"it holds more than a linear layer does: {', '.join(sorted(others))}"
-    if module.weight.dim() != 2:  # type: ignore[operator,union-attr]
-        return f"its weight has {module.weight.dim()} dimensions, not two"  # type: ignore[operator,union-attr]
+    if module.weight.dim() != 2:  # type: ignore[operator]
+        return f"its weight has {module.weight.dim()} dimensions, not two"  # type: ignore[operator]
     weight = float_weight(module)
     assert weight is not None
     if weight.shape[0] == 0:

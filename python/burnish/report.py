@@ -117,13 +117,14 @@ class Report:
                 f"revert: another module was put at {', '.join(map(repr, strangers[:5]))} since the swap; "
                 "nothing was changed"
             )
-        for slot in self._slots:
+        for slot in self._slots:  # first what can fail
             scale, weight = getattr(slot.after, "weight_scale", None), getattr(slot.before, "weight", None)
             if scale is not None and weight is not None and weight.device != scale.device:
                 slot.before.to(scale.device)
             dtype = getattr(slot.after, "dtype", None)
             if dtype is not None and weight is not None and weight.dtype != dtype:
                 slot.before.to(dtype)
+        for slot in self._slots:
             slot.before.training = slot.after.training
             slot.put(slot.before)
         self.release()

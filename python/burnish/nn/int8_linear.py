@@ -186,7 +186,7 @@ class Int8Linear(torch.nn.Module):
             buffers["weight_scale"],  # type: ignore[arg-type]
             self._parameters["bias"],
             self.activation,
-            torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None,
+            _autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None,
         )
 
     def extra_repr(self) -> str:
@@ -305,6 +305,14 @@ class Int8Linear(torch.nn.Module):
             elif name == "weight_scale" and not value.is_meta and not bool((value.isfinite() & (value > 0)).all()):
                 wrong.append(f"{prefix}weight_scale has values that are NaN, Inf, zero or negative, expected positive")
         return wrong
+
+
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives a linear layer's result on x's device; None where it is off or does not exist."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
 
 
 def float_weight(module: torch.nn.Module) -> torch.Tensor | None:
