@@ -27,7 +27,7 @@ constexpr int64_t kSerialWeights = int64_t{128} << 10;
 // A weight this small stays in a core's L2 beside its share of rows: threads then split the rows, quantise their own
 // and need no barrier in between. A larger one is split by panels, so that each byte of it is read by one core.
 constexpr int64_t kSharedWeights = int64_t{1} << 20;
-constexpr int64_t kRowBlockBytes = int64_t{96} << 10;  // quantised rows that a thread works on at a time: in L2
+constexpr int64_t kRowBlockBytes = int64_t{32} << 10;  // quantised rows that a thread works on at a time: in L2
 
 void check_operands(const char* op, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias,
                     int64_t K, int64_t activation) {
@@ -64,52 +64,74 @@ const float* as_floats(const Tensor& vector, float* storage) {
   return storage;
 }
 
-struct Forward {
-  const Kernels& level;
-  Int8Product product;
-  const char* x;
-  int64_t x_stride;  // bytes
-  Format x_format;
+// The rows of x.
+struct Input {
+  const char* data;
+  int64_t count;
   int64_t width;
-  int8_t* q;
-  float* row_scale;
-  int32_t* row_offset;
+  int64_t stride;  // bytes
+  Format format;
+};
 
-  void quantize(int64_t begin, int64_t end) const {
-    for (int64_t row = begin; row < end; ++row) {
-      row_offset[row] = level.quantize_row(x + row * x_stride, x_format, width, product.depth * kDepth,
-                                           q + row * product.q_stride, row_scale + row);
+// Where a product finds quantised rows: `count` of them, taken from `scratch`.
+struct Quantised {
+  int8_t* q;
+  float* scale;
+  int32_t* offset;
+
+  // 64 bytes beyond a multiple of 64 keep the rows of a power-of-two K out of each other's cache sets.
+  static int64_t stride(int64_t width) { return round_up(width, 64) + 64; }
+  static int64_t bytes(int64_t count, int64_t width) {
+    return Scratch::bytes<int8_t>(count * stride(width)) + 2 * Scratch::bytes<float>(count);
+  }
+  static Quantised take(Scratch& scratch, int64_t count, int64_t width) {
+    return {scratch.take<int8_t>(count * stride(width)), scratch.take<float>(count), scratch.take<int32_t>(count)};
+  }
+  void bind(Int8Product& product) const {
+    product.q = q;
+    product.row_scale = scale;
+    product.row_offset = offset;
+  }
+  // Quantise rows [begin, end) of x to the places from `to` on.
+  void fill(const Kernels& level, const Input& x, int64_t begin, int64_t end, int64_t to) const {
+    const int64_t padded = round_up(x.width, kDepth);
+    for (int64_t row = begin; row < end; ++row, ++to) {
+      offset[to] =
+          level.quantize_row(x.data + row * x.stride, x.format, x.width, padded, q + to * stride(x.width), scale + to);
     }
   }
 };
 
-void run_forward(const Forward& f, int64_t rows) {
-  const int64_t panels = (f.product.channels + kPanel - 1) / kPanel;
-  const int64_t weights = f.product.channels * f.width;
-  const int64_t threads = torch::stable::get_num_threads();
-  if (threads == 1 || (rows * weights <= kSerialProducts && weights <= kSerialWeights)) {
-    f.quantize(0, rows);
-    f.level.int8_product(f.product, 0, rows, 0, panels);
-    return;
+// Rows [begin, end), a block at a time: quantised into memory that stays in L2, then multiplied by the whole weight.
+void multiply_rows(const Kernels& level, const Input& x, Int8Product product, int64_t begin, int64_t end) {
+  static thread_local Scratch scratch;
+  const int64_t panels = (product.channels + kPanel - 1) / kPanel;
+  const int64_t block = std::max<int64_t>(kRowBlockBytes / product.q_stride / 6 * 6, 6);
+  const int64_t held = std::min(block, end - begin);
+  scratch.reserve(Quantised::bytes(held, x.width));
+  const Quantised quantised = Quantised::take(scratch, held, x.width);
+  quantised.bind(product);
+  char* y = static_cast<char*>(product.y);
+  for (int64_t row = begin; row < end; row += block) {
+    const int64_t last = std::min(row + block, end);
+    quantised.fill(level, x, row, last, 0);
+    product.y = y + row * product.channels * size_of(product.y_format);
+    level.int8_product(product, 0, last - row, 0, panels);
   }
-  if (weights <= kSharedWeights && rows >= 4 * threads) {
-    const int64_t block = std::max<int64_t>(kRowBlockBytes / f.product.q_stride / 6 * 6, 6);
-    torch::stable::parallel_for(0, rows, (rows + threads - 1) / threads, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; row += block) {
-        const int64_t last = std::min(row + block, end);
-        f.quantize(row, last);
-        f.level.int8_product(f.product, row, last, 0, panels);
-      }
-    });
-    return;
-  }
-  if (rows == 1) {
-    f.quantize(0, 1);
+}
+
+// All rows quantised first, then each thread multiplies them by panels of its own.
+void multiply_panels(const Kernels& level, const Input& x, Int8Product product, Scratch& scratch) {
+  const Quantised quantised = Quantised::take(scratch, x.count, x.width);
+  quantised.bind(product);
+  if (x.count == 1) {
+    quantised.fill(level, x, 0, 1, 0);
   } else {
-    torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) { f.quantize(begin, end); });
+    torch::stable::parallel_for(0, x.count, 1,
+                                [&](int64_t begin, int64_t end) { quantised.fill(level, x, begin, end, begin); });
   }
-  torch::stable::parallel_for(
-      0, panels, 1, [&](int64_t begin, int64_t end) { f.level.int8_product(f.product, 0, rows, begin, end); });
+  torch::stable::parallel_for(0, (product.channels + kPanel - 1) / kPanel, 1,
+                              [&](int64_t begin, int64_t end) { level.int8_product(product, 0, x.count, begin, end); });
 }
 
 // y must hold [rows, N] elements of y_format.
@@ -118,30 +140,32 @@ void forward(const Rows& rows, Format x_format, const Tensor& weight, const Tens
   if (rows.count == 0) return;
   static thread_local Scratch scratch;
   const int64_t N = scale.size(0);
-  // 64 bytes beyond a multiple of 64 keep the rows of a power-of-two K out of each other's cache sets
-  const int64_t q_stride = round_up(rows.width, 64) + 64;
-  scratch.reserve(Scratch::bytes<int8_t>(rows.count * q_stride) + 2 * Scratch::bytes<float>(rows.count) +
-                  2 * Scratch::bytes<float>(N));
-  auto* q = scratch.take<int8_t>(rows.count * q_stride);
-  auto* row_scale = scratch.take<float>(rows.count);
-  auto* row_offset = scratch.take<int32_t>(rows.count);
-  const float* channel_scale = as_floats(scale, scratch.take<float>(N));
-  const float* offset = bias.has_value() ? as_floats(*bias, scratch.take<float>(N)) : nullptr;
-  const Int8Product product{q,
-                            q_stride,
-                            row_scale,
-                            row_offset,
-                            weight.const_data_ptr<uint8_t>(),
-                            round_up(rows.width, kDepth) / kDepth,
-                            N,
-                            channel_scale,
-                            offset,
-                            static_cast<int>(activation),
-                            y,
-                            y_format};
-  run_forward({kernels(), product, static_cast<const char*>(rows.tensor.const_data_ptr()),
-               rows.stride * size_of(x_format), x_format, rows.width, q, row_scale, row_offset},
-              rows.count);
+  const int64_t weights = N * rows.width;
+  const int64_t threads = torch::stable::get_num_threads();
+  const bool serial = rows.count * weights <= kSerialProducts && weights <= kSerialWeights;
+  const bool by_rows = serial || (weights <= kSharedWeights && rows.count >= 4 * threads);
+  scratch.reserve(2 * Scratch::bytes<float>(N) + (by_rows ? 0 : Quantised::bytes(rows.count, rows.width)));
+  Int8Product product{};
+  product.q_stride = Quantised::stride(rows.width);
+  product.weight = weight.const_data_ptr<uint8_t>();
+  product.depth = round_up(rows.width, kDepth) / kDepth;
+  product.channels = N;
+  product.channel_scale = as_floats(scale, scratch.take<float>(N));
+  product.bias = bias.has_value() ? as_floats(*bias, scratch.take<float>(N)) : nullptr;
+  product.activation = static_cast<int>(activation);
+  product.y = y;
+  product.y_format = y_format;
+  const Kernels& level = kernels();
+  const Input x{static_cast<const char*>(rows.tensor.const_data_ptr()), rows.count, rows.width,
+                rows.stride * size_of(x_format), x_format};
+  if (serial) {
+    multiply_rows(level, x, product, 0, x.count);
+  } else if (by_rows) {
+    torch::stable::parallel_for(0, x.count, 1,
+                                [&](int64_t begin, int64_t end) { multiply_rows(level, x, product, begin, end); });
+  } else {
+    multiply_panels(level, x, product, scratch);
+  }
   scratch.trim();
 }
 

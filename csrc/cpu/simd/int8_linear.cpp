@@ -150,30 +150,29 @@ Multiply choose(int64_t rows, int64_t groups) {
   return multiply_rows<1>(groups);
 }
 
-// y of one row and up to 64 channels from its sums.
+// y of `rows` rows from `row` on and up to 64 channels, from their sums.
 template <class T, Activation kActivation>
-void finish_row(const Int8Product& args, int64_t row, int64_t channel, int64_t count, int32_t* sums) {
-  const Vec row_scale(args.row_scale[row]);
-  const auto offset = static_cast<uint32_t>(args.row_offset[row]);
-  T* y = static_cast<T*>(args.y) + row * args.channels + channel;
-  BURNISH_UNROLL for (int64_t n = 0; n < kPanel; ++n) {
-    sums[n] = static_cast<int32_t>(static_cast<uint32_t>(sums[n]) - offset);
-  }
+void finish_block(const Int8Product& args, int64_t row, int64_t rows, int64_t channel, int64_t count,
+                  const int32_t* sums) {
   for (int64_t n = 0; n < count; n += Vec::kLanes) {
-    const Vec scale = row_scale * load(args.channel_scale + channel + n, count - n);
-    Vec z = from_int32(sums + n) * scale;
-    if (args.bias != nullptr) z = z + load(args.bias + channel + n, count - n);
-    store(y + n, activate(z, kActivation), count - n);
+    const Vec scale = load(args.channel_scale + channel + n, count - n);
+    const Vec bias = args.bias == nullptr ? Vec(0.0f) : load(args.bias + channel + n, count - n);
+    for (int64_t m = 0; m < rows; ++m) {
+      Vec z = from_int32(sums + m * kPanel + n, args.row_offset[row + m]) * (Vec(args.row_scale[row + m]) * scale);
+      if (args.bias != nullptr) z = z + bias;
+      T* y = static_cast<T*>(args.y) + (row + m) * args.channels + channel + n;
+      store(y, activate(z, kActivation), count - n);
+    }
   }
 }
 
-using Finish = void (*)(const Int8Product&, int64_t, int64_t, int64_t, int32_t*);
+using Finish = void (*)(const Int8Product&, int64_t, int64_t, int64_t, int64_t, const int32_t*);
 
 template <class T>
 Finish choose_finish(int activation) {
   static constexpr Finish kTable[kActivations] = {
-      finish_row<T, Activation::kNone>, finish_row<T, Activation::kRelu>, finish_row<T, Activation::kGelu>,
-      finish_row<T, Activation::kGeluTanh>, finish_row<T, Activation::kSilu>};
+      finish_block<T, Activation::kNone>, finish_block<T, Activation::kRelu>, finish_block<T, Activation::kGelu>,
+      finish_block<T, Activation::kGeluTanh>, finish_block<T, Activation::kSilu>};
   return kTable[activation];
 }
 
@@ -201,9 +200,7 @@ void int8_product(const Int8Product& args, int64_t row_begin, int64_t row_end, i
       const Prefetch prefetch{next + line * 64, next_lines * (pass + 1) / passes - line};
       choose(last - first, width / kGroup)(args.q + first * args.q_stride, args.q_stride, weight, args.depth, sums,
                                            prefetch);
-      for (int64_t row = first; row < last; ++row) {
-        finish(args, row, channel, count, sums + (row - first) * kPanel);
-      }
+      finish(args, first, last - first, channel, count, sums);
     }
   }
 }

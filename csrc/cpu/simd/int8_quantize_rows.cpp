@@ -45,10 +45,23 @@ int32_t round_row(const T* x, int64_t width, float inverse, int8_t* q) {
   int64_t k = 0;
 #if defined(__AVX512F__)
   const __m512 factor = _mm512_set1_ps(inverse);
+  // conversion rounds to nearest even by MXCSR, which nothing here changes
+  const auto round = [&](int64_t at, int64_t count) __attribute__((always_inline)) {
+    return _mm512_cvtps_epi32(_mm512_mul_ps(load(x + at, count).v, factor));
+  };
+  // packing works within 128-bit lanes; this puts the lanes' words back in order
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i ones = _mm512_set1_epi8(1);
   __m512i sums = _mm512_setzero_si512();
+  for (; k + 64 <= width; k += 64) {
+    const __m512i low = _mm512_packs_epi32(round(k, 16), round(k + 16, 16));
+    const __m512i high = _mm512_packs_epi32(round(k + 32, 16), round(k + 48, 16));
+    const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));
+    sums = _mm512_dpbusd_epi32(sums, ones, bytes);
+    _mm512_storeu_si512(q + k, bytes);
+  }
   for (; k < width; k += 16) {
-    // conversion rounds to nearest even by MXCSR, which nothing here changes
-    const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(load(x + k, width - k).v, factor));
+    const __m512i rounded = round(k, width - k);
     sums = _mm512_add_epi32(sums, rounded);
     _mm_mask_storeu_epi8(q + k, first_lanes(width - k), _mm512_cvtepi32_epi8(rounded));
   }

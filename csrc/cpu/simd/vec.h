@@ -43,29 +43,58 @@ BURNISH_INLINE __mmask16 first_lanes(int64_t count) {
   return static_cast<__mmask16>(count >= 16 ? 0xffffu : (1u << count) - 1u);
 }
 
-// Loads and stores of `count` (at most kLanes) elements; absent ones load as zero.
-BURNISH_INLINE Vec load(const float* p, int64_t count) { return Vec(_mm512_maskz_loadu_ps(first_lanes(count), p)); }
+// Loads and stores of `count` (at most kLanes) elements; absent ones load as zero. Whole vectors take no mask: a masked
+// store of bytes or words costs this kind of CPU tens of cycles.
+BURNISH_INLINE __m256i load_words(const void* p, int64_t count) {
+  if (count >= 16) [[likely]]
+    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  return _mm256_maskz_loadu_epi16(first_lanes(count), p);
+}
+BURNISH_INLINE void store_words(void* p, __m256i words, int64_t count) {
+  if (count >= 16) [[likely]] {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), words);
+  } else {
+    _mm256_mask_storeu_epi16(p, first_lanes(count), words);
+  }
+}
+BURNISH_INLINE Vec load(const float* p, int64_t count) {
+  if (count >= 16) [[likely]]
+    return Vec(_mm512_loadu_ps(p));
+  return Vec(_mm512_maskz_loadu_ps(first_lanes(count), p));
+}
 BURNISH_INLINE Vec load(const bf16* p, int64_t count) {
-  const __m256i half = _mm256_maskz_loadu_epi16(first_lanes(count), p);
-  return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)));
+  return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_words(p, count)), 16)));
 }
-BURNISH_INLINE Vec load(const fp16* p, int64_t count) {
-  return Vec(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), p)));
+BURNISH_INLINE Vec load(const fp16* p, int64_t count) { return Vec(_mm512_cvtph_ps(load_words(p, count))); }
+BURNISH_INLINE void store(float* p, Vec a, int64_t count) {
+  if (count >= 16) [[likely]] {
+    _mm512_storeu_ps(p, a.v);
+  } else {
+    _mm512_mask_storeu_ps(p, first_lanes(count), a.v);
+  }
 }
-BURNISH_INLINE void store(float* p, Vec a, int64_t count) { _mm512_mask_storeu_ps(p, first_lanes(count), a.v); }
 BURNISH_INLINE void store(bf16* p, Vec a, int64_t count) {
-  // integer rounding: vcvtneps2bf16 would flush subnormal numbers
+  constexpr int kSubnormal = 0x20;
+  if (!_mm512_fpclass_ps_mask(a.v, kSubnormal)) [[likely]] {
+    const __m256bh rounded = _mm512_cvtneps_pbh(a.v);
+    __m256i words;
+    memcpy(&words, &rounded, sizeof words);
+    return store_words(p, words, count);
+  }
+  // the instruction would flush subnormal numbers: round as integers
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   const __m512i kept = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-  _mm256_mask_storeu_epi16(p, first_lanes(count), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+  store_words(p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)), count);
 }
 BURNISH_INLINE void store(fp16* p, Vec a, int64_t count) {
-  _mm256_mask_storeu_epi16(p, first_lanes(count), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  store_words(p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), count);
 }
-BURNISH_INLINE Vec from_int32(const int32_t* p) { return Vec(_mm512_cvtepi32_ps(_mm512_loadu_si512(p))); }
+BURNISH_INLINE Vec from_int32(const int32_t* p, int32_t offset) {
+  return Vec(_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(p), _mm512_set1_epi32(offset))));
+}
 
 #elif defined(__AVX2__)
 
@@ -133,8 +162,9 @@ BURNISH_INLINE void store(T* p, Vec a, int64_t count) {
   store_all(buffer.data, a);
   for (int64_t i = 0; i < count; ++i) p[i] = buffer.data[i];
 }
-BURNISH_INLINE Vec from_int32(const int32_t* p) {
-  return Vec(_mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+BURNISH_INLINE Vec from_int32(const int32_t* p, int32_t offset) {
+  const __m256i sums = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return Vec(_mm256_cvtepi32_ps(_mm256_sub_epi32(sums, _mm256_set1_epi32(offset))));
 }
 
 #else
@@ -162,7 +192,9 @@ template <class T>
 BURNISH_INLINE void store(T* p, Vec a, int64_t) {
   *p = from_float<T>(a.v);
 }
-BURNISH_INLINE Vec from_int32(const int32_t* p) { return Vec(static_cast<float>(*p)); }
+BURNISH_INLINE Vec from_int32(const int32_t* p, int32_t offset) {
+  return Vec(static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(*p) - static_cast<uint32_t>(offset))));
+}
 
 #endif
 
