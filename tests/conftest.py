@@ -1,4 +1,4 @@
-"""What all tests share: the fuzzer's length, one thread a worker, the interpreter's repairs, and the count at the end.
+"""What all tests share: the fuzzer's length, one thread a process, the interpreter's repairs, and the count at the end.
 
 The last lines of a run say how many checks of the conformance kit ran on each op and backend, and what was left out and
 why; a run that selected tests but ran none of them fails.
@@ -25,8 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     faulthandler.enable()
     config.stash[left_out] = {}
-    if os.environ.get("PYTEST_XDIST_WORKER"):
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)  # the workers fill the cores; what depends on threads sets its own number
     if os.environ.get("TRITON_INTERPRET") == "1":
         import triton_interpreter
 

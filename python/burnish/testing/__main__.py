@@ -27,12 +27,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backend", action="append", choices=registry.BACKENDS, help="default: all that can run")
     parser.add_argument("--only", action="append", metavar="RULE", help="forward, guard, ...; default: all")
     parser.add_argument("--fuzz", type=int, default=0, metavar="N", help="and N fuzzed examples an op and backend")
-    parser.add_argument("--threads", type=int, help="torch.set_num_threads")
+    parser.add_argument("--threads", type=int, default=1, help="torch.set_num_threads; default: 1")
     parser.add_argument("--digest", action="store_true", help="print a hash of the results of each op and backend")
     asked = parser.parse_args(argv)
     faulthandler.enable()
-    if asked.threads:
-        torch.set_num_threads(asked.threads)
+    torch.set_num_threads(asked.threads)
     specs = [registry.get(name) for name in asked.ops] or list(registry.all_ops().values())
     if asked.digest:
         for spec in specs:

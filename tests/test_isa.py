@@ -1,0 +1,68 @@
+"""The CPU kernels at every instruction set this machine has: the same rules, and the same bits.
+
+``BURNISH_CPU_ISA`` is read once a process, so each level runs the conformance kit in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from burnish import registry
+
+LEVELS = ("generic", "avx2", "avx512")
+RULES = ("forward", "unbiased", "special", "guard", "layout", "gradient")
+#: rule C3 holds at every level; the level this process runs at is fuzzed by test_fuzz.py
+EXAMPLES = 500
+
+
+def levels() -> tuple[str, ...]:
+    """The levels up to the one that this machine chooses."""
+    if os.environ.get("BURNISH_CPU_ISA"):
+        pytest.skip("BURNISH_CPU_ISA is set: this process is one of those that this test starts")
+    return LEVELS[: LEVELS.index(torch.ops.burnish.cpu_isa()) + 1]
+
+
+def run(*command: str, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=500, env={**os.environ, **env}
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_the_level_is_the_one_asked_for() -> None:
+    for level in levels():
+        out = run("-c", "import torch, burnish; print(torch.ops.burnish.cpu_isa())", BURNISH_CPU_ISA=level)
+        assert out.strip() == level
+
+
+def test_levels_and_thread_counts_agree_bit_for_bit() -> None:
+    hashes = {
+        (level, threads): run(
+            "-m", "burnish.testing", "--digest", "--backend=cpu", "--threads", threads, BURNISH_CPU_ISA=level
+        )
+        for level in levels()
+        for threads in ("1", "2")
+    }
+    ((_, first), *others) = hashes.items()
+    assert len(first.splitlines()) == sum(spec.namespace == "burnish" for spec in registry.all_ops().values())
+    assert all(re.fullmatch(r"\w+ cpu [0-9a-f]{64}", line) for line in first.splitlines())
+    for level, text in others:
+        assert text == first, f"{level} differs from {next(iter(hashes))}"
+
+
+@pytest.mark.parametrize("level", LEVELS[:-1])
+@pytest.mark.parametrize("op", [name for name, spec in registry.all_ops().items() if spec.namespace == "burnish"])
+def test_the_rules_hold_at_a_lower_level(level: str, op: str) -> None:
+    if level not in levels():
+        pytest.skip(f"this machine has no {level}")
+    chosen = [f"--only={rule}" for rule in RULES]
+    out = run("-m", "burnish.testing", op, "--backend=cpu", *chosen, f"--fuzz={EXAMPLES}", BURNISH_CPU_ISA=level)
+    counts = dict(re.findall(rf"^{op} (cpu|cpu fuzzed): (\d+)$", out, re.MULTILINE))
+    assert int(counts["cpu"]) >= 2 * len(registry.get(op).cases.test)
+    assert int(counts["cpu fuzzed"]) >= EXAMPLES
