@@ -17,18 +17,18 @@
 // int32, exact, and the block that finishes last adds them, so the result does not depend on any order.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <optional>
 
+#include "check.h"
 #include "cuda/int8_quantize_rows.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
-#include "cuda/rows.cuh"
 #include "math/activation.h"
 #include "math/half.h"
 #include "math/pack.h"
+#include "rows.h"
 
 namespace burnish {
 namespace {
@@ -355,27 +355,26 @@ Format format_of(ScalarType dtype, const char* name) {
     case ScalarType::Half:
       return Format::kFp16;
     default:
-      STD_TORCH_CHECK(false, "int8_linear.native: ", name, " is not fp32, bf16 or fp16");
+      BURNISH_CHECK(false, "int8_linear.native: ", name, " is not fp32, bf16 or fp16");
   }
 }
 
 Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias,
                    int64_t activation, std::optional<ScalarType> out_dtype) {
-  STD_TORCH_CHECK(x.dim() >= 1, "int8_linear.native: x is a scalar, expected [..., K]");
+  BURNISH_CHECK(x.dim() >= 1, "int8_linear.native: x is a scalar, expected [..., K]");
   const DeviceGuard guard(x.get_device_index());
   const Rows rows = as_rows(x);
   const int64_t width = round_up(rows.width, kRowPadding);
   const int64_t channels = scale.numel();
-  STD_TORCH_CHECK(rows.count <= kMaxRows, "int8_linear.native: x has ", rows.count, " rows, expected at most ",
-                  kMaxRows);
-  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char && weight.dim() == 2 && weight.is_contiguous() &&
-                      weight.size(0) == channels && weight.size(1) == width,
-                  "int8_linear.native: weight is not int8 [", channels, ", ", width, "], contiguous");
-  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float, "int8_linear.native: scale is not fp32");
-  STD_TORCH_CHECK(rows.width <= kMaxWidth, "int8_linear.native: K is ", rows.width, ", expected at most ", kMaxWidth);
-  STD_TORCH_CHECK(channels <= kMaxChannels, "int8_linear.native: N is ", channels, ", expected at most ", kMaxChannels);
-  STD_TORCH_CHECK(!bias || bias->numel() == channels, "int8_linear.native: bias has not N = ", channels, " elements");
-  STD_TORCH_CHECK(activation >= 0 && activation < kActivations, "int8_linear.native: activation is ", activation);
+  BURNISH_CHECK(rows.count <= kMaxRows, "int8_linear.native: x has ", rows.count, " rows, expected at most ", kMaxRows);
+  BURNISH_CHECK(weight.scalar_type() == ScalarType::Char && weight.dim() == 2 && weight.is_contiguous() &&
+                    weight.size(0) == channels && weight.size(1) == width,
+                "int8_linear.native: weight is not int8 [", channels, ", ", width, "], contiguous");
+  BURNISH_CHECK(scale.scalar_type() == ScalarType::Float, "int8_linear.native: scale is not fp32");
+  BURNISH_CHECK(rows.width <= kMaxWidth, "int8_linear.native: K is ", rows.width, ", expected at most ", kMaxWidth);
+  BURNISH_CHECK(channels <= kMaxChannels, "int8_linear.native: N is ", channels, ", expected at most ", kMaxChannels);
+  BURNISH_CHECK(!bias || bias->numel() == channels, "int8_linear.native: bias has not N = ", channels, " elements");
+  BURNISH_CHECK(activation >= 0 && activation < kActivations, "int8_linear.native: activation is ", activation);
   const ScalarType dtype = out_dtype.value_or(x.scalar_type());
   Tensor y = torch::stable::new_empty(x, sizes_with_last(x, channels), dtype);
   if (y.numel() == 0) return y;

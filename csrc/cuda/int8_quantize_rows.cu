@@ -10,10 +10,10 @@
 #include "cuda/int8_quantize_rows.cuh"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <tuple>
 
+#include "check.h"
 #include "cuda/ptx.cuh"
 #include "math/half.h"
 #include "math/int8.h"
@@ -162,8 +162,8 @@ void start(const Rows& x, int8_t* q, int64_t padded, float* scale, cudaStream_t 
   constexpr int kBlock = kThreads < kMinBlock ? kMinBlock : kThreads;
   constexpr int64_t kRowsPerBlock = kBlock / kThreads;
   const int64_t blocks = (x.count + kRowsPerBlock - 1) / kRowsPerBlock;
-  STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "int8_quantize_rows.native: x has ", x.count,
-                  " rows, more than a grid holds");
+  BURNISH_CHECK(blocks < (int64_t{1} << 31), "int8_quantize_rows.native: x has ", x.count,
+                " rows, more than a grid holds");
   launch(int8_quantize_rows_fwd_kernel<Unit, kThreads, T>, dim3(static_cast<unsigned>(blocks)), dim3(kBlock),
          kThreads / 32 * sizeof(uint32_t), stream, static_cast<const T*>(x.tensor.const_data_ptr()), x.stride, x.count,
          x.width, padded, q, scale);
@@ -197,7 +197,7 @@ void start(const Rows& x, int8_t* q, int64_t padded, float* scale, cudaStream_t 
 }
 
 std::tuple<Tensor, Tensor> int8_quantize_rows(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() >= 1, "int8_quantize_rows.native: x is a scalar, expected [..., K]");
+  BURNISH_CHECK(x.dim() >= 1, "int8_quantize_rows.native: x is a scalar, expected [..., K]");
   const DeviceGuard guard(x.get_device_index());
   const Rows rows = as_rows(x);
   Tensor q = torch::stable::new_empty(x, sizes_with_last(x, rows.width), ScalarType::Char);
@@ -219,7 +219,7 @@ void quantize_rows(const Rows& x, int8_t* q, int64_t padded, float* scale, cudaS
     case ScalarType::Half:
       return start<fp16>(x, q, padded, scale, stream);
     default:
-      STD_TORCH_CHECK(false, "int8_quantize_rows.native: x is not fp32, bf16 or fp16");
+      BURNISH_CHECK(false, "int8_quantize_rows.native: x is not fp32, bf16 or fp16");
   }
 }
 

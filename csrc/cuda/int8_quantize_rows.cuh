@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "cuda/launch.cuh"
-#include "cuda/rows.cuh"
+#include "rows.h"
 
 namespace burnish {
 

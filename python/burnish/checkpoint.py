@@ -5,8 +5,8 @@
 
 The folder holds ``burnish.json`` and one safetensors file that it names. The file has the model's ``state_dict``, plain
 tensors in canonical form, each shared one once, so any safetensors reader can open it and a checkpoint made on one kind
-of machine loads on every other. Buffers that a model makes for itself and does not keep in its ``state_dict`` are not in
-the file. The JSON has the recipe:
+of machine loads on every other. Buffers that a model makes for itself and does not keep in its ``state_dict`` are not
+in the file. The JSON has the recipe:
 
 =========  ===========================================================================================
 format     1; a newer one is refused
