@@ -125,7 +125,8 @@ def test_files_are_plain(saved: Path) -> None:
 
 def test_saving_again_replaces_and_cleans_up(saved: Path) -> None:
     first = sorted(saved.iterdir())
-    (saved / ".burnish-999999.safetensors").write_bytes(b"left by a killed process")
+    (saved / ".burnish-999999").mkdir()
+    (saved / ".burnish-999999" / "payload").write_bytes(b"left by a killed process")
     (saved / "notes.txt").write_text("not ours")
     model = swapped()
     with torch.no_grad():

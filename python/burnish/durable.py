@@ -1,9 +1,10 @@
 """Files that survive: a folder with one JSON text and one payload, replaced as a whole or not at all.
 
-The payload is written under a temporary name, flushed to the disk and renamed to a name made of its SHA-256; then the
-JSON, which names the payload, is exchanged by a rename. That rename is the commit: killed at any moment, the folder
-holds what was committed last. Writers and readers take turns by a lock on the folder, so a reader never sees a payload
-disappear. The JSON carries a checksum of itself and is accepted only in the exact bytes it was written in.
+Both are written in a staging folder inside and flushed to the disk. The payload is renamed to a name made of its
+SHA-256; then the JSON, which names the payload, is exchanged by a rename. That rename is the commit: killed at any
+moment, the folder holds what was committed last. Writers and readers take turns by a lock on the folder, so a reader
+never sees a payload disappear. The JSON carries a checksum of itself and is accepted only in the exact bytes it was
+written in.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,17 +27,19 @@ except ImportError:  # not POSIX: no turns
     fcntl = None  # type: ignore[assignment]
 
 _PAYLOAD = re.compile(r"model-[0-9a-f]{16}\.safetensors")
-_TEMPORARY = re.compile(r"\.burnish-\d+\.(json|safetensors)")
+_STAGE = re.compile(r"\.burnish-\d+")
 
 
 @contextlib.contextmanager
-def _locked(descriptor: int, *, write: bool) -> Iterator[None]:
-    """Hold the lock of an open folder and close it; where the file system has no locks, nothing is held."""
+def _locked(descriptor: int, *, write: bool) -> Iterator[bool]:
+    """Hold the lock of an open folder and close it; false where the file system has no locks."""
+    held = False
     try:
         if fcntl is not None:
             with contextlib.suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX if write else fcntl.LOCK_SH)
-        yield
+                held = True
+        yield held
     finally:
         os.close(descriptor)
 
@@ -47,33 +51,36 @@ def commit(folder: Path, name: str, recipe: dict[str, Any], write_payload: Calla
         OSError: the disk is full, or the folder cannot be written; what was there still is.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(os.open(folder, os.O_RDONLY), write=True):
-        _sweep(folder, lambda found: bool(_TEMPORARY.fullmatch(found)))
-        temporary = folder / f".burnish-{os.getpid()}.safetensors"
-        text = folder / f".burnish-{os.getpid()}.json"
+    with _locked(os.open(folder, os.O_RDONLY), write=True) as alone:
+        if alone:
+            _sweep(folder, _STAGE.fullmatch)
+        stage = folder / f".burnish-{os.getpid()}"
         try:
-            write_payload(temporary)
-            _flush(temporary)
-            digest = sha256(temporary)
+            stage.mkdir(exist_ok=True)
+            staged = stage / "payload"
+            write_payload(staged)
+            _flush(staged)
+            digest = sha256(staged)
             payload = folder / f"model-{digest[:16]}.safetensors"
-            recipe = {**recipe, "payload": {"file": payload.name, "sha256": digest, "bytes": temporary.stat().st_size}}
+            recipe = {**recipe, "payload": {"file": payload.name, "sha256": digest, "bytes": staged.stat().st_size}}
+            text = stage / name
             text.write_bytes(_encode(recipe))
             _flush(text)
-            os.replace(temporary, payload)
+            os.replace(staged, payload)
             _flush(folder)
             os.replace(text, folder / name)
             _flush(folder)
         finally:
-            for path in (temporary, text):
-                with contextlib.suppress(OSError):
-                    path.unlink()
-        _sweep(folder, lambda found: bool(_PAYLOAD.fullmatch(found)) and found != payload.name)
+            shutil.rmtree(stage, ignore_errors=True)
+        if alone:
+            _sweep(folder, lambda found: _PAYLOAD.fullmatch(found) if found != payload.name else None)
 
 
-def _sweep(folder: Path, wanted: Callable[[str], bool]) -> None:
-    """Delete files that no commit names any more; what cannot be deleted stays."""
+def _sweep(folder: Path, wanted: Callable[[str], object]) -> None:
+    """Delete what no commit names any more; what cannot be deleted stays."""
     for found in os.listdir(folder):
         if wanted(found):
+            shutil.rmtree(folder / found, ignore_errors=True)
             with contextlib.suppress(OSError):
                 (folder / found).unlink()
 
