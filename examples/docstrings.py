@@ -3,8 +3,9 @@
     names, texts = corpus(608)
 
 A fixed list of modules is imported (none does anything on import), the docstrings of their public functions, classes
-and methods are collected, cleaned as ``help()`` shows them, freed of duplicates and of one-liners, and ``count`` of
-them are taken at even distances, so that every module has its share. No network; the same Python gives the same texts.
+and methods are collected and cleaned as ``help()`` shows them, duplicates and those of under 80 characters are dropped,
+and ``count`` of the rest are taken at even distances, so that every module has its share. No network; the same Python
+gives the same texts.
 """
 
 from __future__ import annotations

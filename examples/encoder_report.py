@@ -54,7 +54,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     table = Table(
         title=f"{result['rows'][0]['model']}: {machine['cpu']}, {machine['threads']} threads, {versions}",
         caption=f"ms: median{' and quartiles' if wide else ''} of interleaved calls. x: times the speed of fp32.\n"
-        f"cosine, kept (of the 10 nearest neighbours): against fp32, {result['texts']} texts, up to 128 tokens.",
+        f"cosine, kept (of the 10 nearest neighbours): against fp32, {result['texts']} texts, up to 128 tokens; "
+        f"standard error of kept: {max(row['top10_overlap_error'] for row in result['rows']):.3f}.",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
