@@ -38,6 +38,8 @@ ISA_FLAGS = {
         *("-mavx512vnni", "-mavx512bf16"),
     ],
 }
+# no contraction: a product and a sum round twice, as on the CPU, and every fused multiply-add is spelled
+CUDA_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-lineinfo", "-DUSE_CUDA", TORCH_ABI]
 CUDA_TARGETS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
 
 
@@ -130,8 +132,8 @@ def write_graph(build: Path, package: Path) -> None:
     if wants_cuda(nvcc, torch.version.cuda):  # type: ignore[attr-defined]
         gencode = [f"-gencode=arch={virtual},code={real}" for real, virtual in CUDA_TARGETS.items()]
         gencode.append("-gencode=arch=compute_100,code=compute_100")
-        cuda_common = [str(nvcc), "-MD", "-MF", "$out.d", "-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fPIC"]
-        cuda_common += ["-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", TORCH_ABI, *gencode, *includes]
+        cuda_common = [str(nvcc), "-MD", "-MF", "$out.d", *CUDA_FLAGS, *gencode, *includes]
+        cuda_common += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
         ninja.rule("nvcc", [*cuda_common, "-c", "$in", "-o", "$out"])
         ninja.rule("nvlink", [str(nvcc), "-shared", "-cudart=shared", "$in", "-o", "$out", "$flags"], depfile=False)
         cuda = [ninja.build(build / "cuda" / f"{s.stem}.o", "nvcc", [s]) for s in sources("csrc/cuda/*.cu")]

@@ -26,6 +26,9 @@ using torch::stable::Tensor;
 
 // A block has at least 4 warps, one for each scheduler of a multiprocessor.
 constexpr int kMinBlock = 128;
+// Resident threads that the registers must allow: with 64 bytes under way in each, four times what bandwidth asks for.
+// Asked for less, ptxas spills to fit 1536 of them.
+constexpr int kResident = 1024;
 
 // The fp32 values in a 32-bit word of T; the 16-bit types have two.
 template <class T>
@@ -69,11 +72,11 @@ struct Wide {
   }
 };
 
-// One element of a row, the unit of rows without alignment; 16 of them a thread, for bytes in flight.
+// One element of a row, the unit of rows without alignment; 8 of them a thread are 16 KB in flight on a multiprocessor.
 template <class T>
 struct Narrow {
   static constexpr int kElements = 1;
-  static constexpr int kHeld = 16;
+  static constexpr int kHeld = 8;
   T value{};
 
   __device__ void load(const T* row, int64_t unit) { value = row[unit]; }
@@ -97,7 +100,8 @@ __device__ uint32_t row_max(uint32_t value) {
 }
 
 template <class Unit, int kThreads, class T>
-__global__ void __launch_bounds__(kThreads < kMinBlock ? kMinBlock : kThreads)
+__global__ void __launch_bounds__(kThreads < kMinBlock ? kMinBlock : kThreads,
+                                  kResident / (kThreads < kMinBlock ? kMinBlock : kThreads))
     int8_quantize_rows_fwd_kernel(const T* x, int64_t stride, int64_t count, int64_t width, int64_t padded, int8_t* q,
                                   float* scale) {
   dependents_start();

@@ -1,0 +1,132 @@
+"""Every csrc/cuda/*.cu, compiled for sm_80, sm_90a and sm_100 with the build's own flags: no GPU is needed.
+
+Gates: no warning; no stack frame, no spill and no local-memory access in the machine code ("0 spills" alone can hide a
+stack); registers for a full block of the kernel's launch bounds; and for each wrapper of ptx.cuh that the file calls,
+the instruction that it promises. The files are found by themselves, so a new kernel is covered by existing.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.gate
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+REGISTERS = 65536  # of a multiprocessor, on every architecture built for
+#: instructions by the wrapper that stands for them
+PROMISED = {
+    "mma_int8": r"IMMA\.16832\.S8\.S8",
+    "copy_async16": r"LDGSTS\.E\.BYPASS\.128",
+    "copy_async_wait": r"LDGDEPBAR[\s\S]*DEPBAR\.LE",
+    "load_streaming": r"LDG\.E\S*\.128\S*\.CONSTANT",
+    "warp_max": r"REDUX",
+    "draw_ticket": r"ATOMG?\S*\.ADD\S*STRONG\.GPU",
+    "dependency_wait": r"ACQBULK",
+    "dependents_start": r"PREEXIT",
+}
+SM_90_ONLY = {"dependency_wait", "dependents_start"}
+
+
+def build_settings() -> dict[str, Any]:
+    """setup.py's constants for the CUDA build, without running it."""
+    wanted: dict[str, Any] = {}
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else None
+        if isinstance(target, ast.Name) and target.id in ("TORCH_ABI", "CUDA_FLAGS", "CUDA_TARGETS"):
+            wanted[target.id] = eval(compile(ast.Expression(node.value), "setup.py", "eval"), {}, wanted)
+    return wanted
+
+
+SETTINGS = build_settings()
+
+
+@cache
+def tool(name: str) -> str:
+    """Path of a CUDA tool: on PATH, beside nvcc, or in Triton's package."""
+    places = [Path(found)] if (found := shutil.which(name)) else []
+    if nvcc := shutil.which("nvcc"):
+        places.append(Path(nvcc).resolve().parent / name)
+    try:
+        import triton
+
+        places.append(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+    except ImportError:
+        pass
+    for place in places:
+        if place.is_file():
+            return str(place)
+    pytest.skip(f"{name} is not installed")
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def compile_cubin(source: Path, arch: str, cubin: Path) -> str:
+    """Compiles for one architecture; returns what ptxas says of the kernels."""
+    includes = [f"-I{ROOT / 'csrc'}", "-isystem", str(Path(torch.__file__).parent / "include")]
+    virtual = SETTINGS["CUDA_TARGETS"][arch]
+    return run(
+        *(tool("nvcc"), *SETTINGS["CUDA_FLAGS"], *includes, f"-gencode=arch={virtual},code={arch}", "-cubin"),
+        *("-Xptxas=-v,-warn-spills", "-Xcompiler=-Wall,-Wextra", "-Werror=all-warnings", str(source), "-o", str(cubin)),
+    )
+
+
+def max_threads(assembly: str) -> dict[str, int]:
+    """The launch bounds of each kernel, from the attributes that the loader reads."""
+    bounds = {}
+    for section in re.split(r"\n\s*\.section\s+\.nv\.info\.", assembly)[1:]:
+        words = re.search(r"EIATTR_MAX_THREADS.*?\.word\s+(0x\w+).*?\.word\s+(0x\w+).*?\.word\s+(0x\w+)", section, re.S)
+        kernel = re.match(r'"?([\w$.]+)', section)
+        assert kernel is not None, section[:80]
+        assert words is not None, f"{kernel[1]} has no launch bounds"
+        bounds[kernel[1]] = int(words[1], 16) * int(words[2], 16) * int(words[3], 16)
+    return bounds
+
+
+@pytest.mark.parametrize("arch", SETTINGS["CUDA_TARGETS"])
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_machine_code(source: Path, arch: str, tmp_path: Path) -> None:
+    cubin = tmp_path / "kernel.cubin"
+    report = compile_cubin(source, arch, cubin)
+    kernels = re.findall(
+        r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r"\s+ptxas info\s+: Used (\d+) registers",
+        report,
+    )
+    assert kernels, report
+    for kernel, *memory, _ in kernels:
+        assert memory == ["0", "0", "0"], f"{kernel}: stack frame, spill stores, spill loads are {memory}"
+
+    assembly = run(tool("nvdisasm"), str(cubin))
+    local = re.findall(r"\b(?:LDL|STL)\b\S*", assembly)
+    assert not local, f"{len(local)} local-memory accesses"
+    bounds = max_threads(assembly)
+    assert sorted(bounds) == sorted(kernel for kernel, *_ in kernels)
+    for kernel, *_, registers in kernels:
+        assert int(registers) * bounds[kernel] <= REGISTERS, (
+            f"{kernel}: {registers} registers x {bounds[kernel]} threads"
+        )
+
+    called = {name for name in PROMISED if re.search(rf"\b{name}\b", source.read_text())}
+    assert called, f"{source.name} calls none of {sorted(PROMISED)}"
+    for name in called - (SM_90_ONLY if arch == "sm_80" else set()):
+        assert re.search(PROMISED[name], assembly), f"{name}: {PROMISED[name]} is not in the machine code"
+
+
+def test_flags_forbid_contraction() -> None:
+    flags = SETTINGS["CUDA_FLAGS"]
+    assert "-fmad=false" in flags
+    assert not {"--use_fast_math", "-use_fast_math"} & set(flags)
