@@ -19,8 +19,8 @@ from burnish.testing.layouts import LAYOUTS
 
 #: the largest product of a case's dimensions that an interpreted kernel is given
 INTERPRETED_VOLUME = 600_000
-#: places that a special value is put in, per input
-SPECIAL_POSITIONS, INTERPRETED_POSITIONS = 100, 2
+#: places that a special value is put in, per input: of a plain case, of a case with options, of an interpreted one
+SPECIAL_POSITIONS, OPTION_POSITIONS, INTERPRETED_POSITIONS = 100, 16, 2
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,6 @@ def _objection(spec: OpSpec, backend: Backend, case: Case) -> str | None:
 
 def _on_cases(spec: OpSpec, backend: Backend) -> Iterator[tuple[str, Case, str, Callable[[], None]]]:
     """Checks of values: (rule, case, label, body)."""
-    positions = INTERPRETED_POSITIONS if interpreting() else SPECIAL_POSITIONS
     for case in spec.cases.test:
         yield "forward", case, case.id, partial(values.forward, spec, backend, case)
         yield "guard", case, case.id, partial(values.guard, spec, backend, case)
@@ -89,6 +88,8 @@ def _on_cases(spec: OpSpec, backend: Backend) -> Iterator[tuple[str, Case, str, 
             continue
         small, middle = solid[0], solid[len(solid) // 2]
         if small.dtype.is_floating_point:
+            positions = OPTION_POSITIONS if small.options else SPECIAL_POSITIONS
+            positions = INTERPRETED_POSITIONS if interpreting() else positions
             few = resized(small, min(rows(small), 3))
             yield "special", few, few.id, partial(values.special, spec, backend, few, positions)
         if not makes_integers(spec, backend, small):
