@@ -20,7 +20,7 @@ OURS = {name: spec for name, spec in SPECS.items() if spec.namespace == "burnish
 
 #: sources that serve all ops; whatever is not listed here must be named after an op
 INFRASTRUCTURE = {
-    "csrc/cpu": {"isa", "probes"},
+    "csrc/cpu": {"isa", "parallel", "probes"},
     "csrc/cpu/simd": {"table", "peak"},
     "csrc/cuda": set(),
     "kernels": {"__init__"},

@@ -11,6 +11,7 @@
 
 #include "cpu/arguments.h"
 #include "cpu/isa.h"
+#include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "math/activation.h"
 #include "math/half.h"
@@ -127,11 +128,10 @@ void multiply_panels(const Kernels& level, const Input& x, Int8Product product, 
   if (x.count == 1) {
     quantised.fill(level, x, 0, 1, 0);
   } else {
-    torch::stable::parallel_for(0, x.count, 1,
-                                [&](int64_t begin, int64_t end) { quantised.fill(level, x, begin, end, begin); });
+    parallel_for(0, x.count, 1, [&](int64_t begin, int64_t end) { quantised.fill(level, x, begin, end, begin); });
   }
-  torch::stable::parallel_for(0, (product.channels + kPanel - 1) / kPanel, 1,
-                              [&](int64_t begin, int64_t end) { level.int8_product(product, 0, x.count, begin, end); });
+  parallel_for(0, (product.channels + kPanel - 1) / kPanel, 1,
+               [&](int64_t begin, int64_t end) { level.int8_product(product, 0, x.count, begin, end); });
 }
 
 // y must hold [rows, N] elements of y_format.
@@ -141,7 +141,7 @@ void forward(const Rows& rows, Format x_format, const Tensor& weight, const Tens
   static thread_local Scratch scratch;
   const int64_t N = scale.size(0);
   const int64_t weights = N * rows.width;
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = num_threads();
   const bool serial = rows.count * weights <= kSerialProducts && weights <= kSerialWeights;
   const bool by_rows = serial || (weights <= kSharedWeights && rows.count >= 4 * threads);
   scratch.reserve(2 * Scratch::bytes<float>(N) + (by_rows ? 0 : Quantised::bytes(rows.count, rows.width)));
@@ -161,8 +161,7 @@ void forward(const Rows& rows, Format x_format, const Tensor& weight, const Tens
   if (serial) {
     multiply_rows(level, x, product, 0, x.count);
   } else if (by_rows) {
-    torch::stable::parallel_for(0, x.count, 1,
-                                [&](int64_t begin, int64_t end) { multiply_rows(level, x, product, begin, end); });
+    parallel_for(0, x.count, 1, [&](int64_t begin, int64_t end) { multiply_rows(level, x, product, begin, end); });
   } else {
     multiply_panels(level, x, product, scratch);
   }
@@ -234,7 +233,7 @@ std::tuple<Tensor, Tensor> int8_linear_backward(const Tensor& dy, const std::opt
   const Kernels& level = kernels();
   const Format format = format_of(dy.scalar_type());
   const auto* from = static_cast<const char*>(rows.tensor.const_data_ptr());
-  torch::stable::parallel_for(0, M, std::max<int64_t>(1, 16384 / N), [&](int64_t begin, int64_t end) {
+  parallel_for(0, M, std::max<int64_t>(1, 16384 / N), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const float* z_row = z == nullptr ? nullptr : z + row * N;
       const char* dy_row = from + row * rows.stride * size_of(format);
@@ -248,14 +247,13 @@ std::tuple<Tensor, Tensor> int8_linear_backward(const Tensor& dy, const std::opt
   if (bias_grad) {
     auto* sums = dbias.mutable_data_ptr<float>();
     const int64_t grain = std::max<int64_t>(64, 65536 / std::max<int64_t>(M, 1));
-    torch::stable::parallel_for(0, N, grain,
-                                [&](int64_t begin, int64_t end) { sum_rows(dz, M, padded, begin, end, sums); });
+    parallel_for(0, N, grain, [&](int64_t begin, int64_t end) { sum_rows(dz, M, padded, begin, end, sums); });
   }
 
   Tensor dx = torch::stable::new_empty(dy, sizes_with_last(dy, K));
   const Int8Dx args{scaled, padded, M, weight.const_data_ptr<uint8_t>(), N, K, dx.mutable_data_ptr(), format};
   const int64_t blocks = M == 0 ? 0 : (K + kPanel - 1) / kPanel;
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     static thread_local Scratch partial;
     partial.reserve(Scratch::bytes<float>(int8_dx_scratch(M)));
     level.int8_dx(args, begin, end, partial.take<float>(int8_dx_scratch(M)));

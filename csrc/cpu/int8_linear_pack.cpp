@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cpu/arguments.h"
+#include "cpu/parallel.h"
 
 namespace burnish {
 namespace {
@@ -17,7 +18,7 @@ template <class F>
 void for_each_byte(int64_t N, int64_t K, const F& f) {
   const int64_t padded = round_up(K, kDepth);
   const int64_t panels = (N + kPanel - 1) / kPanel;
-  torch::stable::parallel_for(0, panels, 4, [&](int64_t begin, int64_t end) {
+  parallel_for(0, panels, 4, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t width = panel_width(N, p);
       int64_t offset = p * kPanel * padded;
@@ -53,7 +54,7 @@ Tensor int8_linear_pack(const Tensor& weight, const std::string& layout) {
     const int64_t padded = round_up(K, kRowPadding);
     Tensor packed = torch::stable::new_empty(weight, {N, padded}, ScalarType::Char);
     auto* to = packed.mutable_data_ptr<int8_t>();
-    torch::stable::parallel_for(0, N, 64, [&](int64_t begin, int64_t end) {
+    parallel_for(0, N, 64, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
         for (int64_t k = 0; k < K; ++k) to[n * padded + k] = from[n * stride_n + k * stride_k];
         std::memset(to + n * padded + K, 0, static_cast<size_t>(padded - K));

@@ -7,6 +7,7 @@
 
 #include "cpu/arguments.h"
 #include "cpu/isa.h"
+#include "cpu/parallel.h"
 #include "rows.h"
 
 namespace burnish {
@@ -27,7 +28,7 @@ std::tuple<Tensor, Tensor> int8_quantize_rows(const Tensor& x) {
   auto* scales = scale.mutable_data_ptr<float>();
   const int64_t row_bytes = rows.stride * size_of(format);
   const int64_t grain = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, rows.width));
-  torch::stable::parallel_for(0, rows.count, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows.count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       level.quantize_row(from + row * row_bytes, format, rows.width, rows.width, to + row * rows.width, scales + row);
     }

@@ -11,6 +11,7 @@
 
 #include "check.h"
 #include "cpu/isa.h"
+#include "cpu/parallel.h"
 
 namespace burnish {
 namespace {
@@ -24,12 +25,12 @@ std::string cpu_isa() { return kernels().name; }
 // The sum over all threads of what `work` returns, a second, repeated for at least `millis`.
 template <class F>
 double rate(int64_t millis, const F& work) {
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = num_threads();
   double total = 0.0;
   const Clock::time_point start = Clock::now();
   do {
     std::atomic<int64_t> done{0};
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t thread = begin; thread < end; ++thread) done += static_cast<int64_t>(work(thread, threads));
     });
     total += static_cast<double>(done.load());
