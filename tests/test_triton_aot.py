@@ -36,13 +36,15 @@ TARGETS = {
 }
 #: bytes a program may use; sm_80's variants also run on sm_86, sm_89 and sm_120, which have the least
 SHARED_LIMIT = {"sm_80": 99 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}
+#: Triton 3.9 multiplies int8 by tcgen05, 3.6 by mma.sync; of those between, the test asks for either
+TCGEN05_INT8 = "UTCIMMA" if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else "IMMA"
 #: the instruction for tiles of 64 rows or more, then for fewer, which wgmma and tcgen05 do not take
 MATRIX_UNITS = {
     ("sm_80", "int8"): ("IMMA.16832.S8.S8", "IMMA.16832.S8.S8"),
     ("sm_80", "bf16"): ("HMMA.16816.F32.BF16", "HMMA.16816.F32.BF16"),
     ("sm_90", "int8"): ("IGMMA.64x", "IMMA.16832.S8.S8"),
     ("sm_90", "bf16"): ("HGMMA.64x", "HMMA.16816.F32.BF16"),
-    ("sm_100", "int8"): ("UTCIMMA", "IMMA.16832.S8.S8"),
+    ("sm_100", "int8"): (TCGEN05_INT8, "IMMA.16832.S8.S8"),
     ("sm_100", "bf16"): ("UTCHMMA", "HMMA.16816.F32.BF16"),
     ("gfx942", "int8"): ("v_mfma_i32", "v_mfma_i32"),
     ("gfx942", "bf16"): ("v_mfma_f32", "v_mfma_f32"),
