@@ -1,0 +1,132 @@
+"""What only a GPU can show of the CUDA implementations: streams, graphs, many runs, and that they agree bit for bit.
+
+The values themselves are the conformance kit's business (test_ops.py), which runs the same backends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from burnish import registry
+from burnish.registry import Backend, Case, OpSpec
+from burnish.testing import calls
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible"),
+    pytest.mark.skipif(calls.interpreting(), reason="this process interprets Triton kernels"),
+]
+
+SPECS = [spec for spec in registry.all_ops().values() if spec.impls]
+CONTESTANTS = [(spec, impl.backend) for spec in SPECS for impl in spec.impls]
+IDS = [f"{spec.stem}-{backend}" for spec, backend in CONTESTANTS]
+each_backend = pytest.mark.parametrize(("spec", "backend"), CONTESTANTS, ids=IDS)
+REPLAYS, REPEATS = 100, 1000
+LATE_CYCLES = 50_000_000  # 30 ms: far longer than the launches that follow take
+
+
+def ordinary(spec: OpSpec, backend: Backend) -> Case:
+    """The largest plain test case that the backend accepts."""
+    accepted = [case for case in spec.cases.test if case.values == "normal" and min(case.dims.values()) > 1]
+    accepted = [case for case in accepted if calls.objection(spec, backend, spec.make(case, backend, 0)) is None]
+    if not accepted:
+        pytest.skip(f"{spec.stem} on {backend}: " + str(calls.backends(spec)[1].get(backend, "no case is accepted")))
+    return max(accepted, key=calls.volume)
+
+
+def inputs(spec: OpSpec, backend: Backend, case: Case, seed: int) -> calls.Args:
+    return calls.to_device(backend, spec.make(case, backend, seed))
+
+
+def fill(kept: calls.Args, fresh: calls.Args) -> None:
+    for old, new in zip(kept, fresh, strict=True):
+        if isinstance(old, torch.Tensor):
+            old.copy_(new)
+
+
+def assert_same(outputs: calls.Outputs, expected: calls.Outputs) -> None:
+    for one, two in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+
+
+@each_backend
+def test_runs_on_the_current_stream(spec: OpSpec, backend: Backend) -> None:
+    case = ordinary(spec, backend)
+    args = inputs(spec, backend, case, 0)
+    expected = calls.run(spec, backend, args)
+    late = calls.map_tensors(torch.zeros_like, args)
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(LATE_CYCLES)
+        fill(late, args)
+        outputs = calls.run(spec, backend, late)
+    side.synchronize()
+    assert_same(outputs, expected)
+
+
+@each_backend
+def test_graph_replays_equal_eager(spec: OpSpec, backend: Backend) -> None:
+    case = ordinary(spec, backend)
+    args = inputs(spec, backend, case, 0)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        calls.run(spec, backend, args)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = calls.run(spec, backend, args)
+    for seed in range(REPLAYS):
+        fresh = inputs(spec, backend, case, seed)
+        fill(args, fresh)
+        graph.replay()
+        assert_same(outputs, calls.run(spec, backend, fresh))
+
+
+@each_backend
+def test_repeated_runs_give_the_same_bits(spec: OpSpec, backend: Backend) -> None:
+    args = inputs(spec, backend, ordinary(spec, backend), 0)
+    expected = calls.run(spec, backend, args)
+    unequal = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(REPEATS):
+        for one, two in zip(calls.run(spec, backend, args), expected, strict=True):
+            unequal += (one != two).sum()
+    assert unequal.item() == 0
+
+
+def shared_cases() -> Iterator[tuple[OpSpec, Case]]:
+    for spec in SPECS:
+        if len(spec.impls) > 1:
+            yield from ((spec, case) for case in spec.cases.test)
+
+
+@pytest.mark.parametrize(("spec", "case"), list(shared_cases()), ids=lambda value: getattr(value, "stem", None) or value.id)
+def test_implementations_agree_bit_for_bit(spec: OpSpec, case: Case) -> None:
+    results = {}
+    for impl in spec.impls:
+        args = spec.make(case, impl.backend, 0)
+        if calls.objection(spec, impl.backend, args) is None:
+            results[impl.backend] = calls.run(spec, impl.backend, args)
+    if len(results) < 2:
+        pytest.skip(f"{spec.stem} {case.id} is accepted by {', '.join(results) or 'none'} alone")
+    first, *others = results.values()
+    for other in others:
+        assert_same(other, first)
+
+
+@pytest.mark.parametrize("values", ["integers", "extreme", "normal"])
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 16])
+@pytest.mark.parametrize(("n", "k"), [(1, 131072), (64, 65536), (200, 20000), (4096, 4096), (8200, 4100)])
+def test_native_int8_linear_streams_any_shape(rows: int, n: int, k: int, values: str) -> None:
+    """Narrow and long weights are split over blocks; wide ones give each block several tiles."""
+    spec = registry.get("int8_linear")
+    case = Case({"M": rows, "N": n, "K": k}, torch.bfloat16, values)
+    args = inputs(spec, "native", case, 0)
+    if reason := calls.objection(spec, "native", args):
+        pytest.skip(reason)
+    expected = spec.reference(*args)
+    for _ in range(20):
+        assert_same(calls.run(spec, "native", args), (expected,))
