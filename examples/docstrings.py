@@ -3,9 +3,9 @@
     names, texts = corpus(608)
 
 A fixed list of modules is imported (none does anything on import), the docstrings of their public functions, classes
-and methods are collected and cleaned as ``help()`` shows them, duplicates and those of under 80 characters are dropped,
-and ``count`` of the rest are taken at even distances, so that every module has its share. No network; the same Python
-gives the same texts.
+and methods are collected and cleaned as ``help()`` shows them, duplicates, one-liners and those of under 80 characters
+are dropped, and ``count`` of the rest are taken at even distances, so that every module has its share. No network; the
+same Python gives the same texts.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def corpus(count: int) -> tuple[list[str], list[str]]:
         for module in filter(None, map(_import, MODULES.split())):
             for name, member in _documented(module):
                 text = inspect.cleandoc(member.__doc__)
-                if len(text) >= MIN_CHARACTERS:
+                if len(text) >= MIN_CHARACTERS and "\n" in text:
                     found.setdefault(text, f"{module.__name__}.{name}")
     texts = list(found)
     count = min(count, len(texts))

@@ -55,7 +55,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         title=f"{result['rows'][0]['model']}: {machine['cpu']}, {machine['threads']} threads, {versions}",
         caption=f"ms: median{' and quartiles' if wide else ''} of interleaved calls. x: times the speed of fp32.\n"
         f"cosine, kept (of the 10 nearest neighbours): against fp32, {result['texts']} texts, up to 128 tokens; "
-        f"standard error of kept: {max(row['top10_overlap_error'] for row in result['rows']):.3f}.",
+        f"standard error of kept: up to {max(row['top10_overlap_error'] for row in result['rows']):.3f}.",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
