@@ -57,7 +57,7 @@ struct Problem {
   void* y;               // [rows, channels]
   int32_t* partial;      // [tiles, splits, outputs of a tile]; not used by one split
   uint32_t* tickets;     // [tiles], zero
-  int64_t width;         // a multiple of 16
+  int width;             // a multiple of 16; 16 of the longest rows are 2 MB, so 32 bits index q
   int rows;
   int channels;
   int splits;

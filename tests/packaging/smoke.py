@@ -7,9 +7,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
 import burnish
+import torch
 
 absent = ("triton", "numpy", "rich", "matplotlib")
 assert not [name for name in absent if find_spec(name)], "the environment is not clean"
