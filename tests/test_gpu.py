@@ -103,7 +103,9 @@ def shared_cases() -> Iterator[tuple[OpSpec, Case]]:
             yield from ((spec, case) for case in spec.cases.test)
 
 
-@pytest.mark.parametrize(("spec", "case"), list(shared_cases()), ids=lambda value: getattr(value, "stem", None) or value.id)
+@pytest.mark.parametrize(
+    ("spec", "case"), list(shared_cases()), ids=lambda value: getattr(value, "stem", None) or value.id
+)
 def test_implementations_agree_bit_for_bit(spec: OpSpec, case: Case) -> None:
     results = {}
     for impl in spec.impls:
