@@ -54,6 +54,6 @@ print(*levels[: levels.index(torch.ops.burnish.cpu_isa()) + 1])')
 rules=(--only=forward --only=guard --only=layout --only=special --only=gradient --only=deterministic --only=huge --only=invalid)
 for level in $levels; do
   echo "--- $level"
-  BURNISH_CPU_ISA=$level sanitized "$python" -m burnish.testing --backend cpu --threads 2 --fuzz "$examples" "${rules[@]}"
+  BURNISH_CPU_ISA=$level sanitized "$python" -m burnish.testing --backend cpu --fuzz "$examples" "${rules[@]}"
 done
 echo "ASan and UBSan found nothing"
