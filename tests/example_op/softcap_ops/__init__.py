@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from burnish import dispatch
 from burnish.checks import FLOATING, check_floating
 from burnish.registry import Autograd, Case, Cases, Cost, Invalid, OpSpec, register
 
@@ -124,10 +125,19 @@ BACKWARD = register(
     )
 )
 
-softcap_backward = BACKWARD.entry
+_softcap, _inference, _backward = SPEC.overload(), SPEC.entry, BACKWARD.entry
+
+
+def softcap_backward(dy: torch.Tensor, x: torch.Tensor, cap: float) -> torch.Tensor:
+    """``dy`` times the slope of :func:`softcap` at x."""
+    if dispatch.overrides:
+        return dispatch.call(BACKWARD, (dy, x, cap), needs_grad=False)
+    return _backward(dy, x, cap)
 
 
 def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
     """``cap * tanh(x / cap)``; differentiable in x."""
     needs_grad = torch.is_grad_enabled() and x.requires_grad
-    return (SPEC.overload() if needs_grad else SPEC.entry)(x, cap)
+    if dispatch.overrides:
+        return dispatch.call(SPEC, (x, cap), needs_grad)
+    return (_softcap if needs_grad else _inference)(x, cap)
