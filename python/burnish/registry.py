@@ -73,7 +73,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Invalid:
-    """A bad call: ``change`` turns the arguments of the first test case into bad ones; ``match`` is in the message."""
+    """A bad call: ``change`` turns the arguments of the first test case into bad ones; the message of its error begins
+    with the op's name and a colon, then like the regular expression ``match``."""
 
     label: str
     change: Callable[..., tuple[Any, ...]]

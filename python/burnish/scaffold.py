@@ -79,8 +79,8 @@ SPEC = register(
             test=tuple(Case({"M": rows, "K": width}, dtype) for dtype in FLOATING for rows, width in _EDGES),
             bench=tuple(Case({"M": rows, "K": 4096}, torch.bfloat16) for rows in (1, 64, 4096)),
             invalid=(
-                Invalid("int32 x", lambda x: (x.to(torch.int32),), "@NAME@: x is int32, expected"),
-                Invalid("float64 x", lambda x: (x.double(),), "@NAME@: x is fp64, expected"),
+                Invalid("int32 x", lambda x: (x.to(torch.int32),), "x is int32, expected"),
+                Invalid("float64 x", lambda x: (x.double(),), "x is fp64, expected"),
             ),
         ),
         make=make,

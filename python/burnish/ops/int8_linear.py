@@ -33,23 +33,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from burnish import dispatch
 from burnish.checks import FLOATING, check_devices, check_floating
 from burnish.ops import int8_linear_pack as packing
 from burnish.ops import int8_quantize_rows as rows
-from burnish.registry import (
-    Autograd,
-    Backend,
-    Case,
-    Cases,
-    Cost,
-    Impl,
-    Invalid,
-    OpSpec,
-    dtype_name,
-    register,
-)
+from burnish.registry import Autograd, Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, dtype_name, register
+
+OptTensor = Tensor | None
 
 __all__ = ["ACTIVATIONS", "int8_linear"]
 
@@ -57,7 +49,7 @@ __all__ = ["ACTIVATIONS", "int8_linear"]
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 MAX_K = 131072
 
-_CURVES: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+_CURVES: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda z: z,
     torch.relu,
     F.gelu,
@@ -66,25 +58,18 @@ _CURVES: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
 )
 
 
-def _canonical(weight: torch.Tensor, scale: torch.Tensor, width: int) -> torch.Tensor:
+def _canonical(weight: Tensor, scale: Tensor, width: int) -> Tensor:
     return packing.unpack_reference(weight, scale.shape[0], width)
 
 
 def reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: int,
-    out_dtype: torch.dtype | None,
-) -> torch.Tensor:
+    x: Tensor, weight: Tensor, scale: Tensor, bias: OptTensor, activation: int, out_dtype: torch.dtype | None
+) -> Tensor:
     z = _preactivation(x, weight, scale, bias)
     return _CURVES[activation](z).to(out_dtype or x.dtype)
 
 
-def _preactivation(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def _preactivation(x: Tensor, weight: Tensor, scale: Tensor, bias: OptTensor) -> Tensor:
     """z in float64 for a float64 x, else in fp32; the integer product is exact either way."""
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     q, row_scale = rows.reference(x)
@@ -94,13 +79,8 @@ def _preactivation(
 
 
 def surrogate(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: int,
-    out_dtype: torch.dtype | None,
-) -> torch.Tensor:
+    x: Tensor, weight: Tensor, scale: Tensor, bias: OptTensor, activation: int, out_dtype: torch.dtype | None
+) -> Tensor:
     """Same values as :func:`reference`, with the gradient that the op promises."""
     q, row_scale = rows.reference(x.detach())
     quantised = (q.to(x.dtype) * row_scale.to(x.dtype).unsqueeze(-1) - x).detach() + x
@@ -109,16 +89,7 @@ def surrogate(
     return _CURVES[activation](z).to(out_dtype or x.dtype)
 
 
-def _check_operands(
-    op: str,
-    first: str,
-    x: torch.Tensor,
-    K: int,
-    *,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> None:
+def _check_operands(op: str, first: str, x: Tensor, K: int, *, weight: Tensor, scale: Tensor, bias: OptTensor) -> None:
     """What forward and backward ask alike; ``first`` names the float operand ``x``."""
     check_floating(op, **{first: x})
     torch._check(x.dim() >= 1, lambda: f"{op}: {first} is a scalar, expected at least one dimension")
@@ -144,13 +115,8 @@ def _check_activation(op: str, activation: int) -> None:
 
 
 def fake(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: int,
-    out_dtype: torch.dtype | None,
-) -> torch.Tensor:
+    x: Tensor, weight: Tensor, scale: Tensor, bias: OptTensor, activation: int, out_dtype: torch.dtype | None
+) -> Tensor:
     width = x.shape[-1] if x.dim() else 0
     _check_operands("int8_linear", "x", x, width, weight=weight, scale=scale, bias=bias)
     _check_activation("int8_linear", activation)
@@ -161,7 +127,7 @@ def fake(
     return x.new_empty((*x.shape[:-1], scale.shape[0]), dtype=out_dtype or x.dtype)
 
 
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, scale, bias, activation, _ = inputs
     smooth = activation != 0
     ctx.save_for_backward(x if smooth else None, weight, scale, bias if smooth else None)
@@ -169,7 +135,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> No
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def backward(ctx: Any, dy: Tensor) -> tuple[OptTensor, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError("int8_linear has no double backward: differentiate it without create_graph=True")
     x, weight, scale, bias = ctx.saved_tensors
@@ -188,15 +154,11 @@ def make(case: Case, backend: Backend, seed: int) -> tuple[Any, ...]:
     else:
         scale = (torch.rand(channels, generator=generator) + 0.5) / 127 / max(case.dims["K"], 1) ** 0.5
         bias = torch.randn(channels, generator=generator)
+    kept = case.options.get("bias", case.dtype)  # a dtype, or False
     weight = packing.reference(packing.make_weight(case, seed), packing.runtime_layout(backend))
-    return (
-        rows.make_rows(case, seed),
-        weight,
-        scale,
-        bias.to(case.options.get("bias", case.dtype)) if case.options.get("bias", True) else None,
-        ACTIVATIONS[case.options.get("activation", "none")],
-        case.options.get("out_dtype"),
-    )
+    code = ACTIVATIONS[case.options.get("activation", "none")]
+    out_dtype = case.options.get("out_dtype")
+    return rows.make_rows(case, seed), weight, scale, bias.to(kept) if kept else None, code, out_dtype
 
 
 def cost(case: Case) -> Cost:
@@ -209,18 +171,13 @@ def cost(case: Case) -> Cost:
     )
 
 
-def _dense(weight: torch.Tensor, scale: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+def _dense(weight: Tensor, scale: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return (_canonical(weight, scale, width) * scale.unsqueeze(-1)).to(dtype)
 
 
 def baseline(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: int,
-    out_dtype: torch.dtype | None,
-) -> Callable[[], torch.Tensor]:
+    x: Tensor, weight: Tensor, scale: Tensor, bias: OptTensor, activation: int, out_dtype: torch.dtype | None
+) -> Callable[[], Tensor]:
     """torch's own linear in x's dtype, then the activation."""
     dense = _dense(weight, scale, x.shape[-1], x.dtype)
     offset = None if bias is None else bias.to(x.dtype)
@@ -256,37 +213,27 @@ _BENCH_CASES = (
 )
 
 
-def _linear_invalid() -> tuple[Invalid, ...]:
-    return (
-        Invalid(
-            "x int32", lambda x, *r: (x.to(torch.int32), *r), "int8_linear: x is int32, expected fp32, bf16 or fp16"
-        ),
-        Invalid("x fp64", lambda x, *r: (x.double(), *r), "int8_linear: x is fp64, expected fp32, bf16 or fp16"),
-        Invalid("x complex", lambda x, *r: (x.to(torch.complex64), *r), "int8_linear: x is complex64, expected"),
-        Invalid("x scalar", lambda x, *r: (x.new_zeros(()), *r), "int8_linear: x is a scalar, expected"),
-        Invalid("x inner dim", lambda x, *r: (x[:, :16], *r), r"int8_linear: weight has shape .*, expected .* K=16"),
-        Invalid("weight fp32", lambda x, w, *r: (x, w.float(), *r), "int8_linear: weight is fp32, expected"),
-        Invalid("weight rows", lambda x, w, *r: (x, w[:-1], *r), "int8_linear: weight has shape .*, expected"),
-        Invalid("weight 1-d", lambda x, w, *r: (x, w.flatten(), *r), "int8_linear: weight has shape .*, expected"),
-        Invalid(
-            "weight strided",
-            lambda x, w, *r: (x, w.T.contiguous().T, *r),
-            "int8_linear: weight is not contiguous, expected",
-        ),
-        Invalid("scale fp64", lambda x, w, s, *r: (x, w, s.double(), *r), "int8_linear: scale is fp64, expected fp32"),
-        Invalid(
-            "scale length", lambda x, w, s, *r: (x, w, s.repeat(9), *r), "int8_linear: weight has shape .*, expected"
-        ),
-        Invalid("scale 2-d", lambda x, w, s, *r: (x, w, s[None], *r), r"int8_linear: scale has shape .*expected \[N\]"),
-        Invalid("scale empty", lambda x, w, s, *r: (x, w, s[:0], *r), r"int8_linear: scale has shape .*N >= 1"),
-        Invalid("bias int", lambda x, w, s, b, *r: (x, w, s, b.int(), *r), "int8_linear: bias is int32, expected"),
-        Invalid("bias length", lambda x, w, s, b, *r: (x, w, s, b[:-1], *r), "int8_linear: bias has shape .*expected"),
-        Invalid("bias 2-d", lambda x, w, s, b, *r: (x, w, s, b[None], *r), "int8_linear: bias has shape .*expected"),
-        Invalid("activation", lambda *a: (*a[:4], 9, a[5]), "int8_linear: activation is 9, expected 0 to 4"),
-        Invalid("activation < 0", lambda *a: (*a[:4], -1, a[5]), "int8_linear: activation is -1, expected 0 to 4"),
-        Invalid("out_dtype", lambda *a: (*a[:5], torch.int32), "int8_linear: out_dtype is .*expected"),
-    )
-
+_INVALID = (
+    Invalid("x int32", lambda x, *r: (x.to(torch.int32), *r), "x is int32, expected fp32, bf16 or fp16"),
+    Invalid("x fp64", lambda x, *r: (x.double(), *r), "x is fp64, expected fp32, bf16 or fp16"),
+    Invalid("x complex", lambda x, *r: (x.to(torch.complex64), *r), "x is complex64, expected"),
+    Invalid("x scalar", lambda x, *r: (x.new_zeros(()), *r), "x is a scalar, expected"),
+    Invalid("x inner dim", lambda x, *r: (x[:, :16], *r), "weight has shape .*, expected .* K=16"),
+    Invalid("weight fp32", lambda x, w, *r: (x, w.float(), *r), "weight is fp32, expected"),
+    Invalid("weight rows", lambda x, w, *r: (x, w[:-1], *r), "weight has shape .*, expected"),
+    Invalid("weight 1-d", lambda x, w, *r: (x, w.flatten(), *r), "weight has shape .*, expected"),
+    Invalid("weight strided", lambda x, w, *r: (x, w.T.contiguous().T, *r), "weight is not contiguous, expected"),
+    Invalid("scale fp64", lambda x, w, s, *r: (x, w, s.double(), *r), "scale is fp64, expected fp32"),
+    Invalid("scale length", lambda x, w, s, *r: (x, w, s.repeat(9), *r), "weight has shape .*, expected"),
+    Invalid("scale 2-d", lambda x, w, s, *r: (x, w, s[None], *r), r"scale has shape .*expected \[N\]"),
+    Invalid("scale empty", lambda x, w, s, *r: (x, w, s[:0], *r), "scale has shape .*N >= 1"),
+    Invalid("bias int", lambda x, w, s, b, *r: (x, w, s, b.int(), *r), "bias is int32, expected"),
+    Invalid("bias length", lambda x, w, s, b, *r: (x, w, s, b[:-1], *r), "bias has shape .*expected"),
+    Invalid("bias 2-d", lambda x, w, s, b, *r: (x, w, s, b[None], *r), "bias has shape .*expected"),
+    Invalid("activation", lambda *a: (*a[:4], 9, a[5]), "activation is 9, expected 0 to 4"),
+    Invalid("activation < 0", lambda *a: (*a[:4], -1, a[5]), "activation is -1, expected 0 to 4"),
+    Invalid("out_dtype", lambda *a: (*a[:5], torch.int32), "out_dtype is .*expected"),
+)
 
 _KERNELS = "burnish.kernels.quant.int8_linear"
 
@@ -301,7 +248,7 @@ SPEC = register(
             Impl("native", "torch.ops:burnish.int8_linear.native", f"{__name__}:supports_native"),
             Impl("triton", f"{_KERNELS}:int8_linear", f"{_KERNELS}:supports"),
         ),
-        cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_linear_invalid()),
+        cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_INVALID),
         make=make,
         cost=cost,
         baseline=baseline,
@@ -309,14 +256,7 @@ SPEC = register(
 )
 
 
-def supports_native(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: int,
-    out_dtype: torch.dtype | None,
-) -> str | None:
+def supports_native(x: Tensor, weight: Tensor, *_: Any) -> str | None:
     """The CUDA C++ kernel streams the weight once for a few rows."""
     m = x.numel() // max(x.shape[-1], 1)
     if m > 16:
@@ -327,15 +267,8 @@ def supports_native(
 
 
 def backward_reference(
-    dy: torch.Tensor,
-    x: torch.Tensor | None,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    K: int,
-    activation: int,
-    bias_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    dy: Tensor, x: OptTensor, weight: Tensor, scale: Tensor, bias: OptTensor, K: int, activation: int, bias_grad: bool
+) -> tuple[Tensor, Tensor]:
     compute = torch.float64 if dy.dtype == torch.float64 else torch.float32
     dz = dy.to(compute)
     if activation != 0:
@@ -350,15 +283,8 @@ def backward_reference(
 
 
 def backward_fake(
-    dy: torch.Tensor,
-    x: torch.Tensor | None,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    K: int,
-    activation: int,
-    bias_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    dy: Tensor, x: OptTensor, weight: Tensor, scale: Tensor, bias: OptTensor, K: int, activation: int, bias_grad: bool
+) -> tuple[Tensor, Tensor]:
     op = "int8_linear_backward"
     _check_operands(op, "dy", dy, K, weight=weight, scale=scale, bias=bias)
     _check_activation(op, activation)
@@ -383,20 +309,10 @@ def backward_make(case: Case, backend: Backend, seed: int) -> tuple[Any, ...]:
     x, weight, scale, bias, activation, _ = make(case, backend, seed)
     generator = torch.Generator().manual_seed(seed + 3)
     shape = (case.dims["M"], case.dims["N"])
-    if case.values == "integers":
-        dy = torch.randint(-8, 9, shape, generator=generator).to(case.dtype)
-    else:
-        dy = torch.randn(shape, generator=generator).to(case.dtype)
-    return (
-        dy,
-        x if activation else None,
-        weight,
-        scale,
-        bias if activation else None,
-        case.dims["K"],
-        activation,
-        bias is not None,
-    )
+    integers = case.values == "integers"
+    dy = torch.randint(-8, 9, shape, generator=generator) if integers else torch.randn(shape, generator=generator)
+    saved_x, saved_bias = (x, bias) if activation else (None, None)
+    return dy.to(case.dtype), saved_x, weight, scale, saved_bias, case.dims["K"], activation, bias is not None
 
 
 def backward_cost(case: Case) -> Cost:
@@ -404,24 +320,11 @@ def backward_cost(case: Case) -> Cost:
     return Cost(ops=2.0 * m * n * k, bytes=(m * n + m * k) * case.dtype.itemsize + n * k + 4.0 * n, unit="fp32")
 
 
-def backward_baseline(
-    dy: torch.Tensor,
-    x: torch.Tensor | None,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    K: int,
-    activation: int,
-    bias_grad: bool,
-) -> Callable[[], Any]:
+def backward_baseline(dy: Tensor, *args: Any) -> Callable[[], Any]:
     """torch's own two products in dy's dtype; for a row without an activation, as the bench cases are."""
+    _, weight, scale, _, K, _, bias_grad = args
     dense = _dense(weight, scale, K, dy.dtype)
     return lambda: (dy @ dense, dy.sum(0) if bias_grad else None)
-
-
-def _dy_rank(op_args: tuple[Any, ...]) -> tuple[Any, ...]:
-    dy, *rest = op_args
-    return (dy[..., :-1], *rest)
 
 
 BACKWARD = register(
@@ -437,11 +340,11 @@ BACKWARD = register(
             test=tuple(case for case in _TEST_CASES if "out_dtype" not in case.options and case.values != "extreme"),
             bench=tuple(_case(m, 4096, 4096) for m in (1, 16, 128, 512)),
             invalid=(
-                Invalid("dy shape", lambda *a: _dy_rank(a), "int8_linear_backward: dy has shape .*, expected"),
-                Invalid("dy int", lambda dy, *r: (dy.int(), *r), "int8_linear_backward: dy is int32, expected"),
-                Invalid("K", lambda *a: (*a[:5], a[5] + 64, *a[6:]), "int8_linear_backward: weight has shape"),
-                Invalid("no x", lambda *a: (a[0], None, *a[2:6], 2, a[7]), "int8_linear_backward: x is None, expected"),
-                Invalid("activation", lambda *a: (*a[:6], 7, a[7]), "int8_linear_backward: activation is 7, expected"),
+                Invalid("dy shape", lambda dy, *r: (dy[..., :-1], *r), "dy has shape .*, expected"),
+                Invalid("dy int", lambda dy, *r: (dy.int(), *r), "dy is int32, expected"),
+                Invalid("K", lambda *a: (*a[:5], a[5] + 64, *a[6:]), "weight has shape"),
+                Invalid("no x", lambda *a: (a[0], None, *a[2:6], 2, a[7]), "x is None, expected"),
+                Invalid("activation", lambda *a: (*a[:6], 7, a[7]), "activation is 7, expected"),
             ),
         ),
         make=backward_make,
@@ -453,7 +356,7 @@ BACKWARD = register(
 _linear, _inference, _backward = SPEC.overload(), SPEC.entry, BACKWARD.entry
 
 
-def int8_linear_backward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def int8_linear_backward(*args: Any) -> tuple[Tensor, Tensor]:
     """The gradients, as :func:`backward_reference` defines them; positional arguments as in the op's schema."""
     if dispatch.overrides:
         return dispatch.call(BACKWARD, args, needs_grad=False)
@@ -461,13 +364,13 @@ def int8_linear_backward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def int8_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
     activation: str = "none",
     out_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """``act(x @ (w * scale)^T + bias)`` with x quantised to int8 row by row; see the module for the exact formula.
 
     Args:
@@ -494,6 +397,4 @@ def int8_linear(
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if dispatch.overrides:
         return dispatch.call(SPEC, (x, weight, scale, bias, code, out_dtype), needs_grad)
-    if needs_grad:
-        return _linear(x, weight, scale, bias, code, out_dtype)
-    return _inference(x, weight, scale, bias, code, out_dtype)
+    return (_linear if needs_grad else _inference)(x, weight, scale, bias, code, out_dtype)

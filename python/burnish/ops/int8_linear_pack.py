@@ -113,11 +113,9 @@ SPEC = register(
             ),
             bench=(Case({"N": 4096, "K": 4096}, torch.int8, options={"layout": "vnni"}),),
             invalid=(
-                Invalid("float weight", lambda w, s: (w.float(), s), "int8_linear_pack: weight is fp32, expected int8"),
-                Invalid(
-                    "1-d weight", lambda w, s: (w[0], s), r"int8_linear_pack: weight has shape .*expected \[N, K\]"
-                ),
-                Invalid("layout", lambda w, s: (w, "tiles"), "int8_linear_pack: layout is 'tiles', expected"),
+                Invalid("float weight", lambda w, s: (w.float(), s), "weight is fp32, expected int8"),
+                Invalid("1-d weight", lambda w, s: (w[0], s), r"weight has shape .*expected \[N, K\]"),
+                Invalid("layout", lambda w, s: (w, "tiles"), "layout is 'tiles', expected"),
             ),
         ),
         make=make,
@@ -178,10 +176,10 @@ UNPACK = register(
             test=SPEC.cases.test,
             bench=SPEC.cases.bench,
             invalid=(
-                Invalid("shape", lambda p, n, k: (p, n + 64, k), "int8_linear_unpack: packed has shape .*expected"),
-                Invalid("K", lambda p, n, k: (p, n, k + 64), "int8_linear_unpack: packed has shape .*expected"),
-                Invalid("dtype", lambda p, n, k: (p.float(), n, k), "int8_linear_unpack: packed is fp32, expected"),
-                Invalid("1-d", lambda p, n, k: (p.flatten(), n, k), "int8_linear_unpack: packed has shape .*expected"),
+                Invalid("shape", lambda p, n, k: (p, n + 64, k), "packed has shape .*expected"),
+                Invalid("K", lambda p, n, k: (p, n, k + 64), "packed has shape .*expected"),
+                Invalid("dtype", lambda p, n, k: (p.float(), n, k), "packed is fp32, expected"),
+                Invalid("1-d", lambda p, n, k: (p.flatten(), n, k), "packed has shape .*expected"),
             ),
         ),
         make=make_unpack,

@@ -125,12 +125,10 @@ SPEC = register(
                 for rows, width in ((1, 4096), (16, 4096), (128, 384), (512, 4096), (4096, 384))
             ),
             invalid=(
-                Invalid("int32 x", lambda x: (x.to(torch.int32),), "int8_quantize_rows: x is int32, expected"),
-                Invalid("float64 x", lambda x: (x.double(),), "int8_quantize_rows: x is fp64, expected"),
-                Invalid(
-                    "complex x", lambda x: (x.to(torch.complex64),), "int8_quantize_rows: x is complex64, expected"
-                ),
-                Invalid("scalar x", lambda x: (x.new_zeros(()),), "int8_quantize_rows: x is a scalar"),
+                Invalid("int32 x", lambda x: (x.to(torch.int32),), "x is int32, expected"),
+                Invalid("float64 x", lambda x: (x.double(),), "x is fp64, expected"),
+                Invalid("complex x", lambda x: (x.to(torch.complex64),), "x is complex64, expected"),
+                Invalid("scalar x", lambda x: (x.new_zeros(()),), "x is a scalar"),
             ),
         ),
         make=make,

@@ -79,8 +79,8 @@ SPEC = register(
             test=_TEST_CASES,
             bench=_BENCH_CASES,
             invalid=(
-                Invalid("int x", lambda x, cap: (x.int(), cap), "softcap: x .*expected fp32, bf16 or fp16"),
-                Invalid("no cap", lambda x, cap: (x, 0.0), "softcap: cap is 0.0.*, expected more than 0"),
+                Invalid("int x", lambda x, cap: (x.int(), cap), "x .*expected fp32, bf16 or fp16"),
+                Invalid("no cap", lambda x, cap: (x, 0.0), "cap is 0.0.*, expected more than 0"),
             ),
         ),
         make=make,
@@ -115,8 +115,8 @@ BACKWARD = register(
             test=_TEST_CASES,
             bench=_BENCH_CASES,
             invalid=(
-                Invalid("shape", lambda dy, x, cap: (dy[1:], x, cap), "softcap_backward: dy has another shape"),
-                Invalid("dtype", lambda dy, x, cap: (dy.half(), x, cap), "softcap_backward: dy has another dtype"),
+                Invalid("shape", lambda dy, x, cap: (dy[1:], x, cap), "dy has another shape"),
+                Invalid("dtype", lambda dy, x, cap: (dy.half(), x, cap), "dy has another dtype"),
             ),
         ),
         make=lambda case, backend, seed: (make(case, backend, seed + 1)[0], *make(case, backend, seed)),
