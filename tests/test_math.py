@@ -1,4 +1,4 @@
-"""The functors of csrc/math through ``burnish._math``: every 16-bit float, the quantisation rule, the packed layout, the
+"""The functors of csrc/math through ``burnish._math``: every 16-bit float, the quantisation rule, the packed layout,
 curves against float64."""
 
 from __future__ import annotations
