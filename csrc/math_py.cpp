@@ -24,8 +24,7 @@ PYBIND11_MODULE(_math, m) {
       "(amax, 127 / amax, amax / 127), amax floored at 2**-100");
   m.def("quantize", &quantize, "x in int8 for a row with this amax and inverse");
   m.def("vnni_offset", &vnni_offset, "byte of weight [n, k] in the packed channels x width buffer");
-  m.def("exp_negative", &exp_negative<float>, "exp(x) for x <= 0");
-  m.def("sigmoid", &sigmoid<float>);
+  m.def("exp2_held", &exp2_held<float>, "2**x, x held in [-126, 128]");
   m.def(
       "activate", [](float z, int code) { return activate(z, static_cast<Activation>(code)); },
       "the activation of that code");

@@ -96,14 +96,16 @@ def test_packed_offsets_are_those_of_the_packing_op(channels: int, width: int) -
     assert torch.equal(packed[offsets].int() - 128, weight.flatten().int())
 
 
-def test_exp_negative_is_within_an_ulp_and_ends_at_zero() -> None:
-    x = torch.cat([torch.linspace(-87.3, 0, 20_001), -torch.logspace(-30, 0, 2_001)])
-    got = torch.tensor([_math.exp_negative(v) for v in x.tolist()])
-    exact = x.double().exp()
+def test_exp2_held_is_within_an_ulp_and_ends_at_infinity() -> None:
+    x = torch.cat([torch.linspace(-126, 127.49, 20_001), -torch.logspace(-30, 0, 2_001), torch.logspace(-30, 0, 2_001)])
+    got = torch.tensor([_math.exp2_held(v) for v in x.tolist()])
+    exact = x.double().exp2()
     ulp = torch.finfo(torch.float32).eps * torch.exp2(exact.log2().floor())
     assert ((got.double() - exact).abs() / ulp).max() <= 1
-    assert [_math.exp_negative(v) for v in (0.0, -0.0, -87.4, -1e30, -math.inf)] == [1, 1, 0, 0, 0]
-    assert math.isnan(_math.exp_negative(math.nan))
+    assert [_math.exp2_held(v) for v in (0.0, -0.0, 1.0, -126.0, 127.0)] == [1, 1, 2, 2.0**-126, 2.0**127]
+    assert [_math.exp2_held(v) for v in (127.5, 128.0, 1e30, math.inf)] == [math.inf] * 4
+    assert [_math.exp2_held(v) for v in (-127.0, -1e30, -math.inf)] == [2.0**-126] * 3
+    assert math.isnan(_math.exp2_held(math.nan))
 
 
 def spread() -> torch.Tensor:

@@ -27,6 +27,8 @@ from burnish.kernels.common.variants import Variant  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+pytestmark = pytest.mark.gate
+
 KIB = 1024
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -22,12 +22,13 @@ _ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves the nearest
 _ROUNDER_BITS = tl.constexpr(0x4B400000)
 
 _LOG2E = tl.constexpr(1.44269504088896341)
-_LN2_HIGH = tl.constexpr(0.693145751953125)
-_LN2_LOW = tl.constexpr(1.42860682030941723212e-6)
+_HALF_LOG2E = tl.constexpr(0.5 * 1.44269504088896341)
 _INV_SQRT_2PI = tl.constexpr(0.39894228040143267794)
 _TWO_SQRT_2_OVER_PI = tl.constexpr(1.59576912160573071176)
-_GELU_CUBIC = tl.constexpr(0.044715)
-_GELU_CUBIC_SLOPE = tl.constexpr(0.13414499163627625)  # 3 * _GELU_CUBIC rounded as fp32 does
+# products of fp32 constants, rounded as activation.h's are
+_TANH_SLOPE = tl.constexpr(-2.302208185195923)  # -2 * sqrt(2 / pi) * log2(e)
+_TANH_CUBIC = tl.constexpr(-0.10294323414564133)  # the same by 0.044715
+_GELU_CUBIC_SLOPE = tl.constexpr(0.13414499163627625)  # 3 * 0.044715
 
 
 @triton.jit
@@ -54,53 +55,43 @@ def quantize_int8(x, amax, inverse):
 
 
 @triton.jit
-def exp_negative(x):
-    """exp(x) for x <= 0, within 1 ulp; 0 below -87.3, where the result would be subnormal."""
-    inside = tl.where(x < -87.3, 0.0, x)
-    shifted = tl.fma(inside, _LOG2E, _ROUNDER)
-    n = shifted - _ROUNDER
-    r = tl.fma(n, -_LN2_HIGH, inside)
-    r = tl.fma(n, -_LN2_LOW, r)
-    p = tl.fma(r, 1.9875691500e-4, 1.3981999507e-3)  # Cephes expf
-    p = tl.fma(p, r, 8.3334519073e-3)
-    p = tl.fma(p, r, 4.1665795894e-2)
-    p = tl.fma(p, r, 1.6666665459e-1)
-    p = tl.fma(p, r, 5.0000001201e-1)
-    p = tl.fma(p, r * r, r) + 1.0
-    power = ((shifted.to(tl.int32, bitcast=True) - _ROUNDER_BITS + 127) << 23).to(tl.float32, bitcast=True)
-    return tl.where(x < -87.3, 0.0, p * power)
+def at_most(a, limit: tl.constexpr):
+    return tl.where(limit < a, limit, a)
 
 
 @triton.jit
-def _quotient(numerator, divisor, reciprocal):
-    """numerator / divisor, rounded as IEEE division rounds it where the quotient is normal, for a divisor in [1, 2].
-
-    An approximate reciprocal and fma corrections (Markstein 1990) have no slow path; that of a general division is a
-    call, which spilled the accumulators around it.
-    """
-    guess = numerator * reciprocal
-    return tl.fma(tl.fma(-divisor, guess, numerator), reciprocal, guess)
+def at_least(a, limit: tl.constexpr):
+    return tl.where(a < limit, limit, a)
 
 
 @triton.jit
-def _reciprocal(divisor):
-    guess = 1.0 / divisor
-    return tl.fma(tl.fma(-divisor, guess, 1.0), guess, guess)
+def exp2_held(x):
+    """2**x within 1 ulp, with x held in [-126, 128]: infinity from 127.5 on."""
+    held = at_least(at_most(x, 128.0), -126.0)
+    shifted = held + _ROUNDER
+    r = held - (shifted - _ROUNDER)
+    p = tl.fma(r, 1.5353361959569156e-4, 1.3398875016719103e-3)
+    p = tl.fma(p, r, 9.61843691766262e-3)
+    p = tl.fma(p, r, 5.5503323674201965e-2)
+    p = tl.fma(p, r, 0.24022647738456726)
+    p = tl.fma(p, r, 0.6931471824645996)
+    p = tl.fma(p, r, 1.0)
+    return p * ((shifted.to(tl.int32, bitcast=True) - _ROUNDER_BITS + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def sigmoid_pair(x):
-    """sigmoid(x) and sigmoid(-x), each without cancellation."""
-    e = exp_negative(-tl.abs(x))
-    large = _reciprocal(1.0 + e)
-    small = _quotient(e, 1.0 + e, large)
-    return tl.where(x < 0, small, large), tl.where(x < 0, large, small)
+def gated(z, t):
+    """z * sigmoid(x) from t = -x * log2(e). A GPU divides within 2 ulp here: the exact division's slow path is a call,
+    which spilled the accumulators around it."""
+    return z / (1.0 + exp2_held(t))
 
 
 @triton.jit
-def sigmoid(x):
-    e = exp_negative(-tl.abs(x))
-    return _quotient(tl.where(x < 0, e, 1.0), 1.0 + e, _reciprocal(1.0 + e))
+def sigmoid_pair(t):
+    """sigmoid(x) and sigmoid(-x) from t = -x * log2(e), each without cancellation."""
+    small = 1.0 / (1.0 + exp2_held(tl.abs(t)))
+    large = 1.0 - small
+    return tl.where(t < 0, large, small), tl.where(t < 0, small, large)
 
 
 @triton.jit
@@ -114,64 +105,57 @@ def relu_slope(z):
 
 
 @triton.jit
-def normal_logit(z):
-    """The logit of the normal distribution function, Phi(z) = sigmoid(normal_logit(z)); see ``activation.h``."""
-    s = z * z
-    p = tl.fma(s, -3.743029150515831e-11, 5.599023022995198e-09)
-    p = tl.fma(p, s, -3.0714244303453597e-07)
-    p = tl.fma(p, s, 8.334816811839119e-06)
-    p = tl.fma(p, s, -0.0001124928894569166)
-    p = tl.fma(p, s, -6.11419600318186e-05)
-    p = tl.fma(p, s, 0.07266275584697723)
-    p = tl.fma(p, s, 1.5957705974578857)
-    return tl.where(tl.abs(z) > 6.5, z * 16.0, z * p)
+def normal_exponent(z):
+    """t with Phi(z) = 1 / (1 + 2**t), the normal distribution function; see ``activation.h``."""
+    s = at_most(z * z, 42.25)
+    p = tl.fma(s, 5.4001459554031683e-11, -8.07762301491266e-9)
+    p = tl.fma(p, s, 4.431100819601852e-7)
+    p = tl.fma(p, s, -1.2024563147861045e-5)
+    p = tl.fma(p, s, 1.6229276661761105e-4)
+    p = tl.fma(p, s, 8.820953371468931e-5)
+    p = tl.fma(p, s, -0.10483019798994064)
+    p = tl.fma(p, s, -2.3022103309631348)
+    return z * p
 
 
 @triton.jit
 def gelu(z):
-    return z * sigmoid(normal_logit(z))
+    return gated(z, normal_exponent(z))
 
 
 @triton.jit
 def gelu_slope(z):
-    density = exp_negative(z * z * -0.5) * _INV_SQRT_2PI
-    return tl.fma(z, density, sigmoid(normal_logit(z)))
+    density = _INV_SQRT_2PI / exp2_held(z * z * _HALF_LOG2E)
+    return tl.fma(z, density, 1.0 / (1.0 + exp2_held(normal_exponent(z))))
 
 
 @triton.jit
-def _held(z):
-    """z where its cube is finite, else a value whose sigmoid is 0 or 1; NaN stays."""
-    low = tl.where(z < -64.0, -64.0, z)
-    return tl.where(low > 64.0, 64.0, low)
-
-
-@triton.jit
-def _gelu_tanh_argument(h):
-    """2 * sqrt(2 / pi) * (h + 0.044715 * h**3): gelu_tanh is z times the sigmoid of it."""
-    return tl.fma(h * (h * h), _GELU_CUBIC, h) * _TWO_SQRT_2_OVER_PI
+def tanh_exponent(z):
+    """t with z * (1 + tanh(u)) / 2 = z / (1 + 2**t), for gelu_tanh's u."""
+    return z * tl.fma(z * z, _TANH_CUBIC, _TANH_SLOPE)
 
 
 @triton.jit
 def gelu_tanh(z):
-    return z * sigmoid(_gelu_tanh_argument(_held(z)))
+    return gated(z, tanh_exponent(z))
 
 
 @triton.jit
 def gelu_tanh_slope(z):
-    h = _held(z)
-    s, rest = sigmoid_pair(_gelu_tanh_argument(h))
+    h = at_least(at_most(z, 64.0), -64.0)
+    s, rest = sigmoid_pair(tanh_exponent(h))
     slope = tl.fma(h * h, _GELU_CUBIC_SLOPE, 1.0) * _TWO_SQRT_2_OVER_PI
     return tl.fma(z, s * rest * slope, s)
 
 
 @triton.jit
 def silu(z):
-    return z * sigmoid(z)
+    return gated(z, z * -_LOG2E)
 
 
 @triton.jit
 def silu_slope(z):
-    s, rest = sigmoid_pair(z)
+    s, rest = sigmoid_pair(z * -_LOG2E)
     return s * tl.fma(z, rest, 1.0)
 
 

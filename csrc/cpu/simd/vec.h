@@ -34,6 +34,9 @@ BURNISH_INLINE Vec absolute(Vec a) {
 }
 BURNISH_INLINE __mmask16 less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 BURNISH_INLINE Vec select(__mmask16 condition, Vec a, Vec b) { return Vec(_mm512_mask_blend_ps(condition, b.v, a.v)); }
+// vminps and vmaxps give their second operand at NaN
+BURNISH_INLINE Vec at_most(Vec a, Vec limit) { return Vec(_mm512_min_ps(limit.v, a.v)); }
+BURNISH_INLINE Vec at_least(Vec a, Vec limit) { return Vec(_mm512_max_ps(limit.v, a.v)); }
 BURNISH_INLINE Vec power_of_two(Vec shifted) {
   const __m512i bits = _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23);
   return Vec(_mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_set1_epi32(0x3f800000))));
@@ -115,6 +118,9 @@ BURNISH_INLINE Vec absolute(Vec a) {
 }
 BURNISH_INLINE __m256 less(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ); }
 BURNISH_INLINE Vec select(__m256 condition, Vec a, Vec b) { return Vec(_mm256_blendv_ps(b.v, a.v, condition)); }
+// vminps and vmaxps give their second operand at NaN
+BURNISH_INLINE Vec at_most(Vec a, Vec limit) { return Vec(_mm256_min_ps(limit.v, a.v)); }
+BURNISH_INLINE Vec at_least(Vec a, Vec limit) { return Vec(_mm256_max_ps(limit.v, a.v)); }
 BURNISH_INLINE Vec power_of_two(Vec shifted) {
   const __m256i bits = _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23);
   return Vec(_mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(0x3f800000))));
@@ -183,6 +189,8 @@ BURNISH_INLINE Vec fma(Vec a, Vec b, Vec c) { return Vec(burnish::fma(a.v, b.v, 
 BURNISH_INLINE Vec absolute(Vec a) { return Vec(burnish::absolute(a.v)); }
 BURNISH_INLINE bool less(Vec a, Vec b) { return a.v < b.v; }
 BURNISH_INLINE Vec select(bool condition, Vec a, Vec b) { return condition ? a : b; }
+BURNISH_INLINE Vec at_most(Vec a, Vec limit) { return Vec(burnish::at_most(a.v, limit.v)); }
+BURNISH_INLINE Vec at_least(Vec a, Vec limit) { return Vec(burnish::at_least(a.v, limit.v)); }
 BURNISH_INLINE Vec power_of_two(Vec shifted) { return Vec(burnish::power_of_two(shifted.v)); }
 template <class T>
 BURNISH_INLINE Vec load(const T* p, int64_t) {
