@@ -4,7 +4,7 @@
 
 #include <sys/mman.h>
 
-#include <cstring>
+#include <algorithm>
 #include <string>
 
 #include "cpu/arguments.h"
@@ -57,7 +57,7 @@ Tensor int8_linear_pack(const Tensor& weight, const std::string& layout) {
     parallel_for(0, N, 64, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
         for (int64_t k = 0; k < K; ++k) to[n * padded + k] = from[n * stride_n + k * stride_k];
-        std::memset(to + n * padded + K, 0, static_cast<size_t>(padded - K));
+        std::fill_n(to + n * padded + K, padded - K, int8_t{0});
       }
     });
     return packed;
@@ -79,8 +79,8 @@ Tensor int8_linear_unpack(const Tensor& packed, int64_t N, int64_t K) {
   auto* to = weight.mutable_data_ptr<int8_t>();
   if (packed.scalar_type() == ScalarType::Char) {
     const auto* from = packed.const_data_ptr<int8_t>();
-    for (int64_t n = 0; n < N && K > 0; ++n) {
-      std::memcpy(to + n * K, from + n * round_up(K, kRowPadding), static_cast<size_t>(K));
+    for (int64_t n = 0; n < N; ++n) {
+      std::copy_n(from + n * round_up(K, kRowPadding), K, to + n * K);
     }
     return weight;
   }

@@ -1,7 +1,7 @@
 // Epilogue activations and their slopes, written once over a value type V: float here and on a GPU, a SIMD vector in
 // cpu/simd/vec.h. Every operation rounds once and every fused multiply-add is spelled, so all of them give the same
-// bits. V has + - * /, and the functions of the first block: select(less(a, b), x, y) takes y at NaN, at_most and at_least
-// keep one in a.
+// bits. V has + - * /, and the functions of the first block; select(less(a, b), x, y) takes y at NaN, at_most and
+// at_least keep a NaN in a.
 #pragma once
 
 #include "math/base.h"

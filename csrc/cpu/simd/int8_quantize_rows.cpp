@@ -92,7 +92,7 @@ int32_t quantize_elements(const T* x, int64_t width, int64_t padded, int8_t* q, 
   const uint32_t largest = largest_magnitude(x, width);
   const RowScale rule = row_scale(largest);
   *scale = rule.scale;
-  memset(q + width, 0, static_cast<size_t>(padded - width));
+  if (padded > width) memset(q + width, 0, static_cast<size_t>(padded - width));
   if (largest < kInfinityBits) return 128 * round_row(x, width, rule.inverse, q);
   int32_t sum = 0;  // a row with NaN or Inf is rare: element by element
   for (int64_t k = 0; k < width; ++k) {
