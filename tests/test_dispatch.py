@@ -103,6 +103,29 @@ def test_a_forced_backend_differentiates(linear: tuple[Any, ...]) -> None:
     torch.testing.assert_close(grads[0], grads[1])
 
 
+@pytest.mark.parametrize("forward", ["reference", "cpu", "auto"])
+def test_a_gradient_is_the_forwards_backends_wherever_it_runs(forward: str, linear: tuple[Any, ...]) -> None:
+    x = linear[0].requires_grad_()
+    seen = []
+
+    def spy(spec: OpSpec, args: tuple[Any, ...], needs_grad: bool) -> Any:
+        seen.append((spec.stem, dispatch.forced()))
+        return call(spec, args, needs_grad)
+
+    call = dispatch.call
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dispatch, "call", spy)
+        with burnish.use_backend(forward):
+            y = ops.int8_linear(x, *linear[1:])
+        other = threading.Thread(target=y.sum().backward)
+        other.start()
+        other.join()
+    word = None if forward == "auto" else forward
+    assert seen == [("int8_linear", word), ("int8_linear_backward", word)]
+    assert x.grad is not None
+    assert dispatch.overrides == int(os.environ.get("BURNISH_BACKEND", "auto") not in ("", "auto"))
+
+
 @pytest.mark.parametrize("word", ["cuda", "CPU", "native ", "", "None"])
 def test_use_backend_refuses_other_words(word: str) -> None:
     with (

@@ -24,7 +24,7 @@ from burnish.errors import BackendError
 from burnish.registry import BACKENDS, Backend, Impl
 
 if TYPE_CHECKING:
-    from burnish.registry import OpSpec
+    from burnish.registry import Autograd, OpSpec
 
 _override: ContextVar[Backend | Literal["auto"] | None] = ContextVar("burnish_backend", default=None)
 
@@ -56,7 +56,8 @@ def _checked(name: str, source: str) -> Backend:
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Force a backend inside the ``with`` block, in this thread: ``reference``, ``cpu``, ``triton`` or ``native``;
-    ``auto`` restores the automatic choice, also where ``BURNISH_BACKEND`` is set.
+    ``auto`` restores the automatic choice, also where ``BURNISH_BACKEND`` is set. A gradient is computed by the backend
+    that was forced when its forward ran.
 
     Raises:
         ValueError: unknown name.
@@ -154,13 +155,29 @@ def _run_on_cpu(spec: OpSpec, *args: Any) -> Any:
     return select(spec, args)(*args)
 
 
+def formula(autograd: Autograd) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """``setup_context`` and ``backward`` of a record, with the override of the forward in force in the backward, which
+    autograd runs later and, for GPU tensors, in a thread of its own."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.burnish_backend = _override.get()
+        autograd.setup_context(ctx, inputs, output)
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if ctx.burnish_backend is None:
+            return autograd.backward(ctx, *grads)
+        with use_backend(ctx.burnish_backend):
+            return autograd.backward(ctx, *grads)
+
+    return setup_context, backward
+
+
 @cache
 def _emulated(spec: OpSpec) -> Callable[..., Any]:
     """``spec`` with its autograd formula around whatever backend is forced on CPU tensors."""
-    autograd = spec.autograd
-    if autograd is None:
+    if spec.autograd is None:
         return lambda *args: _run_on_cpu(spec, *args)
-    glue = autograd
+    remember, pull = formula(spec.autograd)
 
     class Forced(torch.autograd.Function):
         @staticmethod
@@ -169,11 +186,11 @@ def _emulated(spec: OpSpec) -> Callable[..., Any]:
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            glue.setup_context(ctx, inputs, output)
+            remember(ctx, inputs, output)
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            return glue.backward(ctx, *grads)
+            return pull(ctx, *grads)
 
     return Forced.apply
 

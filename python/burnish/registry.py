@@ -185,9 +185,8 @@ def register(spec: OpSpec) -> OpSpec:
             if native.lacks(spec.namespace):
                 library.impl(spec.stem + overload, dispatch.missing_cpu_kernel(spec), "CPU")
     if spec.autograd:
-        torch.library.register_autograd(
-            spec.qualname, spec.autograd.backward, setup_context=spec.autograd.setup_context, lib=library
-        )
+        setup_context, backward = dispatch.formula(spec.autograd)
+        torch.library.register_autograd(spec.qualname, backward, setup_context=setup_context, lib=library)
     _specs[spec.name] = spec
     return spec
 
