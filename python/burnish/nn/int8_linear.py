@@ -18,8 +18,8 @@ change the bias and the dtype of :meth:`Int8Linear.to_float`, never the int8 wei
 The weight is frozen: gradients reach the input and the bias. The output has the input's dtype, or under autocast the
 autocast dtype, as nn.Linear has; the input is not cast, the kernel reads it as it is.
 
-DDP, FSDP2 and torch.distributed.checkpoint's full state dicts work; ``StateDictOptions(broadcast_from_rank0=True)`` does
-not, because torch then expects the state dict's entries among the buffers: let every rank pass the full state dict.
+DDP, FSDP2 and torch.distributed.checkpoint's full state dicts work; its ``broadcast_from_rank0=True`` does not, because
+it then looks for the state dict's entries among the buffers: let every rank pass the full state dict.
 
 A weight's scale is the largest magnitude of its row over 127, the rule of :func:`burnish.ops.int8_quantize_rows`.
 """
