@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import burnish
@@ -16,7 +18,7 @@ import pytest
 import torch
 from burnish import dispatch, native, ops, registry
 from burnish.errors import BackendError
-from burnish.registry import Case, Cases, Cost, Impl, OpSpec
+from burnish.registry import Autograd, Case, Cases, Cost, Impl, OpSpec
 
 PACKAGE = Path(burnish.__file__).parent
 
@@ -268,6 +270,24 @@ def test_a_forced_implementation_runs_or_says_why(spec: OpSpec) -> None:
     assert "triton" not in str(raised.value)
     with burnish.use_backend("cpu"), pytest.raises(BackendError, match="cpu: the op has no such implementation"):
         dispatch.select(spec, (few,))
+
+
+def test_a_gradient_without_the_forced_implementation_takes_what_it_has(spec: OpSpec) -> None:
+    few = torch.ones(4, 3)
+    general_only = replace(spec, impls=spec.impls[1:])
+
+    def gradient(of: OpSpec) -> str:
+        formula = Autograd(lambda *_: None, lambda ctx, dy: dispatch.select(of, (dy,))(dy), lambda x: x)
+        setup_context, backward = dispatch.formula(formula)
+        ctx = SimpleNamespace()
+        with burnish.use_backend("native"):
+            setup_context(ctx, (few,), few)
+        return backward(ctx, few)
+
+    assert gradient(spec) == "fast"
+    assert gradient(general_only) == "general"
+    with burnish.use_backend("native"), pytest.raises(BackendError, match="no such implementation"):
+        dispatch.select(general_only, (few,))
 
 
 def test_when_nothing_can_run_each_candidate_has_its_reason(spec: OpSpec) -> None:

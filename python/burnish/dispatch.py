@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from burnish.registry import Autograd, OpSpec
 
 _override: ContextVar[Backend | Literal["auto"] | None] = ContextVar("burnish_backend", default=None)
+#: whether a gradient is being computed, and the override was asked for with its forward in mind
+_inherited: ContextVar[bool] = ContextVar("burnish_backend_inherited", default=False)
 
 #: how many overrides are in force in the whole process; zero lets public functions skip the look-up
 overrides = int(os.environ.get("BURNISH_BACKEND", "auto") not in ("", "auto"))
@@ -56,8 +58,8 @@ def _checked(name: str, source: str) -> Backend:
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Force a backend inside the ``with`` block, in this thread: ``reference``, ``cpu``, ``triton`` or ``native``;
-    ``auto`` restores the automatic choice, also where ``BURNISH_BACKEND`` is set. A gradient is computed by the backend
-    that was forced when its forward ran.
+    ``auto`` restores the automatic choice, also where ``BURNISH_BACKEND`` is set. The override in force when a forward
+    runs also holds for its gradient, unless the gradient's op has no implementation of that backend.
 
     Raises:
         ValueError: unknown name.
@@ -95,13 +97,21 @@ def objection(impl: Impl, args: tuple[Any, ...]) -> str | None:
     return reason
 
 
+def _asked(spec: OpSpec) -> Backend | None:
+    """What :func:`forced` says; the automatic choice for a gradient whose op has no such implementation."""
+    backend = forced()
+    if _inherited.get() and backend in ("triton", "native") and all(impl.backend != backend for impl in spec.impls):
+        return None
+    return backend
+
+
 def select(spec: OpSpec, args: tuple[Any, ...]) -> Callable[..., Any]:
     """The function that runs ``args`` on a GPU: forced, or the first of ``spec.impls`` without an objection.
 
     Raises:
         BackendError: none can; the message has a line for each candidate.
     """
-    backend = forced()
+    backend = _asked(spec)
     if backend == "reference":
         return spec.reference
     reasons = []
@@ -141,7 +151,7 @@ def call(spec: OpSpec, args: tuple[Any, ...], needs_grad: bool) -> Any:
     """Run the op with an override in force. GPU tensors need nothing special: their kernel asks :func:`forced`."""
     if _capturing.get():
         raise _Captured(args)
-    backend = forced()
+    backend = _asked(spec)
     device = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
     if backend in (None, "cpu") or device != "cpu":
         if backend == "cpu" and device != "cpu":
@@ -164,10 +174,12 @@ def formula(autograd: Autograd) -> tuple[Callable[..., None], Callable[..., Any]
         autograd.setup_context(ctx, inputs, output)
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        if ctx.burnish_backend is None:
-            return autograd.backward(ctx, *grads)
-        with use_backend(ctx.burnish_backend):
-            return autograd.backward(ctx, *grads)
+        token = _inherited.set(True)
+        try:
+            with use_backend(ctx.burnish_backend) if ctx.burnish_backend else nullcontext():
+                return autograd.backward(ctx, *grads)
+        finally:
+            _inherited.reset(token)
 
     return setup_context, backward
 
