@@ -9,10 +9,10 @@ JOBS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp csrc/cuda/*)
-CXX_FILES := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp csrc/cuda/*.cu* csrc/cuda/*/*)
+CXX_FILES := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 
-.PHONY: help demo test lint bench interpret gates sanitize wheel clean
+.PHONY: help demo test lint bench interpret emulate gates sanitize wheel clean
 
 help:
 	@echo "make demo      swap int8 layers into a real sentence encoder and print what it gains and costs"
@@ -20,6 +20,7 @@ help:
 	@echo "make lint      ruff, clang-format, mypy"
 	@echo "make bench     time every op on this machine, with peers where they are installed"
 	@echo "make interpret the Triton kernels under Triton's interpreter"
+	@echo "make emulate   the CUDA kernels on the CPU, each call under sixteen schedules"
 	@echo "make gates     compile the Triton and CUDA kernels for GPUs and inspect the result"
 	@echo "make sanitize  the native tests under AddressSanitizer and UBSan"
 	@echo "make wheel     build wheel and sdist, install both in clean environments, run them"
@@ -54,6 +55,9 @@ test: $(VENV)/dev.stamp
 
 interpret: $(VENV)/dev.stamp
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/test_ops.py tests/test_triton_interpreter.py
+
+emulate: $(VENV)/dev.stamp
+	BURNISH_EMULATE_CUDA=1 $(BIN)/python -m pytest -n $(JOBS) tests/test_ops.py
 
 gates: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n $(JOBS) -m gate tests

@@ -120,6 +120,12 @@ def write_graph(build: Path, package: Path) -> None:
     torch_libs = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-Wl,--no-undefined"]
     ninja.build(package / "_native.so", "link", objects, torch_libs if not sanitize else torch_libs[:2])
 
+    # the CUDA kernels as plain C++, for tests: GCC does not know nvcc's pragmas
+    as_cpp = ["-x", "c++", "-Wno-unknown-pragmas"]
+    host = [ninja.build(build / "host" / f"{s.stem}.o", "cxx", [s]) for s in sources("csrc/cuda/host/*.cpp")]
+    host += [ninja.build(build / "host" / f"{s.stem}.cu.o", "cxx", [s], as_cpp) for s in sources("csrc/cuda/*.cu")]
+    ninja.build(package / "_emulated.so", "link", host, torch_libs if not sanitize else torch_libs[:2])
+
     headers = Path(sysconfig.get_path("include"))
     if (headers / "Python.h").is_file():
         python_flags = ["-isystem", pybind11.get_include(), "-isystem", str(headers)]  # type: ignore[attr-defined]

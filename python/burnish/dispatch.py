@@ -87,8 +87,8 @@ def resolve(path: str) -> Callable[..., Any]:
 
 def objection(impl: Impl, args: tuple[Any, ...]) -> str | None:
     """Why ``impl`` cannot run these arguments; None if it can."""
-    if impl.backend == "native" and "_cuda.so" in native.missing:
-        return native.missing["_cuda.so"]
+    if impl.backend == "native" and native.CUDA_LIBRARY in native.missing:
+        return native.missing[native.CUDA_LIBRARY]
     try:
         supports = resolve(impl.supports)
     except ImportError as error:
@@ -225,8 +225,10 @@ def candidates(spec: OpSpec, args: tuple[Any, ...] | None = None) -> dict[str, s
 
 def _unavailable(impl: Impl) -> str | None:
     """Why the implementation cannot run on this machine, whatever the arguments."""
-    if impl.backend == "native" and "_cuda.so" in native.missing:
-        return native.missing["_cuda.so"]
+    if impl.backend == "native" and native.CUDA_LIBRARY in native.missing:
+        return native.missing[native.CUDA_LIBRARY]
+    if impl.backend == "native" and native.emulating():
+        return None
     if impl.backend == "triton":
         try:
             import triton  # noqa: F401

@@ -15,7 +15,7 @@ from burnish.bench import machine
 from burnish.dispatch import candidates
 from burnish.registry import BACKENDS, all_ops
 
-_LIBRARIES = ("_native.so", "_cuda.so")
+_LIBRARIES = ("_native.so", native.CUDA_LIBRARY)
 
 
 def exit_code() -> int:

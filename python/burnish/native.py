@@ -1,11 +1,14 @@
 """The native libraries: found, loaded, and explained when they are not there.
 
 ``_native.so`` holds the CPU kernels and loads with ``import burnish``; ``_cuda.so`` holds the CUDA kernels and loads
-where torch was built for CUDA. Loading registers kernels with PyTorch and does nothing else: no build, no CUDA start.
+where torch was built for CUDA. ``_emulated.so`` holds the same CUDA kernels, built to run on a CPU; with
+``BURNISH_EMULATE_CUDA=1`` in the environment it takes the place of ``_cuda.so``, for tests. Loading registers kernels
+with PyTorch and does nothing else: no build, no CUDA start.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -17,6 +20,17 @@ _probes.define("cpu_peak(str kind, int millis) -> float")
 
 _HERE = Path(__file__).parent
 
+
+def emulating() -> bool:
+    """Whether this process runs the CUDA C++ kernels on the CPU."""
+    return os.environ.get("BURNISH_EMULATE_CUDA") == "1"
+
+
+#: the library with the CUDA C++ kernels that this process may load
+CUDA_LIBRARY = "_emulated.so" if emulating() else "_cuda.so"
+if emulating():
+    _probes.define("emulation_seed(int seed) -> int")
+
 #: why a library is not loaded, by file name; empty where all that can load is loaded
 missing: dict[str, str] = {}
 
@@ -24,7 +38,12 @@ missing: dict[str, str] = {}
 def load() -> None:
     """Load the libraries this torch can use. What is absent is remembered in :data:`missing`, not raised."""
     _load("_native.so", "the CPU kernels were not built: run pip install --no-build-isolation .")
-    if torch.version.cuda is None:
+    word = os.environ.get("BURNISH_EMULATE_CUDA", "")
+    if word not in ("", "0", "1"):
+        missing[CUDA_LIBRARY] = f"BURNISH_EMULATE_CUDA is {word!r}, expected 0 or 1"
+    elif emulating():
+        _load(CUDA_LIBRARY, "the CUDA kernels were not built for the CPU: run pip install --no-build-isolation .")
+    elif torch.version.cuda is None:
         missing["_cuda.so"] = "this torch is built without CUDA"
     else:
         _load("_cuda.so", "the CUDA kernels were not built: install nvcc and rebuild, or set BURNISH_BUILD_CUDA=1")

@@ -33,15 +33,17 @@ fuzz             hypothesis, at least 500 examples (C3)
 An op with an integer result must be bit-exact. Tolerances are in :mod:`.numerics` and nowhere else.
 """
 
-from burnish.testing.calls import Violation, backends, eager, interpreting, oracle, run
+from burnish.testing.calls import EMULATED, SCHEDULES, Violation, backends, eager, interpreting, oracle, run, stand_in
 from burnish.testing.fuzz import EXAMPLES, LONG_EXAMPLES, fuzz
 from burnish.testing.memory import guarded, lazy, poisoned
 from burnish.testing.plan import Check, Plan, plan
 from burnish.testing.values import digest
 
 __all__ = [
+    "EMULATED",
     "EXAMPLES",
     "LONG_EXAMPLES",
+    "SCHEDULES",
     "Check",
     "Plan",
     "Violation",
@@ -56,4 +58,5 @@ __all__ = [
     "plan",
     "poisoned",
     "run",
+    "stand_in",
 ]

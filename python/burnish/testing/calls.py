@@ -1,7 +1,7 @@
 """How a backend is called, and what its result is compared with.
 
-Inputs come from the record's ``make`` on the CPU. A GPU backend gets copies on the GPU where there is one; under
-Triton's interpreter it gets the CPU tensors. The two truths: :func:`oracle`, the reference in float64 on the same,
+Inputs come from the record's ``make`` on the CPU. A GPU backend gets copies on the GPU where there is one; one that is
+interpreted or emulated gets the CPU tensors. The two truths: :func:`oracle`, the reference in float64 on the same,
 already rounded inputs, and :func:`eager`, the reference in the inputs' own dtypes, which is what torch itself would
 give.
 """
@@ -14,11 +14,16 @@ from typing import Any
 
 import torch
 
-from burnish import dispatch
+from burnish import dispatch, native
 from burnish.registry import Backend, Case, OpSpec
 
 Args = tuple[Any, ...]
 Outputs = tuple[torch.Tensor, ...]
+
+INTERPRETED: tuple[Backend, str] = ("triton", "this process interprets Triton kernels")
+EMULATED: tuple[Backend, str] = ("native", "this process emulates CUDA kernels")
+#: seeds that an emulated CUDA kernel is run with, each call
+SCHEDULES = 16
 
 
 class Violation(AssertionError):
@@ -28,6 +33,13 @@ class Violation(AssertionError):
 def interpreting() -> bool:
     """Whether this process runs Triton kernels under the interpreter, and therefore nothing else."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def stand_in() -> tuple[Backend, str] | None:
+    """The GPU backend that this process runs on the CPU, and therefore nothing else; why nothing else."""
+    if interpreting():
+        return INTERPRETED
+    return EMULATED if native.emulating() else None
 
 
 def backends(spec: OpSpec) -> tuple[tuple[Backend, ...], dict[str, str]]:
@@ -40,8 +52,9 @@ def backends(spec: OpSpec) -> tuple[tuple[Backend, ...], dict[str, str]]:
     skipped: dict[str, str] = {}
     listed: tuple[Backend, ...] = ("cpu", *(impl.backend for impl in spec.impls))
     for backend in listed:
-        if interpreting() and backend != "triton":
-            skipped[backend] = "this process interprets Triton kernels"
+        only = stand_in()
+        if only is not None and backend != only[0]:
+            skipped[backend] = only[1]
         elif backend == "cpu" or table[backend].startswith("yes"):
             run.append(backend)
         else:
@@ -57,7 +70,7 @@ def objection(spec: OpSpec, backend: Backend, args: Args) -> str | None:
 
 def to_device(backend: Backend, args: Args) -> Args:
     """The arguments on the device that ``backend`` runs on; strides and storage offsets are kept."""
-    if backend not in ("triton", "native") or not torch.cuda.is_available():
+    if backend not in ("triton", "native") or stand_in() or not torch.cuda.is_available():
         return args
     return map_tensors(_to_cuda, args)
 
@@ -79,8 +92,30 @@ def as_outputs(result: Any) -> Outputs:
 
 def run(spec: OpSpec, backend: Backend, args: Args, grad: bool = False) -> Outputs:
     """Run the op on ``backend``, by the same road that users' calls take; ``grad`` asks for the differentiable op."""
+    moved = to_device(backend, args)
+
+    def call() -> Outputs:
+        return as_outputs(dispatch.call(spec, moved, grad))
+
     with dispatch.use_backend(backend):
-        return as_outputs(dispatch.call(spec, to_device(backend, args), grad))
+        return _every_schedule(spec.stem, call) if native.emulating() else call()
+
+
+def _every_schedule(what: str, call: Callable[[], Outputs]) -> Outputs:
+    """The results of an emulated call, after :data:`SCHEDULES` runs. The seed decides what hardware leaves open: who
+    goes on, what uninitialised shared memory holds, when a copy arrives. None of it may change a bit."""
+    torch.ops.burnish.emulation_seed(0)
+    first = call()
+    for seed in range(1, SCHEDULES):
+        torch.ops.burnish.emulation_seed(seed)
+        for index, (y, expected) in enumerate(zip(call(), first, strict=True)):
+            if not torch.equal(_raw(y), _raw(expected)):
+                raise Violation(f"{what}[{index}] has other bits under schedule {seed} than under schedule 0")
+    return first
+
+
+def _raw(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
 
 
 def eager(spec: OpSpec, args: Args) -> Outputs:
