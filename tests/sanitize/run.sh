@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Build the native library with AddressSanitizer and UndefinedBehaviorSanitizer, apart from the ordinary one, and run the
-# conformance kit and its fuzzer on it at every instruction set of this machine. The first finding ends the run.
+# Build the native libraries with AddressSanitizer and UndefinedBehaviorSanitizer, apart from the ordinary ones, and run
+# the conformance kit and its fuzzer on them: the CPU kernels at every instruction set of this machine, the CUDA kernels
+# emulated. The first finding ends the run.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=$(realpath --no-symlinks "${PYTHON:-python3}")
@@ -56,4 +57,6 @@ for level in $levels; do
   echo "--- $level"
   BURNISH_CPU_ISA=$level sanitized "$python" -m burnish.testing --backend cpu --fuzz "$examples" "${rules[@]}"
 done
+echo "--- the CUDA kernels, emulated"
+BURNISH_EMULATE_CUDA=1 sanitized "$python" -m burnish.testing --backend native --schedules 2 --only forward --only layout
 echo "ASan and UBSan found nothing"

@@ -7,7 +7,7 @@
 #endif
 
 #if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
+#include <sanitizer/asan_interface.h>
 #endif
 
 // Saves the registers that the System V ABI asks a callee to preserve, swaps stacks, restores them.
@@ -60,6 +60,9 @@ void begin_context(Context& context, void* stack, size_t bytes, void (*entry)())
   context.stack = stack;
   context.stack_bytes = bytes;
   context.fake_stack = nullptr;
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(stack, bytes);  // whoever had the stack before never returned
+#endif
   auto top = (reinterpret_cast<uintptr_t>(stack) + bytes) & ~uintptr_t{15};
   auto* frame = reinterpret_cast<void**>(top) - 8;  // six registers, the return address, padding: aligned as by a call
   for (int i = 0; i < 6; ++i) frame[i] = nullptr;

@@ -16,7 +16,7 @@ from collections import Counter
 import torch
 
 from burnish import registry
-from burnish.testing import digest, fuzz, plan
+from burnish.testing import calls, digest, fuzz, plan
 from burnish.testing.calls import backends
 
 
@@ -28,10 +28,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", metavar="RULE", help="forward, guard, ...; default: all")
     parser.add_argument("--fuzz", type=int, default=0, metavar="N", help="and N fuzzed examples an op and backend")
     parser.add_argument("--threads", type=int, default=1, help="torch.set_num_threads; default: 1")
+    parser.add_argument("--schedules", type=int, help=f"of an emulated CUDA kernel; default: {calls.SCHEDULES}")
     parser.add_argument("--digest", action="store_true", help="print a hash of the results of each op and backend")
     asked = parser.parse_args(argv)
     faulthandler.enable()
     torch.set_num_threads(asked.threads)
+    calls.SCHEDULES = asked.schedules or calls.SCHEDULES
     specs = [registry.get(name) for name in asked.ops] or list(registry.all_ops().values())
     if asked.digest:
         for spec in specs:
