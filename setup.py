@@ -105,10 +105,12 @@ def write_graph(build: Path, package: Path) -> None:
         compiler = ["ccache", *compiler]
     sanitize = SANITIZE if os.environ.get("BURNISH_SANITIZE") == "1" else []
     # isystem: the warnings are for our code, not for torch's headers
-    includes = [f"-I{ROOT / 'csrc'}", "-isystem", str(torch_dir / "include")]
+    ours, torchs = [f"-I{ROOT / 'csrc'}"], ["-isystem", str(torch_dir / "include")]
     ninja = Ninja()
-    compile_common = [*compiler, "-MMD", "-MF", "$out.d", *CXX_FLAGS, *WARNINGS, *sanitize, TORCH_ABI, *includes]
-    ninja.rule("cxx", [*compile_common, "$flags", "-c", "$in", "-o", "$out"])
+    compile_common = [*compiler, "-MMD", "-MF", "$out.d", *CXX_FLAGS, *WARNINGS, *sanitize, *ours]
+    ninja.rule("cxx", [*compile_common, TORCH_ABI, *torchs, "$flags", "-c", "$in", "-o", "$out"])
+    # torch's folder holds a pybind11 of its own, which torch 2.11 forbids beside the stable ABI
+    ninja.rule("cxx_python", [*compile_common, "$flags", "-c", "$in", "-o", "$out"])
     link = [*compiler, "-shared", *sanitize, "$in", "-o", "$out", "$flags"]
     ninja.rule("link", link, depfile=False)
 
@@ -129,7 +131,7 @@ def write_graph(build: Path, package: Path) -> None:
     headers = Path(sysconfig.get_path("include"))
     if (headers / "Python.h").is_file():
         python_flags = ["-isystem", pybind11.get_include(), "-isystem", str(headers)]  # type: ignore[attr-defined]
-        math = ninja.build(build / "math_py.o", "cxx", sources("csrc/math_py.cpp"), python_flags)
+        math = ninja.build(build / "math_py.o", "cxx_python", sources("csrc/math_py.cpp"), python_flags)
         ninja.build(package / f"_math{sysconfig.get_config_var('EXT_SUFFIX')}", "link", [math])
     else:
         print(f"burnish: no Python.h in {headers}: burnish._math, which only tests use, is not built", file=sys.stderr)
@@ -138,7 +140,7 @@ def write_graph(build: Path, package: Path) -> None:
     if wants_cuda(nvcc, torch.version.cuda):  # type: ignore[attr-defined]
         gencode = [f"-gencode=arch={virtual},code={real}" for real, virtual in CUDA_TARGETS.items()]
         gencode.append("-gencode=arch=compute_100,code=compute_100")
-        cuda_common = [str(nvcc), "-MD", "-MF", "$out.d", *CUDA_FLAGS, *gencode, *includes]
+        cuda_common = [str(nvcc), "-MD", "-MF", "$out.d", *CUDA_FLAGS, *gencode, *ours, *torchs]
         cuda_common += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
         ninja.rule("nvcc", [*cuda_common, "-c", "$in", "-o", "$out"])
         ninja.rule("nvlink", [str(nvcc), "-shared", "-cudart=shared", "$in", "-o", "$out", "$flags"], depfile=False)
