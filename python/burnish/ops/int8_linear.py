@@ -258,12 +258,12 @@ SPEC = register(
 
 def supports_native(x: Tensor, weight: Tensor, *_: Any) -> str | None:
     """The CUDA C++ kernel streams the weight once for a few rows."""
-    m = x.numel() // max(x.shape[-1], 1)
+    m = x.shape[:-1].numel()
     if m > 16:
         return f"M is {m}, the small-M kernel takes at most 16"
     if weight.dtype != torch.int8:
         return "the weight is in the vnni layout, the kernel takes rows"
-    return None
+    return rows.supports_native(x)
 
 
 def backward_reference(

@@ -139,7 +139,7 @@ SPEC = register(
 
 
 def supports_native(x: torch.Tensor) -> str | None:
-    return None
+    return None if x.is_cuda else f"the tensors are on {x.device}, expected CUDA"
 
 
 def int8_quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
