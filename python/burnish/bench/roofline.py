@@ -62,8 +62,14 @@ def _cuda_operands(kind: str) -> tuple[Any, ...]:
     if kind == "read":
         return tuple(torch.empty(1 << 28, dtype=torch.float32, device="cuda") for _ in range(2))
     side, dtype = {"int8": (8192, torch.int8), "bf16": (8192, torch.bfloat16), "fp32": (4096, torch.float32)}[kind]
-    first = torch.ones(side, side, device="cuda").to(dtype)
-    return first, first.t().contiguous().t()
+    first = torch.randn(side, side, device="cuda").mul_(40).to(dtype)  # equal numbers would take less power
+    operands = first, first.t().contiguous().t()
+    _product(kind)(*operands)  # the first call of a kind loads the library
+    return operands
+
+
+def _product(kind: str) -> Callable[..., Any]:
+    return torch._int_mm if kind == "int8" else torch.mm
 
 
 def _cuda_peak(kind: str) -> float:
@@ -74,7 +80,7 @@ def _cuda_peak(kind: str) -> float:
         first.copy_(second)
         work = 2.0 * first.nbytes
     else:
-        (torch._int_mm if kind == "int8" else torch.mm)(first, second)
+        _product(kind)(first, second)
         work = 2.0 * first.shape[0] ** 3
     stop.record()
     stop.synchronize()

@@ -27,12 +27,14 @@ Call = Callable[[], Any]
 CACHE_FACTOR = 4
 #: sets of tiny cases stop here: building them would take longer than timing them
 MAX_SETS = 512
-#: a batch is never longer, or a round would not be short beside the drift of the machine
-MAX_BATCH = 256
+#: a batch is never longer, or a round would not be short beside the drift of the machine; a GPU's queue of about a
+#: thousand launches must hold a batch of ten kernels a call
+MAX_BATCH = {"cpu": 256, "cuda": 64}
 #: sets made from different seeds; the others are copies of these, elsewhere in memory
 SEEDS = 2
-#: host time to cover before a GPU batch starts, so that launches are queued and not timed
-_LAUNCH_CYCLES = 40_000
+#: calls that show how long launching takes, and how much longer the GPU sleeps at its fastest clock: a batch is queued
+#: before its first kernel starts
+_LAUNCHES, _SLEEP_FACTOR, _CLOCK_HZ = 17, 1.25, 2e9
 
 
 def argument_sets(spec: OpSpec, case: Case, backend: Backend, device: str, contestants: int) -> list[tuple[Any, ...]]:
@@ -61,6 +63,7 @@ class Contestant:
         self.name = name
         self.seconds: list[float] = []
         self.batch = 1
+        self.launch = 0.0  # host seconds a call on a GPU
         self._calls = calls
         self._next = 0
 
@@ -85,23 +88,29 @@ def interleave(
 
     A sample is a batch of at least ``min_ms`` milliseconds, divided by its length.
     """
-    sample = _sample_cuda if device == "cuda" else _sample_cpu
     order: list[Contestant | str] = [*contestants, *probes]
     shuffle = random.Random(seed).shuffle
     peaks: dict[str, list[float]] = {kind: [] for kind in probes}
     with _quiet():
         for contestant in contestants:
-            first = min(sample(contestant.take(2)) for _ in range(2))
-            contestant.batch = max(1, min(MAX_BATCH, math.ceil(min_ms / 1e3 / max(first, 1e-9))))
+            if device == "cuda":
+                contestant.launch = _launch_seconds(contestant.take(_LAUNCHES))
+            first = min(_sample(contestant, device, 2) for _ in range(2))
+            contestant.batch = max(1, min(MAX_BATCH[device], math.ceil(min_ms / 1e3 / max(first, 1e-9))))
         for _ in range(rounds):
             shuffle(order)
             for entry in order:
                 if isinstance(entry, str):
                     peaks[entry].append(probes[entry]())
                 else:
-                    entry.seconds.append(sample(entry.take(entry.batch + 1)))
+                    entry.seconds.append(_sample(entry, device, entry.batch + 1))
             tick()
     return peaks
+
+
+def _sample(contestant: Contestant, device: str, count: int) -> float:
+    calls = contestant.take(count)
+    return _sample_cuda(calls, contestant.launch) if device == "cuda" else _sample_cpu(calls)
 
 
 def _sample_cpu(calls: list[Call]) -> float:
@@ -114,11 +123,24 @@ def _sample_cpu(calls: list[Call]) -> float:
     return (time.perf_counter_ns() - start) / len(timed) / 1e9
 
 
-def _sample_cuda(calls: list[Call]) -> float:
+def _launch_seconds(calls: list[Call]) -> float:
+    """Host seconds a call over ``calls[1:]``, while the GPU works on others."""
+    warm, *timed = calls
+    warm()
+    torch.cuda.synchronize()
+    start = time.perf_counter_ns()
+    for call in timed:
+        call()
+    seconds = (time.perf_counter_ns() - start) / len(timed) / 1e9
+    torch.cuda.synchronize()
+    return seconds
+
+
+def _sample_cuda(calls: list[Call], launch: float) -> float:
     warm, *timed = calls
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     warm()
-    torch.cuda._sleep(_LAUNCH_CYCLES * len(timed))
+    torch.cuda._sleep(int(_SLEEP_FACTOR * launch * len(timed) * _CLOCK_HZ))
     start.record()
     for call in timed:
         call()
