@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 import torch
 
-from burnish import dispatch
+from burnish import dispatch, native
 from burnish.checks import FLOATING, check_floating
 from burnish.registry import Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, register
 
@@ -139,7 +139,7 @@ SPEC = register(
 
 
 def supports_native(x: torch.Tensor) -> str | None:
-    return None if x.is_cuda else f"the tensors are on {x.device}, expected CUDA"
+    return None if x.is_cuda or native.emulating() else f"the tensors are on {x.device}, expected CUDA"
 
 
 def int8_quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

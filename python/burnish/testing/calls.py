@@ -68,11 +68,14 @@ def objection(spec: OpSpec, backend: Backend, args: Args) -> str | None:
     return dispatch.objection(impls[0], to_device(backend, args)) if impls else None
 
 
+def runs_on_gpu(backend: Backend) -> bool:
+    """Whether ``backend`` gets its arguments on a GPU in this process."""
+    return backend in ("triton", "native") and not stand_in() and torch.cuda.is_available()
+
+
 def to_device(backend: Backend, args: Args) -> Args:
     """The arguments on the device that ``backend`` runs on; strides and storage offsets are kept."""
-    if backend not in ("triton", "native") or stand_in() or not torch.cuda.is_available():
-        return args
-    return map_tensors(_to_cuda, args)
+    return map_tensors(_to_cuda, args) if runs_on_gpu(backend) else args
 
 
 def _to_cuda(tensor: torch.Tensor) -> torch.Tensor:

@@ -89,7 +89,7 @@ def _objection(spec: OpSpec, backend: Backend, case: Case) -> str | None:
 
 
 def _on_cases(spec: OpSpec, backend: Backend) -> Iterator[tuple[str, Case, str, Callable[[], None]]]:
-    """Checks of values: (rule, case, label, body)."""
+    """Checks of values: (rule, the case that it runs, label, body)."""
     for case in spec.cases.test:
         yield "forward", case, case.id, partial(values.forward, spec, backend, case)
         yield "guard", case, case.id, partial(values.guard, spec, backend, case)
@@ -114,7 +114,8 @@ def _on_cases(spec: OpSpec, backend: Backend) -> Iterator[tuple[str, Case, str, 
         for name in LAYOUTS:
             yield "layout", case, f"{name}-{case.id}", partial(values.layout, spec, backend, case, name)
         yield "layout", case, f"batched-{case.id}", partial(values.batched, spec, backend, case)
-        yield "huge", case, case.id, partial(values.huge, spec, backend, case)
+        tall = resized(case, values.HUGE_ROWS)
+        yield "huge", tall, case.id, partial(values.huge, spec, backend, case)
 
 
 def _on_op(spec: OpSpec, backend: Backend) -> Iterator[tuple[str, str, Callable[[], None]]]:

@@ -25,6 +25,7 @@ from burnish.testing.calls import (
     resized,
     rows,
     run,
+    runs_on_gpu,
     widen,
 )
 from burnish.testing.layouts import LAYOUTS
@@ -239,15 +240,24 @@ def huge(spec: OpSpec, backend: Backend, case: Case) -> None:
         if matrix.dim() != 2:
             continue
         for axis in (0, 1):
-            if (matrix.shape[axis] - 1) * HUGE_STRIDE <= 2**31:
+            steps = matrix.shape[axis] - 1
+            if steps * HUGE_STRIDE <= 2**31:
                 continue
-            strides = (HUGE_STRIDE, 1) if axis == 0 else (1, HUGE_STRIDE)
-            span = (matrix.shape[axis] - 1) * HUGE_STRIDE + matrix.shape[1 - axis]
-            spread = memory.lazy((span,), matrix.dtype).as_strided(matrix.shape, strides)
+            # a GPU's memory is there or not: as little as reaches element 2**31
+            stride = (2**31 // steps // 64 + 1) * 64 if runs_on_gpu(backend) else HUGE_STRIDE
+            span = steps * stride + matrix.shape[1 - axis]
+            if runs_on_gpu(backend):
+                spread = torch.empty(span, dtype=matrix.dtype, device="cuda")
+            else:
+                spread = memory.lazy((span,), matrix.dtype)
+            spread = spread.as_strided(matrix.shape, (stride, 1) if axis == 0 else (1, stride))
             spread.copy_(matrix)
             outputs = run(spec, backend, (*args[:index], spread, *args[index + 1 :]))
             for what, y, wanted in zip(_names(spec, outputs), outputs, expected, strict=True):
-                numerics.check_equal("C6", f"{what} with argument {index} strided by 2**28", y.cpu(), wanted.cpu())
+                numerics.check_equal("C6", f"{what} with argument {index} strided by {stride}", y.cpu(), wanted.cpu())
+            del spread
+            if runs_on_gpu(backend):
+                torch.cuda.empty_cache()  # other test processes share the GPU
 
 
 def digest(spec: OpSpec, backend: Backend) -> str:
