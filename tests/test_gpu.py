@@ -1,4 +1,4 @@
-"""What only a GPU can show of the CUDA implementations: streams, graphs, many runs, and that they agree bit for bit.
+"""What only a GPU can show of the CUDA implementations: streams, graphs, many runs, and that they agree.
 
 The values themselves are the conformance kit's business (test_ops.py), which runs the same backends.
 """
@@ -44,6 +44,14 @@ def fill(kept: calls.Args, fresh: calls.Args) -> None:
     for old, new in zip(kept, fresh, strict=True):
         if isinstance(old, torch.Tensor):
             old.copy_(new)
+
+
+def assert_close(outputs: calls.Outputs, expected: calls.Outputs) -> None:
+    """Within 2 ulp of fp32, and the one of the result that these can turn."""
+    for one, two in zip(outputs, expected, strict=True):
+        info = torch.finfo(one.dtype)
+        rtol = max(4 * torch.finfo(torch.float32).eps, info.eps)
+        torch.testing.assert_close(one, two, rtol=rtol, atol=info.smallest_normal * info.eps, equal_nan=True)
 
 
 def assert_same(outputs: calls.Outputs, expected: calls.Outputs) -> None:
@@ -106,7 +114,7 @@ def shared_cases() -> Iterator[tuple[OpSpec, Case]]:
 @pytest.mark.parametrize(
     ("spec", "case"), list(shared_cases()), ids=lambda value: getattr(value, "stem", None) or value.id
 )
-def test_implementations_agree_bit_for_bit(spec: OpSpec, case: Case) -> None:
+def test_implementations_agree(spec: OpSpec, case: Case) -> None:
     results = {}
     for impl in spec.impls:
         args = spec.make(case, impl.backend, 0)
@@ -115,8 +123,10 @@ def test_implementations_agree_bit_for_bit(spec: OpSpec, case: Case) -> None:
     if len(results) < 2:
         pytest.skip(f"{spec.stem} {case.id} is accepted by {', '.join(results) or 'none'} alone")
     first, *others = results.values()
+    # Triton's division is within 2 ulp, CUDA C++'s is exact
+    divides = case.options.get("activation", "none") not in ("none", "relu")
     for other in others:
-        assert_same(other, first)
+        (assert_close if divides else assert_same)(other, first)
 
 
 @pytest.mark.parametrize("values", ["integers", "extreme", "normal"])
