@@ -26,6 +26,7 @@ from burnish.testing.calls import (
     rows,
     run,
     runs_on_gpu,
+    to_device,
     widen,
 )
 from burnish.testing.layouts import LAYOUTS
@@ -41,6 +42,7 @@ def _names(spec: OpSpec, outputs: Outputs) -> list[str]:
 
 def run_checked(spec: OpSpec, backend: Backend, args: Args) -> Outputs:
     """Run the op; raise if it changed an input or is not what its fake announces. The results come on the CPU."""
+    args = to_device(backend, args)
     before = memory.snapshot(args)
     outputs = run(spec, backend, args)
     if not memory.unchanged(before, args):
