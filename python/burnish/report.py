@@ -144,15 +144,17 @@ class Report:
         swapped = self.swapped
         before, after = (sum(getattr(row, name) for row in swapped) for name in ("bytes_before", "bytes_after"))
         lines = [
-            f"{len(swapped)} layers swapped: {_size(before)} -> {_size(after)}{_share(after, before)}, "
-            f"{len(self.fused)} activations fused",
+            f"{_count(len(swapped), 'layer')} swapped: {_size(before)} -> {_size(after)}{_share(after, before)}, "
+            f"{_count(len(self.fused), 'activation')} fused",
             f"whole model: {_size(self.bytes_before)} -> {_size(self.bytes_after)}"
             f"{_share(self.bytes_after, self.bytes_before)}",
         ]
         frozen = sum(row.frozen for row in swapped)
         if frozen:
+            verb = "is" if frozen == 1 else "are"
             lines.append(
-                f"{frozen} weights could be trained before and are frozen now; gradients reach inputs and biases"
+                f"{_count(frozen, 'weight')} could be trained before and {verb} frozen now; "
+                "gradients reach inputs and biases"
             )
         return lines
 
@@ -242,3 +244,7 @@ def _span(numbers: Sequence[str]) -> str:
     if values == list(range(values[0], values[0] + len(values))):
         return f"{{{numbers[0]}..{numbers[-1]}}}"
     return f"{{{','.join(numbers)}}}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
