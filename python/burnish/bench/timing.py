@@ -30,7 +30,7 @@ MAX_SETS = 512
 #: a batch is never longer, or a round would not be short beside the drift of the machine; a GPU's queue of about a
 #: thousand launches must hold a batch of ten kernels a call
 MAX_BATCH = {"cpu": 256, "cuda": 64}
-#: sets made from different seeds; the others are copies of these, elsewhere in memory
+#: different sets; the others are made of the same values, elsewhere in memory
 SEEDS = 2
 #: calls that show how long launching takes, and how much longer the GPU sleeps at its fastest clock: a batch is queued
 #: before its first kernel starts
@@ -39,21 +39,18 @@ _LAUNCHES, _SLEEP_FACTOR, _CLOCK_HZ = 17, 1.25, 2e9
 
 def argument_sets(spec: OpSpec, case: Case, backend: Backend, device: str, contestants: int) -> list[tuple[Any, ...]]:
     """Argument sets for ``case``: enough to overflow the cache, as few as memory allows, at least two."""
-    made = [_move(spec.make(case, backend, seed), device) for seed in range(SEEDS)]
-    size = max(1, sum(arg.nbytes for arg in made[0] if isinstance(arg, torch.Tensor)))
+
+    def make(seed: int) -> tuple[Any, ...]:
+        args = spec.make(case, backend, seed)
+        return tuple(arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in args)
+
+    first = make(0)
+    size = max(1, sum(arg.nbytes for arg in first if isinstance(arg, torch.Tensor)))
     wanted = math.ceil(CACHE_FACTOR * machine.last_level_cache(device) / size) + 1
     # a contestant may keep its weights in fp32: four times the bytes
     affordable = machine.free_memory(device) // 2 // (4 * size * max(1, contestants))
     count = max(SEEDS, min(wanted, affordable, MAX_SETS))
-    return made + [_copy(made[index % SEEDS]) for index in range(SEEDS, count)]
-
-
-def _move(args: tuple[Any, ...], device: str) -> tuple[Any, ...]:
-    return tuple(arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in args)
-
-
-def _copy(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
+    return [first] + [make(index % SEEDS) for index in range(1, count)]
 
 
 class Contestant:
