@@ -165,11 +165,8 @@ def make(case: Case, backend: Backend, seed: int) -> tuple[Any, ...]:
 def cost(case: Case) -> Cost:
     m, n, k = case.dims["M"], case.dims["N"], case.dims["K"]
     out = case.options.get("out_dtype") or case.dtype
-    return Cost(
-        ops=2.0 * m * n * k,
-        bytes=m * k * case.dtype.itemsize + n * k + 4.0 * n + m * n * out.itemsize,
-        unit="int8",
-    )
+    moved = m * k * case.dtype.itemsize + n * k + 4.0 * n + m * n * out.itemsize
+    return Cost(ops=2.0 * m * n * k, bytes=moved, unit="int8")
 
 
 def _dense(weight: Tensor, scale: Tensor, width: int, dtype: torch.dtype) -> Tensor:
