@@ -6,7 +6,6 @@
 #include <cstring>
 #include <exception>
 #include <numeric>
-#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <vector>

@@ -51,7 +51,7 @@ void copy_async_wait() {
   host::copy_wait(Pending);
 }
 
-// A matrix of bytes that a warp holds in registers: byte i of lane l is element (row, column).
+// The fragments lie as ptx.cuh says; each lane computes its own sums.
 inline void mma_int8(int32_t (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
                      Where where = Where::current()) {
   struct In {
