@@ -67,18 +67,18 @@ struct Problem {
 };
 
 __device__ inline float load_as_float(const void* data, int64_t i, Format format) {
-  if (format == Format::kBf16) return to_float(static_cast<const bf16*>(data)[i]);
-  if (format == Format::kFp16) return to_float(static_cast<const fp16*>(data)[i]);
-  return static_cast<const float*>(data)[i];
+  if (format == Format::kBf16) return to_float(load(static_cast<const bf16*>(data) + i));
+  if (format == Format::kFp16) return to_float(load(static_cast<const fp16*>(data) + i));
+  return load(static_cast<const float*>(data) + i);
 }
 
 __device__ inline void store_from_float(void* data, int64_t i, Format format, float value) {
   if (format == Format::kBf16) {
-    static_cast<bf16*>(data)[i] = from_float<bf16>(value);
+    store(static_cast<bf16*>(data) + i, from_float<bf16>(value));
   } else if (format == Format::kFp16) {
-    static_cast<fp16*>(data)[i] = from_float<fp16>(value);
+    store(static_cast<fp16*>(data) + i, from_float<fp16>(value));
   } else {
-    static_cast<float*>(data)[i] = value;
+    store(static_cast<float*>(data) + i, value);
   }
 }
 
@@ -153,7 +153,7 @@ struct Ring {
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) {
 #pragma unroll
-      for (int i = 0; i < 2 * kRowTiles; ++i) *slot(stage, 2 * kWeightRows + i) = values[stage][i];
+      for (int i = 0; i < 2 * kRowTiles; ++i) store(slot(stage, 2 * kWeightRows + i), values[stage][i]);
     }
   }
 
@@ -171,15 +171,15 @@ struct Ring {
     for (int half = 0; half < 2; ++half) {
       Bytes16 b[kRowTiles];
 #pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) b[i] = *slot(stage, 2 * kWeightRows + half * kRowTiles + i);
+      for (int i = 0; i < kRowTiles; ++i) b[i] = load(slot(stage, 2 * kWeightRows + half * kRowTiles + i));
 #pragma unroll
       for (int j = 0; j < kChannelTiles; ++j) {
-        const Bytes16 low = *slot(stage, half * kWeightRows + 2 * j);
-        const Bytes16 high = *slot(stage, half * kWeightRows + 2 * j + 1);
+        const Bytes16 low = load(slot(stage, half * kWeightRows + 2 * j));
+        const Bytes16 high = load(slot(stage, half * kWeightRows + 2 * j + 1));
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
-          mma_int8(sum[j][i], low.word[0], high.word[0], low.word[1], high.word[1], b[i].word[0], b[i].word[1]);
-          mma_int8(sum[j][i], low.word[2], high.word[2], low.word[3], high.word[3], b[i].word[2], b[i].word[3]);
+          mma<int8_t>(sum[j][i], {low.word[0], high.word[0], low.word[1], high.word[1]}, {b[i].word[0], b[i].word[1]});
+          mma<int8_t>(sum[j][i], {low.word[2], high.word[2], low.word[3], high.word[3]}, {b[i].word[2], b[i].word[3]});
         }
       }
     }
@@ -208,7 +208,7 @@ struct Exchange {
         for (int r = 0; r < 4; ++r) {
           const int channel = j * 16 + r / 2 * 8 + lane / 4;
           const int row = i * 8 + lane % 4 * 2 + r % 2;
-          mine[row * kPitch + channel] = sum[j][i][r];
+          store(mine + (row * kPitch + channel), sum[j][i][r]);
         }
       }
     }
@@ -218,7 +218,7 @@ struct Exchange {
       const int at = (static_cast<int>(threadIdx.x) / kChannels + o * kRowStep) * kPitch + threadIdx.x % kChannels;
       total[o] = 0;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) total[o] += words[w * 8 * kRowTiles * kPitch + at];
+      for (int w = 0; w < kWarps; ++w) total[o] += load(words + (w * 8 * kRowTiles * kPitch + at));
     }
     __syncthreads();
   }
@@ -227,11 +227,11 @@ struct Exchange {
   static __device__ bool add_splits(const Problem& p, int tile, uint32_t* ticket, int32_t (&total)[kOutputs]) {
     int32_t* sums = p.partial + static_cast<int64_t>(tile) * p.splits * kOutputs * kThreads + threadIdx.x;
 #pragma unroll
-    for (int o = 0; o < kOutputs; ++o) sums[(static_cast<int>(blockIdx.y) * kOutputs + o) * kThreads] = total[o];
+    for (int o = 0; o < kOutputs; ++o) store(sums + (static_cast<int>(blockIdx.y) * kOutputs + o) * kThreads, total[o]);
     __syncthreads();
-    if (threadIdx.x == 0) *ticket = draw_ticket(p.tickets + tile);
+    if (threadIdx.x == 0) store(ticket, draw_ticket(p.tickets + tile));
     __syncthreads();
-    if (*ticket != static_cast<uint32_t>(p.splits - 1)) return false;
+    if (load(ticket) != static_cast<uint32_t>(p.splits - 1)) return false;
 #pragma unroll
     for (int o = 0; o < kOutputs; ++o) {
       total[o] = 0;
@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(kThreads, 2) int8_linear_fwd_kernel(Problem p)
   for (int tile = static_cast<int>(blockIdx.x); tile < tiles; tile += static_cast<int>(gridDim.x)) {
     const int channel = tile * Sums::kChannels + static_cast<int>(threadIdx.x) % Sums::kChannels;
     const bool inside = channel < p.channels;
-    const float scale = inside ? p.scale[channel] : 0.0f;
+    const float scale = inside ? load(p.scale + channel) : 0.0f;
     const float bias = inside && p.bias != nullptr ? load_as_float(p.bias, channel, p.bias_format) : 0.0f;
 
     int32_t sum[kChannelTiles][kRowTiles][4] = {};

@@ -68,7 +68,7 @@ struct Wide {
       uint32_t word[kElements / 4];
     } packed{};
     for (int i = 0; i < kElements; ++i) packed.word[i / 4] |= (static_cast<uint32_t>(q[i]) & 0xffu) << (i % 4 * 8);
-    *reinterpret_cast<decltype(packed)*>(row + unit * kElements) = packed;
+    burnish::store(reinterpret_cast<decltype(packed)*>(row + unit * kElements), packed);
   }
 };
 
@@ -79,22 +79,25 @@ struct Narrow {
   static constexpr int kHeld = 8;
   T value{};
 
-  __device__ void load(const T* row, int64_t unit) { value = row[unit]; }
+  __device__ void load(const T* row, int64_t unit) { value = burnish::load(row + unit); }
   __device__ float element(int) const { return to_float(value); }
   static __device__ void store(int8_t* row, int64_t unit, const int32_t (&q)[1]) {
-    row[unit] = static_cast<int8_t>(q[0]);
+    burnish::store(row + unit, static_cast<int8_t>(q[0]));
   }
 };
 
 // The maximum over the threads of a row.
 template <int kThreads>
 __device__ uint32_t row_max(uint32_t value) {
-  value = warp_max(value);
+  value = reduce_max(kFullWarp, value);
   if constexpr (kThreads > 32) {
     uint32_t* of_warps = shared_memory<uint32_t>();  // [kThreads / 32]
-    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = value;
+    if (threadIdx.x % 32 == 0) store(of_warps + threadIdx.x / 32, value);
     __syncthreads();
-    for (int i = 0; i < kThreads / 32; ++i) value = of_warps[i] > value ? of_warps[i] : value;
+    for (int i = 0; i < kThreads / 32; ++i) {
+      const uint32_t other = load(of_warps + i);
+      value = other > value ? other : value;
+    }
   }
   return value;
 }
@@ -158,7 +161,7 @@ __global__ void __launch_bounds__(kThreads < kMinBlock ? kMinBlock : kThreads,
     load(more, start);
     store(more, start);
   }
-  if (lane == 0) scale[row] = rule.scale;
+  if (lane == 0) burnish::store(scale + row, rule.scale);
 }
 
 template <class Unit, int kThreads, class T>

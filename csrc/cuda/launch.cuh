@@ -50,6 +50,7 @@ struct DeviceLimits {
   int multiprocessors;
   int shared_memory;  // bytes a multiprocessor
   bool dependent_launch;
+  bool clusters;
 };
 
 inline DeviceLimits device_limits(int32_t device) {
@@ -58,36 +59,35 @@ inline DeviceLimits device_limits(int32_t device) {
     check(cudaDeviceGetAttribute(&value, name, device), "reading a device attribute");
     return value;
   };
-  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-          attribute(cudaDevAttrComputeCapabilityMajor) >= 9};
+  const bool hopper = attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), hopper,
+          hopper};
 }
 
 namespace detail {
 
 template <class... Parameters>
+void allow_shared(void (*kernel)(Parameters...), size_t bytes) {
+  constexpr size_t kFree = 48 << 10;  // a kernel has these without asking
+  if (bytes <= kFree) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+        "reserving shared memory");
+  // such a kernel keeps little in L1: give it to shared memory, so that more than one block fits
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        "reserving shared memory");
+}
+
+template <class... Parameters>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-            bool dependent, Parameters... arguments) {
-  constexpr size_t kFreeSharedBytes = 48 << 10;  // a kernel has these without asking
-  cudaLaunchAttribute attributes[2]{};
-  unsigned count = 0;
-  if (shared_bytes > kFreeSharedBytes) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-          "reserving shared memory");
-    // such a kernel keeps little in L1: give it to shared memory, so that more than one block fits
-    attributes[count].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
-    attributes[count++].val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
-  }
-  if (dependent) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  }
+            cudaLaunchAttribute* attribute, Parameters... arguments) {
+  allow_shared(kernel, shared_bytes);
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = count;
+  config.attrs = attribute;
+  config.numAttrs = attribute != nullptr ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "launching a kernel");
 }
 
@@ -97,7 +97,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             Arguments... arguments) {
-  detail::launch<Parameters...>(kernel, grid, block, shared_bytes, stream, false, arguments...);
+  detail::launch<Parameters...>(kernel, grid, block, shared_bytes, stream, nullptr, arguments...);
 }
 
 // Launches a kernel that may start while the stream's previous kernel, which calls dependents_start(), still runs; what
@@ -105,7 +105,43 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
 template <class... Parameters, class... Arguments>
 void launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                       Arguments... arguments) {
-  detail::launch<Parameters...>(kernel, grid, block, shared_bytes, stream, true, arguments...);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  detail::launch<Parameters...>(kernel, grid, block, shared_bytes, stream, &attribute, arguments...);
+}
+
+// Launches a grid whose blocks all run at the same time, for grid_barrier: at most resident_blocks() of them.
+template <class... Parameters, class... Arguments>
+void launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                        Arguments... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  detail::launch<Parameters...>(kernel, grid, block, shared_bytes, stream, &attribute, arguments...);
+}
+
+// Launches a grid in clusters of `cluster` blocks (a power of two, at most 8) that are neighbours along x and run at
+// the same time. Only where DeviceLimits::clusters says so.
+template <class... Parameters, class... Arguments>
+void launch_cluster(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes,
+                    cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  detail::launch<Parameters...>(kernel, grid, block, shared_bytes, stream, &attribute, arguments...);
+}
+
+// How many blocks of a kernel the device runs at the same time.
+template <class... Parameters>
+int resident_blocks(void (*kernel)(Parameters...), dim3 block, size_t shared_bytes, int32_t device) {
+  detail::allow_shared(kernel, shared_bytes);
+  int each = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, static_cast<int>(block.x * block.y * block.z),
+                                                      shared_bytes),
+        "counting resident blocks");
+  return each * device_limits(device).multiprocessors;
 }
 
 }  // namespace burnish

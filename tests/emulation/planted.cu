@@ -1,6 +1,7 @@
 // Small kernels, each right as it is and wrong in one way on request: what the emulation must find, and what it must
-// not complain of. One block of two warps each, but for what is said.
+// not complain of.
 #include <cstdio>
+#include <cstring>
 #include <exception>
 
 #include "cuda/launch.cuh"
@@ -9,33 +10,43 @@
 namespace burnish {
 namespace {
 
-constexpr int kThreads = 64;
-constexpr int kRounds = 4;
-
 enum class Bug : int {
   kNone,
   kNoBarrierBeforeRead,
   kNoBarrierAfterRead,
   kNoCopyWait,
+  kNoWarpSync,
   kUninitialisedShared,
   kSharedOverrun,
+  kGlobalOverrun,
   kUnaligned,
   kDivergentBarrier,
   kEarlyReturn,
   kMissingLane,
+  kMaskWithoutSource,
   kLostUpdate,
+  kNoTicket,
   kWrongFragmentLane,
+  kNoDependencyWait,
+  kEndlessWait,
+  kNotModelled,
 };
+
+constexpr int kThreads = 64;
+constexpr int kRounds = 4;
 
 // y[r][i] = x[r][63 - i], a row at a time through one row of shared memory.
 __global__ void reverse_kernel(const int32_t* x, int32_t* y, Bug bug) {
   int32_t* row = shared_memory<int32_t>();
   const int i = static_cast<int>(threadIdx.x);
   for (int r = 0; r < kRounds; ++r) {
-    if (bug != Bug::kUninitialisedShared || i != 5) row[i + (bug == Bug::kSharedOverrun ? 1 : 0)] = x[r * kThreads + i];
+    if (bug != Bug::kUninitialisedShared || i != 5) {
+      store(row + i + (bug == Bug::kSharedOverrun ? 1 : 0),
+            load(x + r * kThreads + i + (bug == Bug::kGlobalOverrun && r == kRounds - 1 ? 1 : 0)));
+    }
     if (bug != Bug::kNoBarrierBeforeRead) __syncthreads();
     if (bug == Bug::kEarlyReturn && i == 7) return;
-    y[r * kThreads + i] = row[kThreads - 1 - i];
+    store(y + r * kThreads + i, load(row + kThreads - 1 - i));
     if (bug == Bug::kDivergentBarrier && i >= 32) continue;
     if (bug != Bug::kNoBarrierAfterRead) __syncthreads();
   }
@@ -53,75 +64,200 @@ __global__ void copy_kernel(const Bytes16* x, Bytes16* y, Bug bug) {
   for (int r = 0; r < kRounds; ++r) {
     fetch(r + 1);
     if (bug != Bug::kNoCopyWait) copy_async_wait<1>();
-    y[r * kThreads + i] = stages[r % 2 * kThreads + i];
+    store(y + r * kThreads + i, load(stages + r % 2 * kThreads + i));
   }
 }
 
-// Every thread reads 16 bytes; the largest of its warp goes to each.
+// Every thread reads 16 bytes; the largest word of its warp goes to each, by shuffles, by one instruction, and by
+// shared memory.
 __global__ void largest_kernel(const uint32_t* x, uint32_t* y, Bug bug) {
+  uint32_t* words = shared_memory<uint32_t>();
   const int i = static_cast<int>(threadIdx.x);
+  if (bug == Bug::kNotModelled) __shfl_xor_sync(kFullWarp, i, 1);
   const Bytes16 mine = load_streaming(x + i * 4 + (bug == Bug::kUnaligned ? 1 : 0));
   uint32_t largest = 0;
   for (const uint32_t word : mine.word) largest = word > largest ? word : largest;
-  if (bug != Bug::kMissingLane || i != 40) largest = warp_max(largest);
-  y[i] = largest;
+  store(words + i, largest);
+  if (bug != Bug::kNoWarpSync) __syncwarp();
+  for (int bits = 1; bits < 32; bits *= 2) {
+    if (bug == Bug::kMissingLane && i == 40) continue;
+    const uint32_t mask = bug == Bug::kMaskWithoutSource ? (i % 32 < 16 ? 0xffffu : 0xffff0000u) : kFullWarp;
+    const uint32_t other = shuffle_xor(mask, largest, bits);
+    largest = other > largest ? other : largest;
+  }
+  uint32_t shared = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    const uint32_t other = load(words + i / 32 * 32 + lane);
+    shared = other > shared ? other : shared;
+  }
+  store(y + i, largest == shared && largest == reduce_max(kFullWarp, shared) ? largest : 0u);
 }
 
 // Counts the threads of eight blocks.
 __global__ void count_kernel(uint32_t* counter, Bug bug) {
   if (bug == Bug::kLostUpdate) {
-    const auto seen = load_coherent(reinterpret_cast<const int32_t*>(counter));
-    *counter = static_cast<uint32_t>(seen) + 1;
+    store(counter, load(counter) + 1);
   } else {
-    draw_ticket(counter);
+    atomic_add(counter, 1u);
+  }
+  if (bug == Bug::kEndlessWait) {
+    while (atomic_max(counter, 0u) < 10000) {
+    }
   }
 }
 
-// y[16][8] = a[16][32] * b[8][32]^T of a warp.
-__global__ void product_kernel(const int8_t* a, const int8_t* b, int32_t* y, Bug bug) {
-  const int lane = static_cast<int>(threadIdx.x), group = lane / 4, t = lane % 4;
-  const auto word = [](const int8_t* at) { return *reinterpret_cast<const uint32_t*>(at); };
-  const int high = bug == Bug::kWrongFragmentLane ? 4 : 8;
-  int32_t sum[4] = {};
-  mma_int8(sum, word(a + group * 32 + t * 4), word(a + (group + high) * 32 + t * 4), word(a + group * 32 + t * 4 + 16),
-           word(a + (group + high) * 32 + t * 4 + 16), word(b + group * 32 + t * 4), word(b + group * 32 + t * 4 + 16));
-  for (int i = 0; i < 4; ++i) y[(group + i / 2 * 8) * 8 + t * 2 + i % 2] = sum[i];
+// y[0] = the sum of x over eight blocks, added by the block that comes last. scratch: eight sums, then the ticket.
+__global__ void sum_kernel(const int32_t* x, int32_t* y, int32_t* scratch, Bug bug) {
+  int32_t* last = shared_memory<int32_t>();
+  const int i = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
+  const int32_t sum = reduce_add(kFullWarp, load(x + i));
+  if (threadIdx.x % 32 == 0) atomic_add(scratch + blockIdx.x, sum);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    auto* ticket = reinterpret_cast<uint32_t*>(scratch + 8);
+    store(last, static_cast<int32_t>(bug == Bug::kNoTicket ? atomic_add(ticket, 1u) : draw_ticket(ticket)));
+  }
+  __syncthreads();
+  if (load(last) != 7 || threadIdx.x != 0) return;
+  int32_t total = 0;
+  for (int b = 0; b < 8; ++b) total += load_coherent(scratch + b);
+  store(y, total);
+}
+
+// scratch = x, then y = scratch + 1, in two launches that may overlap.
+__global__ void first_kernel(const int32_t* x, int32_t* scratch) {
+  dependents_start();
+  store(scratch + threadIdx.x, load(x + threadIdx.x));
+}
+
+__global__ void second_kernel(const int32_t* scratch, int32_t* y, Bug bug) {
+  if (bug != Bug::kNoDependencyWait) dependency_wait();
+  store(y + threadIdx.x, load_coherent(scratch + threadIdx.x) + 1);
+}
+
+constexpr int kTile = 128;
+constexpr int kWidth = 32;           // of a stage along k
+constexpr int kChunks = kWidth / 8;  // of 16 bytes in a row of it
+constexpr int kGemmThreads = 256;    // two by four warps of 64 x 32 outputs
+
+// y[m][n] = a[m][k] * b[n][k]^T, in tiles of 128 x 128 with two stages; every size a multiple of its tile's.
+__global__ void gemm_kernel(const bf16* a, const bf16* b, float* y, int n, int k, Bug bug) {
+  Bytes16* stages = shared_memory<Bytes16>();
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int row = static_cast<int>(blockIdx.y) * kTile, column = static_cast<int>(blockIdx.x) * kTile;
+  // neighbouring rows keep their chunks in different banks
+  const auto slot = [&](int stage, int operand, int r, int chunk) {
+    return stages + ((stage * 2 + operand) * kTile + r) * kChunks + (chunk ^ (r / 2 % kChunks));
+  };
+  const auto fetch = [&](int step) {
+    for (int i = thread; i < 2 * kTile * kChunks && step * kWidth < k; i += kGemmThreads) {
+      const int operand = i / (kTile * kChunks), r = i / kChunks % kTile, chunk = i % kChunks;
+      const bf16* from = operand == 0 ? a + (row + r) * k : b + (column + r) * k;
+      copy_async16(slot(step % 2, operand, r, chunk), from + step * kWidth + chunk * 8, true);
+    }
+    copy_async_commit();
+  };
+  float sum[4][4][4] = {};
+  fetch(0);
+  for (int step = 0; step * kWidth < k; ++step) {
+    fetch(step + 1);
+    if (bug != Bug::kNoCopyWait) copy_async_wait<1>();
+    if (bug != Bug::kNoBarrierBeforeRead) __syncthreads();
+    for (int part = 0; part < kWidth / 16; ++part) {
+      uint32_t left[4][4], right[2][4];
+      for (int i = 0; i < 4; ++i) {
+        const int half = bug == Bug::kWrongFragmentLane ? lane % 2 : lane / 16;
+        load_matrix(left[i], slot(step % 2, 0, warp / 4 * 64 + i * 16 + lane % 16, part * 2 + half));
+      }
+      for (int j = 0; j < 2; ++j) {
+        const int r = warp % 4 * 32 + j * 16 + lane / 16 * 8 + lane % 8;
+        load_matrix(right[j], slot(step % 2, 1, r, part * 2 + lane / 8 % 2));
+      }
+      for (int i = 0; i < 4; ++i) {
+        for (int j = 0; j < 4; ++j)
+          mma<bf16>(sum[i][j], left[i], {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]});
+      }
+    }
+    if (bug != Bug::kNoBarrierAfterRead) __syncthreads();
+  }
+  for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j < 4; ++j) {
+      for (int e = 0; e < 4; ++e) {
+        const int r = row + warp / 4 * 64 + i * 16 + e / 2 * 8 + lane / 4;
+        const int c = column + warp % 4 * 32 + j * 8 + lane % 4 * 2 + e % 2;
+        store(y + r * n + c, sum[i][j][e]);
+      }
+    }
+  }
+}
+
+struct Call {
+  const void *a, *b;
+  void *y, *scratch;
+  Bug bug;
+
+  template <class T>
+  const T* in(const void* data) const {
+    return static_cast<const T*>(data);
+  }
+  template <class T>
+  T* out(void* data) const {
+    return static_cast<T*>(data);
+  }
+};
+
+void run(const char* name, const Call& c) {
+  const auto is = [name](const char* other) { return std::strcmp(name, other) == 0; };
+  if (is("reverse")) {
+    launch(reverse_kernel, dim3(1), dim3(kThreads), kThreads * sizeof(int32_t), nullptr, c.in<int32_t>(c.a),
+           c.out<int32_t>(c.y), c.bug);
+  } else if (is("copy")) {
+    launch(copy_kernel, dim3(1), dim3(kThreads), 2 * kThreads * sizeof(Bytes16), nullptr, c.in<Bytes16>(c.a),
+           c.out<Bytes16>(c.y), c.bug);
+  } else if (is("largest")) {
+    launch(largest_kernel, dim3(1), dim3(kThreads), kThreads * sizeof(uint32_t), nullptr, c.in<uint32_t>(c.a),
+           c.out<uint32_t>(c.y), c.bug);
+  } else if (is("count")) {
+    launch(count_kernel, dim3(8), dim3(kThreads), 0, nullptr, c.out<uint32_t>(c.y), c.bug);
+  } else if (is("sum")) {
+    launch(sum_kernel, dim3(8), dim3(kThreads), sizeof(int32_t), nullptr, c.in<int32_t>(c.a), c.out<int32_t>(c.y),
+           c.out<int32_t>(c.scratch), c.bug);
+  } else if (is("overlap")) {
+    launch(first_kernel, dim3(1), dim3(kThreads), 0, nullptr, c.in<int32_t>(c.a), c.out<int32_t>(c.scratch));
+    launch_dependent(second_kernel, dim3(1), dim3(kThreads), 0, nullptr, c.out<int32_t>(c.scratch), c.out<int32_t>(c.y),
+                     c.bug);
+  } else {
+    launch(gemm_kernel, dim3(2, 2), dim3(kGemmThreads), 4 * kTile * kWidth * sizeof(bf16), nullptr, c.in<bf16>(c.a),
+           c.in<bf16>(c.b), c.out<float>(c.y), 256, 512, c.bug);
+  }
 }
 
 }  // namespace
 }  // namespace burnish
 
-// Runs kernel `name` with a seed; a message where the emulation stopped it, else null.
-extern "C" __attribute__((visibility("default"))) const char* run_planted(int name, int which, uint64_t seed,
-                                                                          const void* a, const void* b, void* y) {
-  using namespace burnish;
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Runs kernel `name` with a seed; a message where the emulation stopped it, else null. `scratch` holds zeros.
+EXPORT const char* run_planted(const char* name, int bug, uint64_t seed, const void* a, const void* b, void* y,
+                               void* scratch) {
   static char message[2048];
-  const Bug bug = static_cast<Bug>(which);
-  host::set_seed(seed);
+  burnish::host::set_seed(seed);
   try {
-    switch (name) {
-      case 0:
-        launch(reverse_kernel, dim3(1), dim3(kThreads), kThreads * sizeof(int32_t), nullptr,
-               static_cast<const int32_t*>(a), static_cast<int32_t*>(y), bug);
-        break;
-      case 1:
-        launch(copy_kernel, dim3(1), dim3(kThreads), 2 * kThreads * sizeof(Bytes16), nullptr,
-               static_cast<const Bytes16*>(a), static_cast<Bytes16*>(y), bug);
-        break;
-      case 2:
-        launch(largest_kernel, dim3(1), dim3(kThreads), 0, nullptr, static_cast<const uint32_t*>(a),
-               static_cast<uint32_t*>(y), bug);
-        break;
-      case 3:
-        launch(count_kernel, dim3(8), dim3(kThreads), 0, nullptr, static_cast<uint32_t*>(y), bug);
-        break;
-      default:
-        launch(product_kernel, dim3(1), dim3(32), 0, nullptr, static_cast<const int8_t*>(a),
-               static_cast<const int8_t*>(b), static_cast<int32_t*>(y), bug);
-    }
+    burnish::run(name, {a, b, y, scratch, static_cast<burnish::Bug>(bug)});
   } catch (const std::exception& error) {
     std::snprintf(message, sizeof message, "%s", error.what());
     return message;
   }
   return nullptr;
+}
+
+// Counts what `name` does in one run, as JSON.
+EXPORT const char* count_planted(const char* name, uint64_t seed, const void* a, const void* b, void* y,
+                                 void* scratch) {
+  static std::string counters;
+  burnish::host::set_counting(true);
+  const char* message = run_planted(name, 0, seed, a, b, y, scratch);
+  counters = burnish::host::take_counters();
+  burnish::host::set_counting(false);
+  return message != nullptr ? message : counters.c_str();
 }

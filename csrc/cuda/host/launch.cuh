@@ -1,4 +1,4 @@
-// The CPU's side of launch.cuh: CUDA's words, and launches that run the kernel at once, one block after another.
+// The CPU's side of launch.cuh: CUDA's words, and launches that run the kernel at once.
 #pragma once
 
 #include <cstddef>
@@ -9,13 +9,45 @@
 #define BURNISH_DEVICE_KEY CPU
 #define __global__
 #define __device__
+#define __forceinline__ inline
 #define __launch_bounds__(...)
 
 using cudaStream_t = void*;
 
 inline void __syncthreads(burnish::host::Where where = burnish::host::Where::current()) {
-  burnish::host::barrier(0, 0, "__syncthreads", where);
+  burnish::host::barrier(0, 0, true, "__syncthreads", where);
 }
+
+inline void __syncwarp(uint32_t mask = 0xffffffffu, burnish::host::Where where = burnish::host::Where::current()) {
+  burnish::host::sync_warp(mask, where);
+}
+
+// Intrinsics that have a wrapper in ptx.cuh, or none yet, stop the launch with their name.
+#define BURNISH_NOT_MODELLED(name)                                                                           \
+  template <class... Arguments>                                                                              \
+  int name(Arguments...) {                                                                                   \
+    burnish::host::stop(#name " is not modelled: see ptx.cuh for what is", burnish::host::Where::current()); \
+  }
+BURNISH_NOT_MODELLED(__shfl_sync)
+BURNISH_NOT_MODELLED(__shfl_xor_sync)
+BURNISH_NOT_MODELLED(__shfl_up_sync)
+BURNISH_NOT_MODELLED(__shfl_down_sync)
+BURNISH_NOT_MODELLED(__ballot_sync)
+BURNISH_NOT_MODELLED(__any_sync)
+BURNISH_NOT_MODELLED(__all_sync)
+BURNISH_NOT_MODELLED(__match_any_sync)
+BURNISH_NOT_MODELLED(__activemask)
+BURNISH_NOT_MODELLED(__threadfence)
+BURNISH_NOT_MODELLED(__threadfence_block)
+BURNISH_NOT_MODELLED(__nanosleep)
+BURNISH_NOT_MODELLED(__ldg)
+BURNISH_NOT_MODELLED(__byte_perm)
+BURNISH_NOT_MODELLED(__dp4a)
+BURNISH_NOT_MODELLED(atomicAdd)
+BURNISH_NOT_MODELLED(atomicMax)
+BURNISH_NOT_MODELLED(atomicCAS)
+BURNISH_NOT_MODELLED(clock64)
+#undef BURNISH_NOT_MODELLED
 
 namespace burnish {
 
@@ -34,10 +66,11 @@ struct DeviceLimits {
   int multiprocessors;
   int shared_memory;
   bool dependent_launch;
+  bool clusters;
 };
 
 // An H100's.
-inline DeviceLimits device_limits(int32_t) { return {132, 228 << 10, true}; }
+inline DeviceLimits device_limits(int32_t) { return {132, 228 << 10, true, true}; }
 
 // A grid, and the line that launches it.
 struct Grid {
@@ -46,16 +79,45 @@ struct Grid {
   Grid(dim3 size, host::Where where = host::Where::current()) : size(size), where(where) {}
 };
 
+namespace detail {
+
+template <class... Parameters, class... Arguments>
+void run(void (*kernel)(Parameters...), const Grid& grid, dim3 block, size_t shared_bytes, uint64_t together,
+         bool dependent, Arguments... arguments) {
+  host::run({grid.size, block, shared_bytes, [&] { kernel(static_cast<Parameters>(arguments)...); },
+             reinterpret_cast<const void*>(kernel), grid.where, together, dependent});
+}
+
+}  // namespace detail
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_bytes, cudaStream_t,
             Arguments... arguments) {
-  host::run({grid.size, block, shared_bytes, [&] { kernel(static_cast<Parameters>(arguments)...); }, grid.where});
+  detail::run(kernel, grid, block, shared_bytes, 1, false, arguments...);
 }
 
 template <class... Parameters, class... Arguments>
-void launch_dependent(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+void launch_dependent(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_bytes, cudaStream_t,
                       Arguments... arguments) {
-  launch(kernel, grid, block, shared_bytes, stream, arguments...);
+  detail::run(kernel, grid, block, shared_bytes, 1, true, arguments...);
+}
+
+template <class... Parameters, class... Arguments>
+void launch_cooperative(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_bytes, cudaStream_t,
+                        Arguments... arguments) {
+  detail::run(kernel, grid, block, shared_bytes, uint64_t{grid.size.x} * grid.size.y * grid.size.z, false,
+              arguments...);
+}
+
+template <class... Parameters, class... Arguments>
+void launch_cluster(void (*kernel)(Parameters...), Grid grid, dim3 block, unsigned cluster, size_t shared_bytes,
+                    cudaStream_t, Arguments... arguments) {
+  detail::run(kernel, grid, block, shared_bytes, cluster, false, arguments...);
+}
+
+template <class... Parameters>
+int resident_blocks(void (*)(Parameters...), dim3 block, size_t shared_bytes, int32_t) {
+  return static_cast<int>(host::resident_blocks(block, shared_bytes));
 }
 
 }  // namespace burnish

@@ -2,13 +2,24 @@
 //
 // Everything that hardware leaves open is left open here: the order of threads and of blocks, what uninitialised shared
 // memory holds, when an asynchronous copy arrives. A kernel that is right under every seed did not rely on any of it. A
-// kernel that cannot go on is stopped with an exception that names the launch, the block and the threads.
+// kernel that does what hardware would not, or that leaves its result to chance, is stopped with an exception that
+// names the kernel, the block, the thread and the line.
+//
+//   machine.cpp   threads, barriers, collectives of a warp; which thread runs next
+//   memory.cpp    every access through the wrappers: bounds, first writes, races, copies that arrive late
+//   counters.cpp  what a launch moved and did, exactly
+//   report.cpp    what the exceptions say
 #pragma once
 
 #include <cstdint>
 #include <functional>
 #include <source_location>
 #include <string>
+
+#pragma GCC visibility push(default)  // kernels outside this library run on the same machine
+
+// Read all the time, so without a call: a few bytes of what the loader keeps for libraries like this one.
+#define BURNISH_FAST_TLS __attribute__((tls_model("initial-exec")))
 
 // CUDA's words for where a thread is. They change with the running thread.
 struct uint3 {
@@ -18,44 +29,75 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-inline thread_local uint3 threadIdx{}, blockIdx{};
-inline thread_local dim3 blockDim{}, gridDim{};
+BURNISH_FAST_TLS extern constinit thread_local uint3 threadIdx, blockIdx;
+BURNISH_FAST_TLS extern constinit thread_local dim3 blockDim, gridDim;
 
 namespace burnish::host {
 
 using Where = std::source_location;
 
 constexpr unsigned kWarp = 32;
-constexpr uint32_t kFullWarp = 0xffffffffu;
 
 // --- for the host side
 
 // The next launches draw from this seed.
 void set_seed(uint64_t seed);
 
+// From now on launches are counted, or no longer; and what was counted since, as JSON, a list with an object a launch.
+void set_counting(bool on);
+std::string take_counters();
+
 struct Launch {
   dim3 grid, block;
   size_t shared_bytes;
   std::function<void()> thread;  // the kernel, with its arguments
+  const void* kernel;
   Where where;
+  uint64_t together = 1;   // blocks that run at the same time: one, those of a cluster, those of the grid
+  bool dependent = false;  // may have started before the launch before it ended
 };
 
 // Runs every block of a launch; throws std::runtime_error where the kernel cannot go on.
 void run(const Launch& launch);
 
+// How many blocks of this size a cooperative launch may have.
+unsigned resident_blocks(dim3 block, size_t shared_bytes);
+
 // --- for a thread of a kernel
 
-// The block's shared memory.
+// The block's shared memory, and where an address in it lies in that of another block of the cluster.
 void* shared_memory();
+void* in_block(const void* shared, unsigned rank, Where where);
+unsigned cluster_rank();
 
-// A random number that depends on the seed and on what ran before.
-uint64_t draw();
+// The thread's number within its warp.
+unsigned lane();
+
+// What an access does. A streaming one goes past the caches that see other threads' stores; a copy stores later; an
+// acquiring one is atomic and lets the thread see what came before it everywhere.
+enum class Access : uint8_t { kLoad, kStreamingLoad, kStore, kCopy, kAtomic, kAcquire };
+
+// To be called before each access: stops the launch where the access is out of shared memory's bounds, not aligned,
+// reads what nothing has written, or races with another one.
+void access(Access kind, const void* address, size_t bytes, Where where);
+
+// Asynchronous copies of this thread. The bytes arrive at once or not before a wait asks for their group, as the seed
+// has it.
+void copy_async(void* to, const void* from, unsigned bytes, bool valid, Where where);
+void copy_commit();
+void copy_wait(unsigned pending, Where where);
+
+// The launch before this one has ended and its writes are visible.
+void dependency_wait();
 
 // A point at which the hardware might let another thread run.
-void pause();
+void pause(Where where);
 
-// Waits until `count` threads have come to barrier `id`; 0 for all of the block.
-void barrier(unsigned id, unsigned count, const char* name, Where where);
+// Waits until `count` threads have come to barrier `id` of the block, 0 for all; or only says that it has come.
+void barrier(unsigned id, unsigned count, bool wait, const char* name, Where where);
+
+// Waits for all threads of the blocks that run together.
+void barrier_together(const char* name, Where where);
 
 // Comes to a collective of the lanes in `mask`. True in the lane that came last, which finds what every lane brought
 // and takes in `brought` and `takes`, computes, and calls depart. The others return false after that.
@@ -63,6 +105,15 @@ bool arrive(const char* name, uint32_t mask, const void* in, void* out, Where wh
 void depart(uint32_t mask);
 const void* brought(unsigned lane);
 void* takes(unsigned lane);
+
+// __syncwarp: a collective that orders the memory accesses of its lanes.
+void sync_warp(uint32_t mask, Where where);
+
+// Adds one to a counter of the launch.
+void count_event(const char* name);
+
+// Stops the launch: the thread did what hardware would not.
+[[noreturn]] void stop(const std::string& what, Where where);
 
 // compute(in, out) once for a warp, with pointers to what each lane of `mask` brought and takes, null for the others.
 template <class Out, class In, class Compute>
@@ -82,20 +133,6 @@ Out collective(const char* name, uint32_t mask, const In& in, Where where, const
   return out;
 }
 
-// Asynchronous copies of this thread. A copy arrives at once or not before a wait asks for its group, as the seed has
-// it.
-void copy_async(void* to, const void* from, unsigned bytes, unsigned read);
-void copy_commit();
-void copy_wait(unsigned pending);
-
-// Stops the launch: the thread did what hardware would not.
-[[noreturn]] void stop(const std::string& what, Where where);
-
-// A wide access must lie at a multiple of its size.
-inline void check_aligned(const void* address, size_t bytes, Where where) {
-  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
-    stop("an access of " + std::to_string(bytes) + " bytes is not aligned", where);
-  }
-}
-
 }  // namespace burnish::host
+
+#pragma GCC visibility pop

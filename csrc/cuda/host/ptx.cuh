@@ -2,105 +2,279 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cuda/host/machine.h"
+#include "cuda/host/matrix.h"
 #include "math/half.h"
 
 namespace burnish {
 
 using host::Where;
 
-struct alignas(16) Bytes16 {
-  uint32_t word[4];
-};
+template <class T>
+T load(const T* address, Where where = Where::current()) {
+  static_assert(sizeof(T) <= 16 && sizeof(T) == alignof(T), "no single access of this size");
+  host::access(host::Access::kLoad, address, sizeof(T), where);
+  return *address;
+}
+
+template <class T>
+void store(T* address, const std::type_identity_t<T>& value, Where where = Where::current()) {
+  static_assert(sizeof(T) <= 16 && sizeof(T) == alignof(T), "no single access of this size");
+  host::access(host::Access::kStore, address, sizeof(T), where);
+  *address = value;
+}
 
 inline Bytes16 load_streaming(const void* address, Where where = Where::current()) {
-  host::check_aligned(address, 16, where);
-  Bytes16 value;
-  std::memcpy(&value, address, sizeof value);
-  return value;
+  host::access(host::Access::kStreamingLoad, address, 16, where);
+  return *static_cast<const Bytes16*>(address);
 }
 
 template <class T>
 T load_coherent(const T* address, Where where = Where::current()) {
-  host::check_aligned(address, sizeof(T), where);
-  host::pause();
-  const T value = *address;
-  host::pause();
-  return value;
+  host::pause(where);
+  return load(address, where);
 }
 
 inline uint64_t evict_first_policy() { return 0; }
 
 inline void copy_async16(void* shared, const void* global, bool valid, Where where = Where::current()) {
-  host::check_aligned(shared, 16, where);
-  host::check_aligned(global, 16, where);
-  host::copy_async(shared, global, 16, valid ? 16 : 0);
+  host::copy_async(shared, global, 16, valid, where);
 }
 
 inline void copy_async16(void* shared, const void* global, bool valid, uint64_t, Where where = Where::current()) {
-  copy_async16(shared, global, valid, where);
+  host::copy_async(shared, global, 16, valid, where);
+}
+
+template <int Bytes>
+void copy_async(void* shared, const void* global, bool valid, Where where = Where::current()) {
+  static_assert(Bytes == 4 || Bytes == 8);
+  host::copy_async(shared, global, Bytes, valid, where);
 }
 
 inline void copy_async_commit() { host::copy_commit(); }
 
 template <int Pending>
-void copy_async_wait() {
-  host::copy_wait(Pending);
+void copy_async_wait(Where where = Where::current()) {
+  host::copy_wait(Pending, where);
 }
 
-// The fragments lie as ptx.cuh says; each lane computes its own sums.
-inline void mma_int8(int32_t (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
-                     Where where = Where::current()) {
-  struct In {
-    uint32_t a[4], b[2];
-    int32_t c[4];
-  };
-  struct Out {
-    int32_t d[4];
-  };
-  const In in{{a0, a1, a2, a3}, {b0, b1}, {sum[0], sum[1], sum[2], sum[3]}};
-  const auto compute = [](const In* const* ins, Out* const* outs) {
-    int8_t a[16][32], b[8][32];
-    for (int lane = 0; lane < 32; ++lane) {
-      const int group = lane / 4, t = lane % 4;
-      for (int i = 0; i < 4; ++i) std::memcpy(&a[group + i % 2 * 8][t * 4 + i / 2 * 16], &ins[lane]->a[i], 4);
-      for (int i = 0; i < 2; ++i) std::memcpy(&b[group][t * 4 + i * 16], &ins[lane]->b[i], 4);
-    }
-    for (int lane = 0; lane < 32; ++lane) {
-      for (int i = 0; i < 4; ++i) {
-        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-        int32_t dot = 0;
-        for (int k = 0; k < 32; ++k) dot += a[row][k] * b[column][k];
-        outs[lane]->d[i] = static_cast<int32_t>(static_cast<uint32_t>(ins[lane]->c[i]) + static_cast<uint32_t>(dot));
-      }
-    }
-  };
-  const Out out = host::collective<Out>("mma_int8", host::kFullWarp, in, where, compute);
-  std::memcpy(sum, out.d, sizeof out.d);
+// One update of an atomic: update(old) is stored, old returned. Other threads may come before.
+template <class T, class Update>
+T atomic_update(T* address, Where where, const Update& update, host::Access kind = host::Access::kAtomic) {
+  host::pause(where);
+  host::access(kind, address, sizeof(T), where);
+  const T old = *address;
+  *address = update(old);
+  return old;
 }
 
-inline uint32_t warp_max(uint32_t value, Where where = Where::current()) {
-  return host::collective<uint32_t>("warp_max", host::kFullWarp, value, where,
-                                    [](const uint32_t* const* ins, uint32_t* const* outs) {
-                                      uint32_t largest = 0;
-                                      for (int lane = 0; lane < 32; ++lane) largest = std::max(largest, *ins[lane]);
-                                      for (int lane = 0; lane < 32; ++lane) *outs[lane] = largest;
-                                    });
+template <class T>
+T atomic_add(T* address, std::type_identity_t<T> value, Where where = Where::current()) {
+  using Sum =
+      typename std::conditional_t<std::is_floating_point_v<T>, std::type_identity<T>, std::make_unsigned<T>>::type;
+  return atomic_update(address, where, [=](T old) { return static_cast<T>(Sum(old) + Sum(value)); });
 }
 
-inline float float_from_fp16(uint32_t bits) { return to_float(fp16{static_cast<uint16_t>(bits)}); }
+template <class T>
+T atomic_max(T* address, std::type_identity_t<T> value, Where where = Where::current()) {
+  return atomic_update(address, where, [=](T old) { return std::max(old, value); });
+}
+
+template <class T>
+T atomic_min(T* address, std::type_identity_t<T> value, Where where = Where::current()) {
+  return atomic_update(address, where, [=](T old) { return std::min(old, value); });
+}
+
+template <class T>
+T atomic_exchange(T* address, std::type_identity_t<T> value, Where where = Where::current()) {
+  return atomic_update(address, where, [=](T) { return value; });
+}
+
+template <class T>
+T atomic_compare_exchange(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> value,
+                          Where where = Where::current()) {
+  return atomic_update(address, where, [=](T old) { return old == expected ? value : old; });
+}
 
 inline uint32_t draw_ticket(uint32_t* counter, Where where = Where::current()) {
-  host::check_aligned(counter, sizeof *counter, where);
-  host::pause();
-  return (*counter)++;
+  return atomic_update(counter, where, [](uint32_t old) { return old + 1; }, host::Access::kAcquire);
+}
+
+// The lane that `source(lane)` names gives its value; a lane outside the warp is the own one.
+template <class T, class Source>
+T shuffle_from(const char* name, uint32_t mask, T value, Where where, const Source& source) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles take 4 or 8 bytes");
+  struct In {
+    T value;
+    int from;
+  };
+  const int lane = static_cast<int>(host::lane()), wanted = source(lane);
+  const In in{value, wanted < 0 || wanted >= 32 ? lane : wanted};
+  if ((mask >> in.from & 1) == 0) {
+    host::stop(std::string(name) + ": lane " + std::to_string(in.from) + " is not in the mask", where);
+  }
+  return host::collective<T>(name, mask, in, where, [](const In* const* ins, T* const* outs) {
+    for (int i = 0; i < 32; ++i) {
+      if (outs[i] != nullptr) *outs[i] = ins[ins[i]->from]->value;
+    }
+  });
+}
+
+template <class T>
+T shuffle(uint32_t mask, T value, int lane, Where where = Where::current()) {
+  return shuffle_from("shuffle", mask, value, where, [=](int) { return lane & 31; });
+}
+
+template <class T>
+T shuffle_xor(uint32_t mask, T value, int bits, Where where = Where::current()) {
+  return shuffle_from("shuffle_xor", mask, value, where, [=](int lane) { return lane ^ bits; });
+}
+
+template <class T>
+T shuffle_up(uint32_t mask, T value, unsigned distance, Where where = Where::current()) {
+  return shuffle_from("shuffle_up", mask, value, where, [=](int lane) { return lane - static_cast<int>(distance); });
+}
+
+template <class T>
+T shuffle_down(uint32_t mask, T value, unsigned distance, Where where = Where::current()) {
+  return shuffle_from("shuffle_down", mask, value, where, [=](int lane) { return lane + static_cast<int>(distance); });
+}
+
+// The values of all lanes, the lower ones first, joined by join(a, b); the same result for each.
+template <class T, class Join>
+T reduce(const char* name, uint32_t mask, T value, Where where, const Join& join) {
+  return host::collective<T>(name, mask, value, where, [&](const T* const* ins, T* const* outs) {
+    const T* first = *std::find_if(ins, ins + 32, [](const T* in) { return in != nullptr; });
+    T all = *first;
+    for (int i = 0; i < 32; ++i) {
+      if (ins[i] != nullptr && ins[i] != first) all = join(all, *ins[i]);
+    }
+    for (int i = 0; i < 32; ++i) {
+      if (outs[i] != nullptr) *outs[i] = all;
+    }
+  });
+}
+
+inline uint32_t ballot(uint32_t mask, bool mine, Where where = Where::current()) {
+  return reduce("ballot", mask, uint32_t{mine} << host::lane(), where, std::bit_or<uint32_t>());
+}
+
+inline bool vote_any(uint32_t mask, bool mine, Where where = Where::current()) {
+  return reduce("vote_any", mask, uint32_t{mine}, where, std::bit_or<uint32_t>()) != 0;
+}
+
+inline bool vote_all(uint32_t mask, bool mine, Where where = Where::current()) {
+  return reduce("vote_all", mask, uint32_t{mine}, where, std::bit_and<uint32_t>()) != 0;
+}
+
+template <class T>
+T reduce_add(uint32_t mask, T value, Where where = Where::current()) {
+  return static_cast<T>(reduce("reduce_add", mask, static_cast<uint32_t>(value), where, std::plus<uint32_t>()));
+}
+
+template <class T>
+T reduce_min(uint32_t mask, T value, Where where = Where::current()) {
+  return reduce("reduce_min", mask, value, where, [](T a, T b) { return std::min(a, b); });
+}
+
+template <class T>
+T reduce_max(uint32_t mask, T value, Where where = Where::current()) {
+  return reduce("reduce_max", mask, value, where, [](T a, T b) { return std::max(a, b); });
+}
+
+inline uint32_t reduce_and(uint32_t mask, uint32_t value, Where where = Where::current()) {
+  return reduce("reduce_and", mask, value, where, std::bit_and<uint32_t>());
+}
+
+inline uint32_t reduce_or(uint32_t mask, uint32_t value, Where where = Where::current()) {
+  return reduce("reduce_or", mask, value, where, std::bit_or<uint32_t>());
+}
+
+inline uint32_t reduce_xor(uint32_t mask, uint32_t value, Where where = Where::current()) {
+  return reduce("reduce_xor", mask, value, where, std::bit_xor<uint32_t>());
+}
+
+inline void barrier_sync(unsigned barrier, unsigned threads, Where where = Where::current()) {
+  host::barrier(barrier, threads, true, "barrier_sync", where);
+}
+
+inline void barrier_arrive(unsigned barrier, unsigned threads, Where where = Where::current()) {
+  host::barrier(barrier, threads, false, "barrier_arrive", where);
+}
+
+inline void grid_barrier(uint32_t* counter, Where where = Where::current()) {
+  host::access(host::Access::kAtomic, counter, sizeof *counter, where);
+  host::barrier_together("grid_barrier", where);
+}
+
+inline unsigned cluster_rank() { return host::cluster_rank(); }
+
+inline void cluster_barrier(Where where = Where::current()) { host::barrier_together("cluster_barrier", where); }
+
+template <class T>
+T load_remote(const T* shared, unsigned rank, Where where = Where::current()) {
+  static_assert(sizeof(T) == 4);
+  return load(static_cast<const T*>(host::in_block(shared, rank, where)), where);
+}
+
+template <class T>
+void store_remote(T* shared, unsigned rank, std::type_identity_t<T> value, Where where = Where::current()) {
+  static_assert(sizeof(T) == 4);
+  store(static_cast<T*>(host::in_block(shared, rank, where)), value, where);
 }
 
 inline void dependents_start() {}
 
-inline void dependency_wait() {}
+inline void dependency_wait() { host::dependency_wait(); }
+
+template <int Table>
+uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t value = 0;
+  for (int i = 0; i < 8; ++i) {
+    if (Table >> i & 1) value |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+  }
+  return value;
+}
+
+inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = uint64_t{b} << 32 | a;
+  uint32_t value = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t digit = selector >> 4 * i;
+    const auto byte = static_cast<uint8_t>(bytes >> 8 * (digit & 7));
+    value |= uint32_t{digit & 8 ? static_cast<uint8_t>(byte & 0x80 ? 0xff : 0) : byte} << 8 * i;
+  }
+  return value;
+}
+
+template <class T>
+uint32_t dot_bytes(uint32_t a, uint32_t b, uint32_t sum) {
+  for (int i = 0; i < 32; i += 8) sum += static_cast<uint32_t>(static_cast<T>(a >> i) * static_cast<T>(b >> i));
+  return sum;
+}
+
+inline int32_t dp4a(int32_t a, int32_t b, int32_t sum) {
+  return static_cast<int32_t>(
+      dot_bytes<int8_t>(static_cast<uint32_t>(a), static_cast<uint32_t>(b), static_cast<uint32_t>(sum)));
+}
+
+inline uint32_t dp4a(uint32_t a, uint32_t b, uint32_t sum) { return dot_bytes<uint8_t>(a, b, sum); }
+
+template <class T>
+uint32_t pack(float low, float high) {
+  const auto half = [](float value) -> uint32_t { return value != value ? 0x7fff : from_float<T>(value).bits; };
+  return half(low) | half(high) << 16;
+}
+
+inline uint32_t pack_fp16(float low, float high) { return pack<fp16>(low, high); }
+
+inline uint32_t pack_bf16(float low, float high) { return pack<bf16>(low, high); }
+
+inline float float_from_fp16(uint32_t bits) { return to_float(fp16{static_cast<uint16_t>(bits)}); }
 
 }  // namespace burnish

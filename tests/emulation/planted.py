@@ -1,0 +1,89 @@
+"""How ``planted.cu`` is built and called: by ``test_emulation.py``, and by itself in a process under AddressSanitizer.
+
+    python planted.py LIBRARY KERNEL BUG
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+HOST = sorted(path for path in (ROOT / "csrc/cuda/host").glob("*.cpp") if path.stem != "control")
+FLAGS = ["-std=c++20", "-O2", "-g", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
+KERNELS = ["reverse", "copy", "largest", "count", "sum", "overlap", "gemm"]
+
+
+def build(source: Path, library: Path, *flags: str) -> Path:
+    """A .cu file and the machine it runs on, as one library."""
+    inputs = [word for path in (source, *HOST) for word in ("-x", "c++", str(path))]
+    command = ["g++", *FLAGS, *flags, f"-I{ROOT / 'csrc'}", *inputs, "-ldl", "-o", str(library)]
+    subprocess.run(command, check=True)
+    return library
+
+
+class Planted:
+    """The library. A kernel runs on inputs of its own."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._library.run_planted.restype = self._library.count_planted.restype = ctypes.c_char_p
+        self._problems = {kernel: problem(kernel) for kernel in KERNELS}
+
+    def call(self, kernel: str, bug: int = 0, seed: int = 0) -> tuple[str | None, bool]:
+        """One run: the message that stopped it, and whether its result is right."""
+        a, b, expected = self._problems[kernel]
+        y, scratch = np.zeros_like(expected), np.zeros(64, np.int32)
+        message = self._library.run_planted(kernel.encode(), bug, ctypes.c_uint64(seed), *map(_data, (a, b, y, scratch)))
+        return message and message.decode(), np.array_equal(y, expected)
+
+    def count(self, kernel: str, seed: int = 0) -> str:
+        """The counters of one run, as JSON."""
+        a, b, expected = self._problems[kernel]
+        y, scratch = _on_sector(np.zeros_like(expected)), np.zeros(64, np.int32)
+        call = self._library.count_planted
+        return call(kernel.encode(), ctypes.c_uint64(seed), *map(_data, (a, b, y, scratch))).decode()
+
+
+def problem(kernel: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a kernel reads, and what it must give."""
+    draw = np.random.default_rng(1)
+    if kernel == "gemm":  # small integers in bf16: every sum is exact
+        a, b = (draw.integers(-2, 3, (256, 512)).astype(np.float32) for _ in range(2))
+        return *(_on_sector((x.view(np.uint32) >> 16).astype(np.uint16)) for x in (a, b)), a @ b.T
+    x = draw.integers(-(2**31), 2**31, {"copy": 1024, "sum": 512}.get(kernel, 256)).astype(np.int32)
+    if kernel == "reverse":
+        expected = x.reshape(4, 64)[:, ::-1]
+    elif kernel == "copy":
+        expected = x
+    elif kernel == "largest":
+        expected = x.view(np.uint32).reshape(2, 128).max(1).repeat(32)
+    elif kernel == "count":
+        expected = np.array([8 * 64], np.uint32)
+    elif kernel == "sum":
+        expected = np.array([x.sum(dtype=np.int32)])
+    else:
+        expected = x[:64] + np.int32(1)
+    return x, x, np.ascontiguousarray(expected)
+
+
+def _on_sector(array: np.ndarray) -> np.ndarray:
+    """A copy that begins at a multiple of 32 bytes."""
+    room = np.empty(array.nbytes + 32, np.uint8)
+    start = -room.ctypes.data % 32
+    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[:] = array
+    return copy
+
+
+def _data(array: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+if __name__ == "__main__":
+    print(Planted(Path(sys.argv[1])).call(sys.argv[2], int(sys.argv[3])))
