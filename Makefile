@@ -57,7 +57,7 @@ interpret: $(VENV)/dev.stamp
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/test_ops.py tests/test_triton_interpreter.py
 
 emulate: $(VENV)/dev.stamp
-	BURNISH_EMULATE_CUDA=1 $(BIN)/python -m pytest -n $(JOBS) tests/test_ops.py
+	BURNISH_EMULATE_CUDA=1 $(BIN)/python -m pytest -n $(JOBS) tests/test_ops.py tests/test_counters.py
 
 gates: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n $(JOBS) -m gate tests

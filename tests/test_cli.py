@@ -51,6 +51,10 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
         ("bench --json no/such/folder/x.json", "burnish bench: cannot write no/such/folder/x.json"),
         ("bench --plot .", "burnish bench: cannot write .: its folder does not exist, or it is a folder"),
         ("bench --plot rows.xyz", "burnish bench: cannot write rows.xyz: no image format of this name"),
+        (
+            "bench --counters --peers",
+            "burnish bench: --counters counts on the CPU, without --peers, --plot or --device",
+        ),
         ("bench --peers --peers-dir nowhere", "burnish bench: --peers-dir nowhere: no such folder"),
         ("swap", "burnish swap: the following arguments are required: MODULE:FUNCTION"),
         ("swap model", "burnish swap: 'model' is not MODULE:FUNCTION"),
@@ -114,6 +118,20 @@ def test_bench_of_every_linear_op_at_a_small_shape(capsys):
     code, out, _ = run(capsys, "bench", "--shape", "2,16,32", "--rounds", "1", "--min-time", "0.01")
     assert code == 0, out
     assert "FAILED" not in out
+
+
+def test_bench_counts_in_a_process_of_its_own(capfd, tmp_path):
+    pytest.importorskip("rich")
+    path = tmp_path / "counters.json"
+    words = ["bench", "--counters", "int8_linear", "int8_linear_backward", "--shape", "1,16,32", "--json", str(path)]
+    code = cli.main(words)
+    out = capfd.readouterr().out
+    assert code == 0, out
+    assert "int8_linear_fwd" in out
+    assert "skipped int8_linear_backward M1-N16-K32-bf16: the op has no CUDA C++ kernel" in out
+    (row,) = json.loads(path.read_text())["counters"]
+    assert row["case"] == "M1-N16-K32-bf16"
+    assert row["launches"][0]["global_load_bytes"] == 32 * 2
 
 
 def test_bench_of_a_wrong_kernel_fails(capsys, monkeypatch):

@@ -187,7 +187,7 @@ struct Ring {
 };
 
 // The sums of a tile, brought together from the warps: thread i holds channel i % kChannels, and every kRowStep-th row
-// from i / kChannels on.
+// from first_row() on.
 template <int kRowTiles, int kChannelTiles>
 struct Exchange {
   static constexpr int kChannels = 16 * kChannelTiles;
@@ -195,6 +195,12 @@ struct Exchange {
   static constexpr int kOutputs = 8 * kRowTiles / kRowStep;  // a thread
   static constexpr int kPitch = kChannels + 4;               // the lanes of a warp then write to 32 different banks
   static constexpr int kWords = kWarps * 8 * kRowTiles * kPitch;
+
+  // The two rows that a warp reads of 16 channels are 4 apart, so that they lie in different banks.
+  static __device__ int first_row() {
+    const int warp = static_cast<int>(threadIdx.x / 32);
+    return kChannels == 16 ? warp + static_cast<int>(threadIdx.x % 32 / 16) * 4 : warp;
+  }
 
   static __device__ void gather(int32_t* words, const int32_t (&sum)[kChannelTiles][kRowTiles][4],
                                 int32_t (&total)[kOutputs]) {
@@ -215,7 +221,7 @@ struct Exchange {
     __syncthreads();
 #pragma unroll
     for (int o = 0; o < kOutputs; ++o) {
-      const int at = (static_cast<int>(threadIdx.x) / kChannels + o * kRowStep) * kPitch + threadIdx.x % kChannels;
+      const int at = (first_row() + o * kRowStep) * kPitch + static_cast<int>(threadIdx.x) % kChannels;
       total[o] = 0;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) total[o] += load(words + (w * 8 * kRowTiles * kPitch + at));
@@ -270,11 +276,10 @@ __global__ void __launch_bounds__(kThreads, 2) int8_linear_fwd_kernel(Problem p)
   }
   dependency_wait();
   if (steps > 0) ring.fetch_first_q(first, end);
-  const int first_row = static_cast<int>(threadIdx.x) / Sums::kChannels;
   float row_scale[Sums::kOutputs];
 #pragma unroll
   for (int o = 0; o < Sums::kOutputs; ++o) {
-    const int row = first_row + o * Sums::kRowStep;
+    const int row = Sums::first_row() + o * Sums::kRowStep;
     row_scale[o] = row < p.rows ? load_coherent(p.row_scale + row) : 0.0f;
   }
 
@@ -301,7 +306,7 @@ __global__ void __launch_bounds__(kThreads, 2) int8_linear_fwd_kernel(Problem p)
     if (p.splits > 1 && !Sums::add_splits(p, tile, ticket, total)) continue;
 #pragma unroll
     for (int o = 0; o < Sums::kOutputs; ++o) {
-      const int row = first_row + o * Sums::kRowStep;
+      const int row = Sums::first_row() + o * Sums::kRowStep;
       if (!inside || row >= p.rows) continue;
       float z = static_cast<float>(total[o]) * (row_scale[o] * scale);
       if (p.bias != nullptr) z = z + bias;

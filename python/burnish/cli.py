@@ -2,6 +2,7 @@
 
     burnish doctor                          what this machine can run, and why not the rest
     burnish bench [OP ...] [--peers]        time ops against torch and other libraries
+    burnish bench [OP ...] --counters       count what their CUDA C++ kernels move and do, on the CPU
     burnish swap MODULE:FUNCTION            swap a model's layers and print the report
     burnish new-op NAME                     scaffold an op that builds, passes the tests and is timed
 
@@ -11,7 +12,9 @@ Exit codes: 0 done, 1 something is wrong with what was asked about (a failed row
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -21,7 +24,7 @@ from typing import Any, NoReturn
 import torch
 
 import burnish
-from burnish.registry import dtype_name
+from burnish.registry import Case, OpSpec, dtype_name
 
 _DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -41,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     # what results record: as typed, less the folders of this machine
+    options.arguments = arguments
     options.command = shlex.join(["burnish", *(Path(a).name if Path(a).is_absolute() else a for a in arguments)])
     try:
         return int(options.run(options))
@@ -77,6 +81,10 @@ def _parser() -> _Parser:
     bench.add_argument(
         "--min-time", type=_positive_float, default=2.0, metavar="MS", help="shortest sample in ms (default: 2)"
     )
+    bench.add_argument(
+        "--counters", action="store_true",
+        help="instead of timing, count what the CUDA C++ kernels move and do, on the CPU",
+    )  # fmt: skip
     bench.add_argument("--json", metavar="FILE", help="write the rows and the machine to FILE")
     bench.add_argument("--plot", metavar="FILE", help="write a chart to FILE, a PNG")
 
@@ -124,7 +132,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from burnish import bench
+    from burnish import bench, native
     from burnish.bench import machine, peers
 
     try:
@@ -132,10 +140,15 @@ def _bench(options: argparse.Namespace) -> int:
     except RuntimeError as error:
         raise UsageError(str(error).partition("\n")[0]) from error
     table = _extra("burnish.bench.table", "bench")
-    plot = _extra("burnish.bench.plot", "bench") if options.plot else None
     for path in filter(None, (options.json, options.plot)):
         if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
             raise UsageError(f"cannot write {path}: its folder does not exist, or it is a folder")
+    if options.counters and (options.peers or options.plot or options.device == "cuda"):
+        raise UsageError("--counters counts on the CPU, without --peers, --plot or --device cuda")
+    if options.counters and not native.emulating():
+        command = [sys.executable, "-m", "burnish.cli", *options.arguments]
+        return subprocess.run(command, env=os.environ | {"BURNISH_EMULATE_CUDA": "1"}).returncode
+    plot = _extra("burnish.bench.plot", "bench") if options.plot else None
     if plot and Path(options.plot).suffix[1:] not in plot.formats():
         raise UsageError(f"cannot write {options.plot}: no image format of this name")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -150,6 +163,8 @@ def _bench(options: argparse.Namespace) -> int:
         found, absent = peers.load(peers.find_folder(options.peers_dir)) if options.peers else ([], {})
     except (KeyError, ValueError, FileNotFoundError) as error:
         raise UsageError(error.args[0] if error.args else str(error)) from error
+    if options.counters:
+        return _count(cases, options.json, table)
     plan = bench.Plan(cases, device=options.device, peers=tuple(found), rounds=options.rounds, min_ms=options.min_time)
     with table.progress_bar() as progress:
         results = bench.run(
@@ -162,6 +177,21 @@ def _bench(options: argparse.Namespace) -> int:
         plot.draw(results, options.plot)
     ours = [row for row in results.rows if not row.is_peer]
     return 1 if results.failed or not any(row.timed for row in ours) else 0
+
+
+def _count(cases: Sequence[tuple[OpSpec, Case]], path: str | None, table: Any) -> int:
+    from burnish.bench import counters
+
+    try:
+        with table.progress_bar() as progress:
+            counts = counters.count(cases, progress)
+    except burnish.BackendError as error:
+        print(f"burnish bench: {error}", file=sys.stderr)
+        return 1
+    table.show_counters(counts, table.console())
+    if path:
+        Path(path).write_text(counters.to_json(counts))
+    return 0 if any(not one.skipped for one in counts) else 1
 
 
 def _extra(module: str, extra: str) -> Any:

@@ -237,6 +237,9 @@ unsigned char* shared_of(unsigned block) { return memory().shared.data() + block
 
 void fill_shared(unsigned block) {
   unsigned char* const slot = shared_of(block) - kRedZone;
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(slot, memory().stride);
+#endif
   for (size_t i = 0; i < memory().stride; i += sizeof(uint64_t)) {
     const uint64_t random = draw();
     std::memcpy(slot + i, &random, sizeof random);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -10,10 +10,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from burnish.bench.counters import Count, Launch
 from burnish.bench.rows import Results, Row, cases_of, fastest, summary
 
 #: what the longest row needs: a narrower terminal wraps it, which is better than rich's cutting it
-_WIDTH = 120
+_WIDTH = 132
 
 #: what others may take of the cores before a run's figures are doubted
 QUIET = 0.05
@@ -83,6 +84,42 @@ def _table(op: str, cases: dict[str, list[Row]]) -> Table:
         for index, row in enumerate(rows):
             table.add_row("" if index else case, row.impl, *_figures(row), style="bold" if row is best else None)
     return table
+
+
+def show_counters(counts: Sequence[Count], screen: Console) -> None:
+    """Print what each case's launches move and do, beside what the op has to move at least."""
+    for op in dict.fromkeys(one.op for one in counts):
+        table = Table(title=op, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold")
+        table.add_column("case, launches", no_wrap=True)
+        for name in ("moved", "compulsory", "ratio", "via L2", "sect/load", "sect/store", "conflicts", "mma", "copies",
+                     "barriers"):  # fmt: skip
+            table.add_column(name, justify="right", no_wrap=True)
+        for one in counts:
+            if one.op != op or one.skipped:
+                continue
+            table.add_row(one.case, *map(_size, (one.moved, one.compulsory)), f"{one.moved / one.compulsory:.3f}x")
+            for launch in one.launches:
+                table.add_row(*_launch(launch))
+        if table.row_count:
+            screen.print(table)
+    for one in counts:
+        if one.skipped:
+            screen.print(Text(f"skipped {one.op} {one.case}: {one.skipped}", style="yellow"), soft_wrap=True)
+
+
+def _launch(launch: Launch) -> tuple[str, ...]:
+    ratios = (launch.sectors_per_request(kind) for kind in ("load", "store"))
+    counts = ("bank_conflicts", "mma", "shared_copy_requests", "barriers")
+    return (
+        "  " + launch.kernel.partition("<")[0].removesuffix("_kernel"),
+        *(_size(launch.moved), "", "", _size(launch.through_l2)),
+        *("-" if ratio is None else f"{ratio:.1f}" for ratio in ratios),
+        *(str(launch.count(name)) for name in counts),
+    )
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} KB"
 
 
 def _median(row: Row) -> float:
