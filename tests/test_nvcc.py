@@ -21,20 +21,65 @@ import torch
 pytestmark = pytest.mark.gate
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+INSTRUCTIONS = ROOT / "tests" / "emulation" / "instructions.cu"  # calls every wrapper
+SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), INSTRUCTIONS]
 REGISTERS = 65536  # of a multiprocessor, on every architecture built for
 #: instructions by the wrapper that stands for them
 PROMISED = {
-    "mma_int8": r"IMMA\.16832\.S8\.S8",
-    "copy_async16": r"LDGSTS\.E\.BYPASS\.128",
-    "copy_async_wait": r"LDGDEPBAR[\s\S]*DEPBAR\.LE",
     "load_streaming": r"LDG\.E\S*\.128\S*\.CONSTANT",
-    "warp_max": r"REDUX",
+    "copy_async16": r"LDGSTS\.E\.BYPASS\.128",
+    "copy_async<8>": r"LDGSTS\.E\.64",
+    "copy_async<4>": r"LDGSTS\.E \[",
+    "copy_async_wait": r"LDGDEPBAR[\s\S]*DEPBAR\.LE",
     "draw_ticket": r"ATOMG?\S*\.ADD\S*STRONG\.GPU",
+    "atomic_add": r"REDG?\.E\.ADD\.STRONG\.GPU",
+    "atomic_max": r"REDG?\.E\.MAX\.S32",
+    "atomic_min": r"REDG?\.E\.MIN\.S32",
+    "atomic_exchange": r"ATOMG\.E\.EXCH",
+    "atomic_compare_exchange": r"ATOMG\.E\.CAS",
+    "shuffle": r"SHFL\.IDX",
+    "shuffle_xor": r"SHFL\.BFLY",
+    "shuffle_up": r"SHFL\.UP",
+    "shuffle_down": r"SHFL\.DOWN",
+    "vote_any": r"VOTE\.ANY",
+    "vote_all": r"VOTE\.ALL",
+    "ballot": r"VOTE\.ANY R",
+    "reduce_add": r"REDUX\.SUM",
+    "reduce_min": r"REDUX\.MIN",
+    "reduce_max": r"REDUX\.MAX",
+    "reduce_and": r"REDUX UR",
+    "reduce_or": r"REDUX\.OR",
+    "reduce_xor": r"REDUX\.XOR",
+    "barrier_sync": r"BAR\.SYNC\S* 0x2, 0x40",
+    "barrier_arrive": r"BAR\.ARV 0x1, 0x40",
+    "grid_barrier": r"LD\S*\.STRONG\.GPU",
+    "cluster_barrier": r"UCGABAR_ARV[\s\S]*UCGABAR_WAIT",
+    "load_remote": r"\bLD\.E ",
+    "store_remote": r"\bST\.E ",
     "dependency_wait": r"ACQBULK",
     "dependents_start": r"PREEXIT",
+    "lop3": r"LOP3\.LUT",
+    "prmt": r"PRMT",
+    "dp4a": r"IDP\.4A\.[SU]8\.[SU]8",
+    "pack_fp16": r"F2FP\.(F16\.F32\.)?PACK_AB",
+    "pack_bf16": r"F2FP\.BF16\.(F32\.)?PACK_AB",
+    "float_from_fp16": r"HADD2\.F32",
+    "load_matrix": r"LDSM\.16\.M88",
+    "load_matrix_transposed": r"LDSM\.16\.MT88",
+    "mma<int8_t>": r"IMMA\.16832\.S8\.S8",
 }
-SM_90_ONLY = {"dependency_wait", "dependents_start"}
+#: instructions by the template arguments of mma and mma_sparse, all of which INSTRUCTIONS uses
+MATRICES = (
+    {
+        f"HMMA.{shape}.F32{kind} ": name
+        for name, shape in (("mma", "16816"), ("mma_sparse", "SP.16832"))
+        for kind in (".BF16", "")
+    }
+    | {f"IMMA.16832.{a}.{b} ": "mma" for a in ("S8", "U8") for b in ("S8", "U8")}
+    | {"IMMA.SP.16864.S8.S8 ": "mma_sparse"}
+)
+TILES = {f"LDSM.16.{kind}{count} ": "load_matrix" for kind in ("M88", "MT88") for count in ("", ".2", ".4")}
+SM_90_ONLY = {"cluster_barrier", "load_remote", "store_remote", "dependency_wait", "dependents_start"}
 
 
 def build_settings() -> dict[str, Any]:
@@ -120,10 +165,13 @@ def test_machine_code(source: Path, arch: str, tmp_path: Path) -> None:
             f"{kernel}: {registers} registers x {bounds[kernel]} threads"
         )
 
-    called = {name for name in PROMISED if re.search(rf"\b{name}\b", source.read_text())}
+    called = {name for name in PROMISED if re.search(rf"\b{re.escape(name)}[(<]", source.read_text())}
     assert called, f"{source.name} calls none of {sorted(PROMISED)}"
     for name in called - (SM_90_ONLY if arch == "sm_80" else set()):
         assert re.search(PROMISED[name], assembly), f"{name}: {PROMISED[name]} is not in the machine code"
+    if source == INSTRUCTIONS:
+        for instruction, name in (MATRICES | TILES).items():
+            assert instruction in assembly, f"{name}: {instruction} is not in the machine code"
 
 
 def test_flags_forbid_contraction() -> None:
