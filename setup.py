@@ -21,6 +21,7 @@ from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+INCLUDE = ["", ".math", ".cuda", ".cuda.host"]  # folders of csrc whose headers other packages include
 FAMILIES = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py"))
 
 TORCH_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
@@ -126,7 +127,9 @@ def write_graph(build: Path, package: Path) -> None:
     as_cpp = ["-x", "c++", "-Wno-unknown-pragmas"]
     host = [ninja.build(build / "host" / f"{s.stem}.o", "cxx", [s]) for s in sources("csrc/cuda/host/*.cpp")]
     host += [ninja.build(build / "host" / f"{s.stem}.cu.o", "cxx", [s], as_cpp) for s in sources("csrc/cuda/*.cu")]
-    ninja.build(package / "_emulated.so", "link", host, torch_libs if not sanitize else torch_libs[:2])
+    # kernels of other packages run on the same machine: they link to it by this name
+    named = ["-Wl,-soname,burnish_emulated.so", *(torch_libs if not sanitize else torch_libs[:2])]
+    ninja.build(package / "_emulated.so", "link", host, named)
 
     headers = Path(sysconfig.get_path("include"))
     if (headers / "Python.h").is_file():
@@ -211,8 +214,13 @@ setup(
         "burnish",
         *(f"burnish.{path.parent.name}" for path in sorted((ROOT / "python/burnish").glob("*/__init__.py"))),
         *(f"burnish.kernels.{family}" for family in FAMILIES),
+        *(f"burnish.include{folder}" for folder in INCLUDE),
     ],
-    package_dir={"": "python", **{f"burnish.kernels.{family}": f"kernels/{family}" for family in FAMILIES}},
+    package_dir={
+        "": "python",
+        "burnish.include": "csrc",
+        **{f"burnish.kernels.{family}": f"kernels/{family}" for family in FAMILIES},
+    },
     ext_modules=[Extension("burnish._math", sources=["csrc/math_py.cpp"])],
     cmdclass={"build_ext": BuildExt, "build_native": BuildNative},
 )

@@ -1,6 +1,7 @@
 """An op from another package, ``example_op/``, is found, tested, explained and timed by the same code as ours.
 
-It is installed into a folder of its own, with an entry point of the group ``burnish.ops`` and a C++ kernel.
+It is installed into a folder of its own, with an entry point of the group ``burnish.ops``, a C++ kernel and a CUDA C++
+kernel that runs on the CPU.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def site(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     return folder / "site"
 
 
-def _run(command: list[str], site: Path | None = None, cwd: Path | None = None) -> str:
-    env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+def _run(command: list[str], site: Path | None = None, cwd: Path | None = None, **variables: str) -> str:
+    env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **variables}
     if site is not None:
         env["PYTHONPATH"] = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, timeout=400)
@@ -65,6 +66,21 @@ def test_it_passes_the_conformance_kit_from_the_command_line(site: Path) -> None
     assert int(counts[f"{OPS[0]} cpu"]) >= 150
     assert int(counts[f"{OPS[1]} cpu"]) >= 100
     assert all(int(counts[f"{op} cpu fuzzed"]) >= 50 for op in OPS)
+
+
+def test_its_cuda_kernel_runs_on_the_cpu(site: Path, tmp_path: Path) -> None:
+    out = _run([sys.executable, "-m", "burnish.testing", OPS[0]], site, BURNISH_EMULATE_CUDA="1")
+    counts = dict(re.findall(r"^(softcap_ops::\w+ native): (\d+)$", out, re.MULTILINE))
+    assert int(counts[f"{OPS[0]} native"]) >= 100
+    path = tmp_path / "counters.json"
+    _run([sys.executable, "-m", "burnish.cli", "bench", "--counters", OPS[0], "--json", str(path)], site)
+    (row,) = json.loads(path.read_text())["counters"]
+    size = 64 * 4096 * 2
+    assert (row["compulsory_bytes"], row["moved_bytes"]) == (2 * size, 2 * size)
+    (launch,) = row["launches"]
+    assert launch["kernel"].endswith("softcap_fwd_kernel<bf16>")
+    assert launch["global_load_requests"] == launch["global_store_requests"] == size // 512
+    assert launch["global_load_sectors"] == launch["global_store_sectors"] == size // 32
 
 
 def test_the_authors_own_tests_pass(site: Path, tmp_path: Path) -> None:

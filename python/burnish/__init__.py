@@ -15,6 +15,7 @@ from burnish.checkpoint import load, save  # noqa: E402
 from burnish.configs import Int8, Keep  # noqa: E402
 from burnish.dispatch import explain, use_backend  # noqa: E402
 from burnish.errors import BackendError, CheckpointError, SwapError  # noqa: E402
+from burnish.native import get_include  # noqa: E402
 from burnish.report import Report  # noqa: E402
 from burnish.swap import swap_  # noqa: E402
 
@@ -28,6 +29,7 @@ __all__ = [
     "Report",
     "SwapError",
     "explain",
+    "get_include",
     "load",
     "nn",
     "ops",

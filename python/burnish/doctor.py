@@ -47,6 +47,9 @@ def _machine() -> dict[str, str]:
     visible = torch.cuda.is_available()
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if visible else []
     built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
+    cuda = f"{built}, {', '.join(gpus) if gpus else 'no GPU is visible'}"
+    if native.emulating():
+        cuda += "; CUDA C++ kernels run on the CPU, for tests (BURNISH_EMULATE_CUDA)"
     return {
         "cpu": machine.cpu_model(),
         "isa": _isa(),
@@ -55,7 +58,7 @@ def _machine() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": machine.version("triton") or "not installed",
-        "cuda": f"{built}, {', '.join(gpus) if gpus else 'no GPU is visible'}",
+        "cuda": cuda,
     }
 
 

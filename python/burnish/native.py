@@ -37,6 +37,13 @@ if emulating():
 missing: dict[str, str] = {}
 
 
+def get_include() -> str:
+    """The folder of the headers that CUDA C++ kernels outside burnish include: ``cuda/launch.cuh``, ``cuda/ptx.cuh``,
+    ``math/*.h``."""
+    installed = _HERE / "include"
+    return str(installed if installed.is_dir() else _HERE.parents[1] / "csrc")
+
+
 def load() -> None:
     """Load the libraries this torch can use. What is absent is remembered in :data:`missing`, not raised."""
     _load("_native.so", "the CPU kernels were not built: run pip install --no-build-isolation .")

@@ -22,6 +22,12 @@ package = Path(burnish.__file__).parent
 for shipped in ("kernels/quant/int8_linear.py", "kernels/common/__init__.py", "py.typed", "_native.so"):
     assert (package / shipped).is_file(), f"{shipped} is missing from the package"
 
+# what kernels of other packages are built with, and run on the CPU with
+for header in ("check.h", "math/half.h", "cuda/ptx.cuh", "cuda/host/ptx.cuh", "cuda/host/machine.h"):
+    assert (package / "include" / header).is_file(), f"{header} is missing from the package"
+assert burnish.get_include() == str(package / "include")
+assert (package / "_emulated.so").is_file()
+
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64)).eval()
 x = torch.randn(8, 64)

@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from burnish import dispatch
+from burnish import dispatch, native
 from burnish.checks import FLOATING, check_floating
-from burnish.registry import Autograd, Case, Cases, Cost, Invalid, OpSpec, register
+from burnish.registry import Autograd, Case, Cases, Cost, Impl, Invalid, OpSpec, register
 
 __all__ = ["softcap"]
 
-torch.ops.load_library(Path(__file__).parent / "_kernels.so")
+_HERE = Path(__file__).parent
+torch.ops.load_library(_HERE / "_kernels.so")
+if native.CUDA_LIBRARY not in native.missing and (_HERE / native.CUDA_LIBRARY).is_file():
+    torch.ops.load_library(_HERE / native.CUDA_LIBRARY)  # _cuda.so, or _emulated.so where CUDA runs on the CPU
 
 
 def reference(x: torch.Tensor, cap: float) -> torch.Tensor:
@@ -38,6 +41,12 @@ def fake(x: torch.Tensor, cap: float) -> torch.Tensor:
     check_floating("softcap", x=x)
     _check_cap("softcap", cap)
     return x.new_empty(x.shape)
+
+
+def supports_native(x: torch.Tensor, cap: float) -> str | None:
+    if not (_HERE / native.CUDA_LIBRARY).is_file():
+        return "the CUDA kernel was not built"
+    return None if x.is_cuda or native.emulating() else f"x is on {x.device}, expected cuda"
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -74,7 +83,7 @@ SPEC = register(
         reference=reference,
         fake=fake,
         autograd=Autograd(setup_context, backward, reference),
-        impls=(),
+        impls=(Impl("native", "torch.ops:softcap_ops.softcap.native", "softcap_ops:supports_native"),),
         cases=Cases(
             test=_TEST_CASES,
             bench=_BENCH_CASES,
