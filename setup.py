@@ -3,7 +3,8 @@
 The native build is one ninja graph: every ``csrc/cpu/*.cpp`` once, every ``csrc/cpu/simd/*.cpp`` once per instruction
 set, ``csrc/math_py.cpp`` with pybind11 and, where CUDA is wanted, every ``csrc/cuda/*.cu``. torch must be installed
 before the build (``pip install --no-build-isolation .``); CUDA is built when nvcc is found and torch was built for
-CUDA, or when ``BURNISH_BUILD_CUDA=1`` asks for it (``=0`` forbids it). ``BURNISH_SANITIZE=1`` adds ASan and UBSan.
+CUDA, or when ``BURNISH_BUILD_CUDA=1`` asks for it (``=0`` forbids it). ``BURNISH_SANITIZE=1`` adds ASan and UBSan;
+``CXX`` and ``CXXFLAGS`` mean what they always mean.
 
 ``python setup.py build_native`` builds in place, without installing.
 """
@@ -108,7 +109,8 @@ def write_graph(build: Path, package: Path) -> None:
     # isystem: the warnings are for our code, not for torch's headers
     ours, torchs = [f"-I{ROOT / 'csrc'}"], ["-isystem", str(torch_dir / "include")]
     ninja = Ninja()
-    compile_common = [*compiler, "-MMD", "-MF", "$out.d", *CXX_FLAGS, *WARNINGS, *sanitize, *ours]
+    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+    compile_common = [*compiler, "-MMD", "-MF", "$out.d", *CXX_FLAGS, *WARNINGS, *sanitize, *extra, *ours]
     ninja.rule("cxx", [*compile_common, TORCH_ABI, *torchs, "$flags", "-c", "$in", "-o", "$out"])
     # torch's folder holds a pybind11 of its own, which torch 2.11 forbids beside the stable ABI
     ninja.rule("cxx_python", [*compile_common, "$flags", "-c", "$in", "-o", "$out"])

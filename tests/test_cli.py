@@ -157,6 +157,11 @@ class TestDoctor:
         for word in ("isa", "threads", "torch", "triton", "cuda", "_native.so", "_cuda.so"):
             assert f"\n  {word} " in out
 
+    def test_says_that_cuda_kernels_run_on_the_cpu(self, monkeypatch):
+        assert "run on the CPU" not in doctor.report()
+        monkeypatch.setattr(native, "emulating", lambda: True)
+        assert "CUDA C++ kernels run on the CPU, for tests (BURNISH_EMULATE_CUDA)" in doctor.report()
+
     def test_without_the_library(self, capsys, monkeypatch):
         monkeypatch.setitem(native.missing, "_native.so", "the CPU kernels were not built: do it")
         code, out, _ = run(capsys, "doctor")
