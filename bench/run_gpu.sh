@@ -159,7 +159,7 @@ PARALLEL=()
 "$PYTHON" -c 'import xdist' 2>/dev/null && PARALLEL=(-n 6)
 
 step build 150 bash -c build
-step gpu-tests 90 "$PYTHON" -m pytest "${PARALLEL[@]}" tests/test_gpu.py
+step gpu-tests 90 "$PYTHON" -m pytest "${PARALLEL[@]}" -m gpu tests/test_gpu.py tests/test_instructions.py
 step op-tests 120 "$PYTHON" -m pytest "${PARALLEL[@]}" tests/test_ops.py -k "native or triton"
 if [[ -n $SANITIZER ]]; then
   step sanitizers 90 bash -c sanitize

@@ -25,25 +25,17 @@ import planted
 
 SOURCE = Path(planted.__file__).with_name("instructions.cu")
 TORCH = Path(torch.__file__).parent
-SEEDS = range(16)
+SEEDS = range(50)
 Run = Callable[..., np.ndarray]
 
 
 def build_for_gpu(library: Path) -> None:
     major, minor = torch.cuda.get_device_capability()
-    flags = [
-        "-std=c++20",
-        "-O2",
-        "-fmad=false",
-        "-shared",
-        "-Xcompiler=-fPIC",
-        "-DUSE_CUDA",
-        f"-arch=sm_{major}{minor}",
-    ]
+    flags = ["-std=c++20", "-O2", "-fmad=false", "-shared", "-Xcompiler=-fPIC", f"-arch=sm_{major}{minor}"]
     includes = [f"-I{planted.ROOT / 'csrc'}", "-isystem", str(TORCH / "include")]
     links = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-ltorch_cuda", "-cudart=shared"]
-    torch_abi = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-    subprocess.run(["nvcc", *flags, torch_abi, *includes, str(SOURCE), *links, "-o", str(library)], check=True)
+    defines = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    subprocess.run(["nvcc", *flags, *defines, *includes, str(SOURCE), *links, "-o", str(library)], check=True)
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -79,6 +71,11 @@ def words(draw: np.random.Generator, *shape: int) -> np.ndarray:
 
 def signed(array: np.ndarray) -> np.ndarray:
     return array.view(np.int32)
+
+
+def test_a_failure_is_a_message(run: Run) -> None:
+    with pytest.raises(AssertionError, match="no instruction is called mma bf32"):
+        run("mma bf32", y=np.zeros(1, np.uint32))
 
 
 # --- words
@@ -120,9 +117,9 @@ def test_packed_halves(run: Run) -> None:
     halves = np.arange(2**16, dtype=np.uint32)
     with np.errstate(over="ignore", invalid="ignore"):
         exact = halves.astype(np.uint16).view(np.float16).astype(np.float32)
-        # every half, the ties between two of them and their neighbours, and anything else
+        # every half, the ties between two of them and their neighbours, the last before infinity, and anything else
         between = ((exact[:-1].astype(np.float64) + exact[1:].astype(np.float64)) / 2).astype(np.float32)
-        tie = between.view(np.uint32)
+        tie = np.append(between, np.float32([65520, -65520])).view(np.uint32)
         pool = np.concatenate([exact.view(np.uint32), tie, tie + 1, tie - 1, halves << 16, (halves << 16) + 0x8000,
                                (halves << 16) + 0x8001, words(draw, 50000)])  # fmt: skip
         pool = np.resize(pool, (len(pool) + 63) // 64 * 64)
@@ -139,18 +136,32 @@ def test_packed_halves(run: Run) -> None:
 
 # --- warps
 
+LANES = np.arange(32)
+GROUPS = [[2**32 - 1], [0xFFFF], [0xFFFF0000], [0xFFFF, 0xFFFF0000], [0x55555555], [0xCCCCCCCC, 0x33333333]]
 
-@pytest.mark.parametrize("by", [0, 1, 2, 5, 8, 16, 31])
-def test_shuffles(run: Run, by: int) -> None:
-    lanes = np.arange(32)
-    above, below = lanes + by, lanes - by
-    sources = [np.full(32, by), lanes ^ by, np.where(below < 0, lanes, below), np.where(above > 31, lanes, above)]
+
+def looked_up(by: int) -> list[np.ndarray]:
+    """The lane that each lane asks, by xor, up and down."""
+    return [LANES ^ by, np.where(LANES - by < 0, LANES, LANES - by), np.where(LANES + by > 31, LANES, LANES + by)]
+
+
+@pytest.mark.parametrize("masks", GROUPS, ids=lambda masks: "-".join(f"{mask:x}" for mask in masks))
+def test_shuffles(run: Run, masks: list[int]) -> None:
+    """The lanes of each mask among themselves, by what keeps every lane within its mask; the others are away."""
+    group = sum((mask >> LANES & 1) * mask for mask in masks)
+    here = group != 0
+    allowed = [[by for by in range(32) if (group >> looked_up(by)[way] & 1)[here].all()] for way in range(3)]
     for seed in SEEDS:
-        a = words(np.random.default_rng(seed), 32)
-        got = run("shuffle", a, np.full(32, by, np.uint32), y=np.zeros((32, 3, 4), np.int64), seed=seed)
-        for kind, value in enumerate((a.astype(np.int64), (a & 0xFFFFFF).astype(np.int64), a.astype(np.int64) << 20)):
+        draw = np.random.default_rng(seed)
+        a, bys = words(draw, 32), [each[seed % len(each)] for each in allowed]
+        chosen = np.array([draw.choice(LANES[mask >> LANES & 1 == 1]) if mask else 0 for mask in group])
+        by = np.stack([chosen, *(np.full(32, each) for each in bys)], 1).astype(np.uint32)
+        got = run("shuffle", a, by, group.astype(np.uint32), y=np.full((32, 4, 4), -7, np.int64), seed=seed)
+        wide = a.astype(np.int64)
+        sources = [chosen, *(looked_up(bys[way])[way] for way in range(3))]
+        for kind, value in enumerate((wide, signed(a).astype(np.int64), wide & 0xFFFFFF, wide << 20)):
             for way, source in enumerate(sources):
-                assert np.array_equal(got[:, kind, way], value[source])
+                assert np.array_equal(got[:, kind, way], np.where(here, value[source], -7))
 
 
 @pytest.mark.parametrize("mask", [0xFFFFFFFF, 0xFFFF, 0xFFFF0000, 0x1, 0x80000001, 0x12345678])
@@ -160,8 +171,8 @@ def test_votes_and_reductions(run: Run, mask: int) -> None:
         draw = np.random.default_rng(seed)
         a = words(draw, 32) | (1 if seed % 4 == 0 else 0)  # every lane votes yes
         source = draw.choice(lanes, 32)
-        got = run("partial", a, source.astype(np.uint32), np.full(32, mask, np.uint32),
-                  y=np.full((32, 12), 7, np.uint32), seed=seed)  # fmt: skip
+        y = np.full((32, 12), 7, np.uint32)
+        got = run("partial", a, source.astype(np.uint32), np.full(32, mask, np.uint32), y=y, seed=seed)
         own, ballot = a[lanes], sum(int(a[lane] & 1) << int(lane) for lane in lanes)
         same = [any(own & 1), all(own & 1), ballot, own.sum(dtype=np.uint32), signed(own).min(), signed(own).max(),
                 own.min(), own.max(), np.bitwise_and.reduce(own), np.bitwise_or.reduce(own),
@@ -178,21 +189,18 @@ def test_atomics(run: Run) -> None:
     threads = 512
     for seed in SEEDS:
         a = words(np.random.default_rng(seed), threads)
-        y = np.zeros(16 + 2 * threads, np.uint32)
-        y[6], y[8] = 2**31 - 1, 2**32 - 1
+        y = np.zeros(20 + 2 * threads, np.uint32)
+        y[6], y[[8, 14]] = 2**31 - 1, 2**32 - 1
         got = run("atomics", a, y=y, threads=threads, seed=seed)
         total = int(a.astype(np.uint64).sum())
         assert got[[0, 1, 12]].tolist() == [total % 2**32] * 3
         assert got[2:4].view(np.uint64)[0] == total
         assert got[4:5].view(np.float32)[0] == (a % 1024).sum()
-        assert (signed(got)[5], signed(got)[6], got[7], got[8]) == (
-            *(max(0, signed(a).max()), signed(a).min()),
-            *(a.max(), a.min()),
-        )
-        assert got[10] == 2 * threads
-        assert got[11] == threads
-        assert sorted(got[16 : 16 + threads]) == list(range(threads))
-        assert sorted([got[9], *got[16 + threads :]]) == list(range(threads + 1))
+        assert signed(got)[5:7].tolist() == [max(0, signed(a).max()), signed(a).min()]
+        assert got[[7, 8, 13, 14]].tolist() == [a.max(), a.min()] * 2
+        assert got[[10, 11, 15, 16]].tolist() == [2 * threads, threads, threads * (threads + 1) // 2, 2 * threads]
+        assert sorted(got[20 : 20 + threads]) == list(range(threads))
+        assert sorted([got[9], *got[20 + threads :]]) == list(range(threads + 1))
 
 
 def test_asynchronous_copies(run: Run) -> None:
@@ -241,9 +249,7 @@ def test_load_matrix(run: Run, count: int, transposed: bool) -> None:
         draw = np.random.default_rng(seed)
         rows, order = words(draw, 32, 4), draw.permutation(32).astype(np.uint32)
         name = f"load_matrix{'_transposed' if transposed else ''} {count}"
-        got = (
-            run(name, rows, order, y=np.zeros((32, count), np.uint32), seed=seed).view(np.uint16).reshape(32, count, 2)
-        )
+        got = run(name, rows, order, y=np.zeros((32, count, 2), np.uint16), seed=seed)
         for tile in range(count):
             matrix = rows.view(np.uint16)[order[tile * 8 : tile * 8 + 8]]
             for row, column in np.ndindex(8, 8):
@@ -362,13 +368,9 @@ def test_mma_sparse(run: Run, kind: str, selector: int, exact: bool) -> None:
         draw = np.random.default_rng(seed)
         left, right, c = operands(draw, kind, kind, k, exact)
         left, places = sparse_rows(draw, left)
-        got = run(
-            f"mma_sparse {kind} {selector}",
-            *(fragment_a(compressed(left, places), kind), fragment_b(right, kind)),
-            np.concatenate([fragment_c(c).view(np.uint32).ravel(), metadata(places, kind, selector)]),
-            y=np.zeros((32, 4), c.dtype),
-            seed=seed,
-        )
+        lanes = fragment_a(compressed(left, places), kind), fragment_b(right, kind)
+        rest = np.concatenate([fragment_c(c).view(np.uint32).ravel(), metadata(places, kind, selector)])
+        got = run(f"mma_sparse {kind} {selector}", *lanes, rest, y=np.zeros((32, 4), c.dtype), seed=seed)
         check_product(got, left, right, c, exact)
 
 
@@ -382,18 +384,13 @@ def test_metadata_lies_as_cutlass_stores_it(run: Run, kind: str) -> None:
         rows, _ = sparse_rows(draw, draw.integers(-8, 9, (16 * selectors, 2 * k)))
         right, c = draw.integers(-8, 9, (k, 8)), np.zeros((16, 8), np.int32 if kind == "int8" else np.float32)
         values, meta = cutlass.sparse_semi_structured_from_dense_cutlass(torch.from_numpy(rows).to(dtype))
-        columns = meta.numpy().view(np.uint32).reshape(2, -1) if kind == "int8" else meta.numpy().view(np.uint32)
-        per_step = columns.reshape(2, 32)  # of k values each: a word a lane
+        per_step = meta.numpy().view(np.uint32).reshape(2, 32)  # of k values each: a word a lane
         for step in range(2):
             for selector in range(selectors):
                 part = slice(selector * 16, selector * 16 + 16)
                 stored = values.numpy()[part, step * k // 2 : (step + 1) * k // 2].astype(np.float64)
-                got = run(
-                    f"mma_sparse {kind} {selector}",
-                    *(fragment_a(stored, kind), fragment_b(right, kind)),
-                    np.concatenate([fragment_c(c).view(np.uint32).ravel(), per_step[step]]),
-                    y=np.zeros((32, 4), c.dtype),
-                    seed=seed,
-                )
+                lanes = fragment_a(stored, kind), fragment_b(right, kind)
+                rest = np.concatenate([fragment_c(c).view(np.uint32).ravel(), per_step[step]])
+                got = run(f"mma_sparse {kind} {selector}", *lanes, rest, y=np.zeros((32, 4), c.dtype), seed=seed)
                 dense = rows[part, step * k : (step + 1) * k]
                 assert np.array_equal(got, fragment_c((dense @ right).astype(c.dtype)))

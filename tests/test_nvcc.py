@@ -32,11 +32,12 @@ PROMISED = {
     "copy_async<4>": r"LDGSTS\.E \[",
     "copy_async_wait": r"LDGDEPBAR[\s\S]*DEPBAR\.LE",
     "draw_ticket": r"ATOMG?\S*\.ADD\S*STRONG\.GPU",
-    "atomic_add": r"REDG?\.E\.ADD\.STRONG\.GPU",
-    "atomic_max": r"REDG?\.E\.MAX\.S32",
-    "atomic_min": r"REDG?\.E\.MIN\.S32",
-    "atomic_exchange": r"ATOMG\.E\.EXCH",
-    "atomic_compare_exchange": r"ATOMG\.E\.CAS",
+    # without a use for the old value, with one, and in shared memory, where some kinds are loops
+    "atomic_add": r"\b(REDG?\.E|ATOMG\.E|ATOMS)\.(ADD|POPC\.INC|CAST\.SPIN)",
+    "atomic_max": r"\b(REDG?\.E|ATOMG\.E|ATOMS)\.(MAX|CAST\.SPIN)",
+    "atomic_min": r"\b(REDG?\.E|ATOMG\.E|ATOMS)\.(MIN|CAST\.SPIN)",
+    "atomic_exchange": r"\b(ATOMG\.E|ATOMS)\.EXCH",
+    "atomic_compare_exchange": r"\b(ATOMG\.E|ATOMS)\.CAS\b",
     "shuffle": r"SHFL\.IDX",
     "shuffle_xor": r"SHFL\.BFLY",
     "shuffle_up": r"SHFL\.UP",
@@ -50,8 +51,8 @@ PROMISED = {
     "reduce_and": r"REDUX UR",
     "reduce_or": r"REDUX\.OR",
     "reduce_xor": r"REDUX\.XOR",
-    "barrier_sync": r"BAR\.SYNC\S* 0x2, 0x40",
-    "barrier_arrive": r"BAR\.ARV 0x1, 0x40",
+    "barrier_sync": r"BAR\.SYNC\S* (?!0x0 )",  # that one is __syncthreads
+    "barrier_arrive": r"BAR\.ARV",
     "grid_barrier": r"LD\S*\.STRONG\.GPU",
     "cluster_barrier": r"UCGABAR_ARV[\s\S]*UCGABAR_WAIT",
     "load_remote": r"\bLD\.E ",
@@ -66,7 +67,33 @@ PROMISED = {
     "float_from_fp16": r"HADD2\.F32",
     "load_matrix": r"LDSM\.16\.M88",
     "load_matrix_transposed": r"LDSM\.16\.MT88",
+    "mma": r"[HI]MMA\.168",  # the types may be a template's
+    "mma<bf16>": r"HMMA\.16816\.F32\.BF16 ",
+    "mma<fp16>": r"HMMA\.16816\.F32 ",
     "mma<int8_t>": r"IMMA\.16832\.S8\.S8",
+    "mma<int8_t, uint8_t>": r"IMMA\.16832\.S8\.U8",
+    "mma<uint8_t, int8_t>": r"IMMA\.16832\.U8\.S8",
+    "mma<uint8_t>": r"IMMA\.16832\.U8\.U8",
+    "mma_sparse": r"[HI]MMA\.SP\.168",
+    "mma_sparse<int8_t>": r"IMMA\.SP\.16864\.S8\.S8",
+}
+#: what each kernel of INSTRUCTIONS must hold itself: nvcc makes reductions for atomics, for one, of its own accord
+EXACT = {
+    "Lop3": [rf"LOP3\.LUT.*, 0x{table:x}, " for table in (0x80, 0xEA, 0x96, 0xE8, 0xCA)],
+    "Prmt": [r"PRMT R\d+, R\d+, R\d+, R\d+"],
+    "Dp4a": [r"IDP\.4A\.S8\.S8", r"IDP\.4A\.U8\.U8"],
+    "Pack": [PROMISED["pack_fp16"], PROMISED["pack_bf16"]],
+    "FromFp16": [PROMISED["float_from_fp16"]],
+    "Shuffle": [rf"SHFL\.{way} " for way in ("IDX", "BFLY", "UP", "DOWN")],
+    "Partial": [r"SHFL\.IDX", r"VOTE\.ANY P", r"VOTE\.ALL P", r"VOTE\.ANY R", r"REDUX U"]
+    + [rf"REDUX\.{which} U" for which in ("SUM", "OR", "XOR", "MIN", r"MIN\.S32", "MAX", r"MAX\.S32")],
+    "Atomics": [rf"REDG?\.E\.ADD{kind}\.STRONG\.GPU" for kind in ("", r"\.64", r"\.F32\.FTZ\.RN")]
+    + [rf"REDG?\.E\.{which}{kind}\.STRONG\.GPU" for which in ("MAX", "MIN") for kind in ("", r"\.S32")]
+    + [r"ATOMG\.E\.EXCH", r"ATOMG\.E\.CAS", *(rf"ATOMS\.{which}\b" for which in ("ADD", "MAX", "MIN", "EXCH", "CAS"))],
+    "Copies": [PROMISED["copy_async16"], PROMISED["copy_async<8>"], PROMISED["copy_async<4>"]],
+    "Barriers": [r"BAR\.SYNC\S* 0x1, 0x40", r"BAR\.SYNC\S* 0x2, 0x40", r"BAR\.ARV 0x1, 0x40", r"BAR\.ARV 0x2, 0x40"],
+    "GridBarrier": [r"ATOMG\.E\.ADD\.STRONG\.GPU[\s\S]*LDG\.E\.STRONG\.GPU"],
+    "Cluster": [PROMISED["cluster_barrier"], PROMISED["load_remote"], PROMISED["store_remote"]],
 }
 #: instructions by the template arguments of mma and mma_sparse, all of which INSTRUCTIONS uses
 MATRICES = (
@@ -129,6 +156,13 @@ def compile_cubin(source: Path, arch: str, cubin: Path) -> str:
     )
 
 
+def code_of(assembly: str, body: str) -> str:
+    """The machine code of one kernel of INSTRUCTIONS."""
+    sections = re.findall(rf"\.section\s+\.text\.\S*[^A-Za-z]{len(body)}{body}E[\s\S]*?(?=\.section\s|\Z)", assembly)
+    assert len(sections) == 1, f"{len(sections)} kernels are {body}"
+    return sections[0]
+
+
 def max_threads(assembly: str) -> dict[str, int]:
     """The launch bounds of each kernel, from the attributes that the loader reads."""
     bounds = {}
@@ -170,6 +204,9 @@ def test_machine_code(source: Path, arch: str, tmp_path: Path) -> None:
     for name in called - (SM_90_ONLY if arch == "sm_80" else set()):
         assert re.search(PROMISED[name], assembly), f"{name}: {PROMISED[name]} is not in the machine code"
     if source == INSTRUCTIONS:
+        for body, instructions in EXACT.items():
+            for instruction in instructions if (arch, body) != ("sm_80", "Cluster") else ():
+                assert re.search(instruction, code_of(assembly, body)), f"{body}: {instruction} is not in its code"
         for instruction, name in (MATRICES | TILES).items():
             assert instruction in assembly, f"{name}: {instruction} is not in the machine code"
 

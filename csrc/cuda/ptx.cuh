@@ -124,7 +124,8 @@ __device__ inline void copy_async_wait() {
 }
 
 // One indivisible update each, ordered with nothing else; the value before it is returned. T: int32_t, uint32_t,
-// unsigned long long, and float for atomic_add, whose sum therefore depends on the order of the threads.
+// unsigned long long, and float for atomic_add: its sum depends on the order of the threads, and in global memory it
+// loses subnormals.
 template <class T>
 __device__ inline T atomic_add(T* address, T value) {
   return atomicAdd(address, value);
@@ -161,8 +162,8 @@ __device__ inline uint32_t draw_ticket(uint32_t* counter) {
 
 // --- warps: the lanes of `mask` come together; each of them must call, with the same mask
 
-// The value of another lane: a given one, the one whose number differs in `bits`, the one `distance` below or above. A
-// lane that would have to look beyond the warp gets its own value.
+// The value of another lane: a given one, the one whose number differs in `bits`, the one `distance` below or above;
+// each from 0 to 31. A lane that would have to look beyond the warp gets its own value.
 template <class T>
 __device__ inline T shuffle(uint32_t mask, T value, int lane) {
   return __shfl_sync(mask, value, lane);

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <exception>
 #include <map>
+#include <stdexcept>
 #include <string>
 
 #include "cuda/launch.cuh"
@@ -86,21 +87,25 @@ struct FromFp16 {
 // --- warps
 
 template <class T>
-__device__ void shuffle_all(const Data& d, int thread, T value, int64_t* y) {
-  const auto by = static_cast<int>(load(d.b + thread));
-  const T results[4] = {shuffle(kFullWarp, value, by), shuffle_xor(kFullWarp, value, by),
-                        shuffle_up(kFullWarp, value, by), shuffle_down(kFullWarp, value, by)};
+__device__ void shuffle_all(uint32_t mask, const uint32_t (&by)[4], T value, int64_t* y) {
+  const T results[4] = {shuffle(mask, value, static_cast<int>(by[0])),
+                        shuffle_xor(mask, value, static_cast<int>(by[1])), shuffle_up(mask, value, by[2]),
+                        shuffle_down(mask, value, by[3])};
   for (int i = 0; i < 4; ++i) store(y + i, static_cast<int64_t>(results[i]));
 }
 
-// c: what all lanes look up by; b: by what, the same for all.
+// b: a lane's lane, bits and two distances; c: the mask of its group, 0 where it takes no part.
 struct Shuffle {
   static __device__ void run(const Data& d, int thread) {
-    const uint32_t word = load(d.a + thread);
-    auto* y = reinterpret_cast<int64_t*>(d.y) + thread * 12;
-    shuffle_all(d, thread, word, y);
-    shuffle_all(d, thread, static_cast<float>(word & 0xffffff), y + 4);
-    shuffle_all(d, thread, static_cast<long long>(uint64_t{word} << 20), y + 8);
+    const uint32_t mask = load(d.c + thread), word = load(d.a + thread);
+    if (mask == 0) return;
+    uint32_t by[4];
+    get(by, d.b + thread * 4);
+    auto* y = reinterpret_cast<int64_t*>(d.y) + thread * 16;
+    shuffle_all(mask, by, word, y);
+    shuffle_all(mask, by, as<int32_t>(word), y + 4);
+    shuffle_all(mask, by, static_cast<float>(word & 0xffffff), y + 8);
+    shuffle_all(mask, by, static_cast<long long>(uint64_t{word} << 20), y + 12);
   }
 };
 
@@ -129,9 +134,20 @@ struct Partial {
 
 // --- memory
 
+// Two more for each time it is called.
+__device__ void count_by_exchange(uint32_t* counter) {
+  uint32_t seen = 0, expected;
+  do {
+    expected = seen;
+    seen = atomic_compare_exchange(counter, expected, expected + 2);
+  } while (seen != expected);
+}
+
 // y: add int32, uint32, 64 bits, float; max and min int32, uint32; exchange; a count by compare and exchange; a count;
-// the count kept in shared memory; from 16 on what the count returned, then what the exchange did.
+// then, by way of shared memory, add, max, min, exchange (the sum of what went in) and the count by compare and
+// exchange; from kCounts on what the count returned, then what the exchange did.
 struct Atomics {
+  static constexpr int kCounts = 20;
   static __device__ void run(const Data& d, int thread) {
     uint32_t* shared = shared_memory<uint32_t>();
     const uint32_t word = load(d.a + thread);
@@ -145,18 +161,23 @@ struct Atomics {
     atomic_min(y + 6, as<int32_t>(word));
     atomic_max(d.y + 7, word);
     atomic_min(d.y + 8, word);
-    store(d.y + 16 + threads + thread, atomic_exchange(d.y + 9, static_cast<uint32_t>(thread + 1)));
-    uint32_t seen = 0, expected;
-    do {
-      expected = seen;
-      seen = atomic_compare_exchange(d.y + 10, expected, expected + 2);
-    } while (seen != expected);
-    store(d.y + 16 + thread, atomic_add(d.y + 11, 1u));
-    if (threadIdx.x == 0) store(shared, 0u);
+    store(d.y + kCounts + threads + thread, atomic_exchange(d.y + 9, static_cast<uint32_t>(thread + 1)));
+    count_by_exchange(d.y + 10);
+    store(d.y + kCounts + thread, atomic_add(d.y + 11, 1u));
+    if (threadIdx.x < 5) store(shared + threadIdx.x, threadIdx.x == 2 ? 0xffffffffu : 0u);
     __syncthreads();
     atomic_add(shared, word);
+    atomic_max(shared + 1, word);
+    atomic_min(shared + 2, word);
+    atomic_add(d.y + 15, atomic_exchange(shared + 3, static_cast<uint32_t>(thread + 1)));
+    count_by_exchange(shared + 4);
     __syncthreads();
-    if (threadIdx.x == 0) atomic_add(d.y + 12, load(shared));
+    if (threadIdx.x != 0) return;
+    atomic_add(d.y + 12, load(shared));
+    atomic_max(d.y + 13, load(shared + 1));
+    atomic_min(d.y + 14, load(shared + 2));
+    atomic_add(d.y + 15, load(shared + 3));
+    atomic_add(d.y + 16, load(shared + 4));
   }
 };
 
@@ -338,7 +359,9 @@ extern "C" __attribute__((visibility("default"))) const char* run_instruction(co
 #ifndef __CUDACC__
     host::set_seed(seed);
 #endif
-    kInstructions.at(name)({words(a), words(b), words(c), static_cast<uint32_t*>(y)}, threads);
+    const auto found = kInstructions.find(name);
+    if (found == kInstructions.end()) throw std::invalid_argument(std::string("no instruction is called ") + name);
+    found->second({words(a), words(b), words(c), static_cast<uint32_t*>(y)}, threads);
 #ifdef __CUDACC__
     (void)seed;
     check(cudaDeviceSynchronize(), name);

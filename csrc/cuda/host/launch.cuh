@@ -28,11 +28,13 @@ inline void __syncwarp(uint32_t mask = 0xffffffffu, burnish::host::Where where =
   int name(Arguments...) {                                                                                   \
     burnish::host::stop(#name " is not modelled: see ptx.cuh for what is", burnish::host::Where::current()); \
   }
-#define BURNISH_NOT_MODELLED(X)                                                                           \
-  X(__shfl_sync)                                                                                          \
-  X(__shfl_xor_sync) X(__shfl_up_sync) X(__shfl_down_sync) X(__ballot_sync) X(__any_sync) X(__all_sync)   \
-      X(__match_any_sync) X(__activemask) X(__threadfence) X(__threadfence_block) X(__nanosleep) X(__ldg) \
-          X(__byte_perm) X(__dp4a) X(clock64) X(atomicAdd) X(atomicMax) X(atomicMin) X(atomicExch) X(atomicCAS)
+// clang-format off
+#define BURNISH_NOT_MODELLED(X)                                                                              \
+  X(__shfl_sync) X(__shfl_xor_sync) X(__shfl_up_sync) X(__shfl_down_sync)                                    \
+  X(__ballot_sync) X(__any_sync) X(__all_sync) X(__match_any_sync) X(__activemask)                           \
+  X(__threadfence) X(__threadfence_block) X(__nanosleep) X(__ldg) X(__byte_perm) X(__dp4a) X(clock64)        \
+  X(atomicAdd) X(atomicMax) X(atomicMin) X(atomicExch) X(atomicCAS)
+// clang-format on
 BURNISH_NOT_MODELLED(BURNISH_STOP)
 #undef BURNISH_NOT_MODELLED
 #undef BURNISH_STOP

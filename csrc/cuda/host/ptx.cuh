@@ -107,13 +107,14 @@ inline uint32_t draw_ticket(uint32_t* counter, Where where = Where::current()) {
 
 // The lane that `source(lane)` names gives its value; a lane outside the warp is the own one.
 template <class T, class Source>
-T shuffle_from(const char* name, uint32_t mask, T value, Where where, const Source& source) {
+T shuffle_from(const char* name, uint32_t mask, T value, unsigned by, Where where, const Source& source) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles take 4 or 8 bytes");
   struct In {
     T value;
     int from;
   };
-  const int lane = static_cast<int>(host::lane()), wanted = source(lane);
+  if (by > 31) host::stop(std::string(name) + " by " + std::to_string(by) + ": only 0 to 31 mean something", where);
+  const int lane = static_cast<int>(host::lane()), wanted = source(lane, static_cast<int>(by));
   const In in{value, wanted < 0 || wanted >= 32 ? lane : wanted};
   if ((mask >> in.from & 1) == 0) {
     host::stop(std::string(name) + ": lane " + std::to_string(in.from) + " is not in the mask", where);
@@ -127,22 +128,22 @@ T shuffle_from(const char* name, uint32_t mask, T value, Where where, const Sour
 
 template <class T>
 T shuffle(uint32_t mask, T value, int lane, Where where = Where::current()) {
-  return shuffle_from("shuffle", mask, value, where, [=](int) { return lane & 31; });
+  return shuffle_from("shuffle", mask, value, lane, where, [](int, int from) { return from; });
 }
 
 template <class T>
 T shuffle_xor(uint32_t mask, T value, int bits, Where where = Where::current()) {
-  return shuffle_from("shuffle_xor", mask, value, where, [=](int lane) { return lane ^ bits; });
+  return shuffle_from("shuffle_xor", mask, value, bits, where, [](int lane, int by) { return lane ^ by; });
 }
 
 template <class T>
 T shuffle_up(uint32_t mask, T value, unsigned distance, Where where = Where::current()) {
-  return shuffle_from("shuffle_up", mask, value, where, [=](int lane) { return lane - static_cast<int>(distance); });
+  return shuffle_from("shuffle_up", mask, value, distance, where, [](int lane, int by) { return lane - by; });
 }
 
 template <class T>
 T shuffle_down(uint32_t mask, T value, unsigned distance, Where where = Where::current()) {
-  return shuffle_from("shuffle_down", mask, value, where, [=](int lane) { return lane + static_cast<int>(distance); });
+  return shuffle_from("shuffle_down", mask, value, distance, where, [](int lane, int by) { return lane + by; });
 }
 
 // The values of all lanes, the lower ones first, joined by join(a, b); the same result for each.
