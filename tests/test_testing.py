@@ -322,15 +322,24 @@ def test_lazy_memory_takes_none() -> None:
 
 def test_magnitudes_of_a_product_are_those_of_its_terms() -> None:
     a, b = torch.randn(5, 7), torch.randn(7, 3)
-    (y,), (size,), terms = magnitudes(lambda a, b: torch.tanh(a @ b) + 1, (a, b))
+    (y,), (terms,) = magnitudes(lambda a, b: torch.tanh(a @ b) + 1, (a, b))
     product = a.double().abs() @ b.double().abs()
-    assert terms == 7
+    assert terms.longest == 7
+    assert not terms.stored.any()
     assert torch.equal(y, torch.tanh(a.double() @ b.double()) + 1)
-    torch.testing.assert_close(size, product + y.sub(1).abs() + 1, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(terms.magnitude, product + y.sub(1).abs() + 1, rtol=1e-6, atol=1e-6)
     whole = torch.randint(-8, 9, (5, 7)).float()
-    _, (size,), terms = magnitudes(torch.matmul, (whole, torch.ones(7, 3)))
-    assert terms == 0, "a sum of integers is exact"
-    assert torch.equal(size, whole.double().sum(1, keepdim=True).expand(5, 3).abs())
+    _, (terms,) = magnitudes(torch.matmul, (whole, torch.ones(7, 3)))
+    assert terms.longest == 0, "a sum of integers is exact"
+    assert torch.equal(terms.magnitude, whole.double().sum(1, keepdim=True).expand(5, 3).abs())
+
+
+def test_the_rounding_of_a_stored_result_is_carried_to_the_end() -> None:
+    a, b, c = torch.randn(5, 7), torch.randn(7, 3), torch.randn(5, 3)
+    _, (terms,) = magnitudes(lambda a, b, c: c - 2 * (a.to(a.dtype, copy=True) @ b).t().reshape(5, 3), (a, b, c))
+    torch.testing.assert_close(terms.stored, 2 * (a.abs() @ b.abs()).t().reshape(5, 3).double())
+    with pytest.raises(NotImplementedError, match="tanh"):
+        magnitudes(lambda a: torch.tanh(a.to(a.dtype, copy=True)), (a,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

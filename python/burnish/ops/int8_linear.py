@@ -89,7 +89,7 @@ def surrogate(
     return _CURVES[activation](z).to(out_dtype or x.dtype)
 
 
-def _check_operands(op: str, first: str, x: Tensor, K: int, *, weight: Tensor, scale: Tensor, bias: OptTensor) -> None:
+def check_operands(op: str, first: str, x: Tensor, K: int, *, weight: Tensor, scale: Tensor, bias: OptTensor) -> None:
     """What forward and backward ask alike; ``first`` names the float operand ``x``."""
     check_floating(op, **{first: x})
     torch._check(x.dim() >= 1, lambda: f"{op}: {first} is a scalar, expected at least one dimension")
@@ -118,7 +118,7 @@ def fake(
     x: Tensor, weight: Tensor, scale: Tensor, bias: OptTensor, activation: int, out_dtype: torch.dtype | None
 ) -> Tensor:
     width = x.shape[-1] if x.dim() else 0
-    _check_operands("int8_linear", "x", x, width, weight=weight, scale=scale, bias=bias)
+    check_operands("int8_linear", "x", x, width, weight=weight, scale=scale, bias=bias)
     _check_activation("int8_linear", activation)
     torch._check(
         out_dtype is None or out_dtype in FLOATING,
@@ -283,7 +283,7 @@ def backward_fake(
     dy: Tensor, x: OptTensor, weight: Tensor, scale: Tensor, bias: OptTensor, K: int, activation: int, bias_grad: bool
 ) -> tuple[Tensor, Tensor]:
     op = "int8_linear_backward"
-    _check_operands(op, "dy", dy, K, weight=weight, scale=scale, bias=bias)
+    check_operands(op, "dy", dy, K, weight=weight, scale=scale, bias=bias)
     _check_activation(op, activation)
     torch._check(
         dy.shape[-1] == scale.shape[0],

@@ -5,11 +5,16 @@ carries beside each tensor the magnitude of its terms: |a| @ |b| for a product, 
 |f| + max(1, |f'|) |a| for a function. It also counts the longest sum. A sum or product of integer-valued operands is
 exact, so it counts no terms and its magnitude is its own: that is what holds an int8 layer to the error of its
 epilogue alone.
+
+A reference that stores a result in its operands' dtype before going on says so by a copy to the dtype it already has in
+float64, ``s.to(x.dtype, copy=True)``. That rounding error is one of the output's type, not of the accumulators':
+:func:`magnitudes` carries what is left of it in the results apart, as ``stored``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,18 +31,31 @@ _PRODUCTS = {"mm", "bmm", "mv", "dot"}
 _INTEGERS_EXACT_BELOW = 2.0**31
 
 
-def magnitudes(reference: Callable[..., Any], args: Args) -> tuple[Outputs, Outputs, int]:
-    """``reference`` in float64: its results, their magnitudes and the length of the longest inexact sum."""
+@dataclass(frozen=True)
+class Terms:
+    """What a result was summed from. ``magnitude`` is |x||w|; ``stored`` the sum of |s||w| over intermediate results s
+    that were stored in the operands' dtype, zero where there are none; ``longest`` the longest inexact sum's length."""
+
+    magnitude: torch.Tensor
+    stored: torch.Tensor
+    longest: int
+
+
+def magnitudes(reference: Callable[..., Any], args: Args) -> tuple[Outputs, tuple[Terms, ...]]:
+    """``reference`` in float64: its results, and the terms of each."""
     mode = _Magnitudes()
     with torch.no_grad(), mode:
         outputs = as_outputs(reference(*widen(args)))
-    return outputs, tuple(mode.of(out).expand_as(out) for out in outputs), mode.terms
+    return outputs, tuple(
+        Terms(mode.of(out).expand_as(out), mode.stored(out).expand_as(out), mode.terms) for out in outputs
+    )
 
 
 class _Magnitudes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.known: Any = WeakIdKeyDictionary()
+        self.rounded: Any = WeakIdKeyDictionary()
         self.terms = 0
 
     def of(self, value: Any) -> torch.Tensor:
@@ -52,10 +70,46 @@ class _Magnitudes(TorchDispatchMode):
         out = func(*args, **kwargs)
         if isinstance(out, torch.Tensor) and out.dtype == torch.float64:
             self.known[out] = self._rule(func, args, kwargs, out)
+            self._carry(func, args, kwargs, out)
         elif isinstance(out, (tuple, list)) and func.overloadpacket.__name__ in ("split", "unbind", "split_with_sizes"):
             for piece, magnitude in zip(out, func(self.of(args[0]), *args[1:], **kwargs), strict=True):
                 self.known[piece] = magnitude
         return out
+
+    def stored(self, value: Any) -> torch.Tensor:
+        """What is left in a tensor of the roundings of stored results: their magnitude."""
+        found = self.rounded.get(value) if isinstance(value, torch.Tensor) else None
+        return torch.zeros((), dtype=torch.float64) if found is None else found
+
+    def _carry(self, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:
+        """Pass on what :meth:`stored` tells, through linear operations; a stored result begins it."""
+        name = func.overloadpacket.__name__.rstrip("_")
+        if name == "_to_copy" and args[0].dtype == torch.float64:
+            self.rounded[out] = out.abs() + self.stored(args[0])
+            return
+        if not any(isinstance(arg, torch.Tensor) and arg in self.rounded for arg in args):
+            return
+        if name in _MOVES or name in ("sum", "mean"):
+            self.rounded[out] = func(self.stored(args[0]), *args[1:], **kwargs)
+        elif name in _PRODUCTS or name == "mul":
+            self.rounded[out] = self._carried(func, *args)
+        elif name == "addmm":
+            self.rounded[out] = self.stored(args[0]) + self._carried(torch.mm, *args[1:])
+        elif name in ("add", "sub"):
+            self.rounded[out] = self.stored(args[0]) + self.stored(args[1])
+        elif name == "where":
+            self.rounded[out] = torch.where(args[0], self.stored(args[1]), self.stored(args[2]))
+        else:
+            raise NotImplementedError(f"what {name} makes of the rounding of a stored result")
+
+    def _carried(self, product: Any, a: Any, b: Any) -> torch.Tensor:
+        """What a product of a and b keeps of the roundings of either."""
+        kept = torch.zeros((), dtype=torch.float64)
+        if a in self.rounded:
+            kept = kept + product(self.rounded[a], abs(b))
+        if isinstance(b, torch.Tensor) and b in self.rounded:
+            kept = kept + product(abs(a), self.rounded[b])
+        return kept
 
     def _rule(self, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> torch.Tensor:
         name = func.overloadpacket.__name__.rstrip("_")
@@ -74,6 +128,8 @@ class _Magnitudes(TorchDispatchMode):
             return self.of(args[0]) / (args[1].abs() if isinstance(args[1], torch.Tensor) else abs(args[1]))
         if name in ("add", "sub"):
             return self.of(args[0]) + self.of(args[1])
+        if name == "where":
+            return torch.where(args[0], self.of(args[1]), self.of(args[2]))
         return self._function(func, args, kwargs, out)
 
     def _sum(self, func: Any, operands: Any, rest: Any, out: torch.Tensor, terms: int, **kwargs: Any) -> torch.Tensor:

@@ -6,11 +6,12 @@ are the unit roundoffs (half of eps) of the output type and of the fp32 accumula
 ====  =========================================================================================================
 N1    |y - y64| <= 2 max|yt - y64| + half an ulp of y64. Small results are pooled over seeds until the maximum
       over yt means something.
-N2    |y - y64| <= 2 [(n + 2) u_a |x||w| + u_o |y64|] + the smallest subnormal, with n the length of the longest
-      inexact sum and |x||w| the result's magnitude as :mod:`burnish.testing.magnitude` finds it.
+N2    |y - y64| <= 2 [(n + 2) u_a |x||w| + u_o (|y64| + |s||w|)] + the smallest subnormal, with n the length of the
+      longest inexact sum, |x||w| the result's magnitude as :mod:`burnish.testing.magnitude` finds it and |s||w| that
+      of intermediate results which the reference stores in the operands' dtype; most ops have none.
 N3    |mean(e)| <= 0.05 and |mean(e sign(y64))| <= 0.05 for e = (y - y64) / unit, over at least 1e5 elements: errors
       lean neither downwards nor towards zero. The unit is an ulp of y64 or, where cancellation left less than the
-      accumulator can resolve, u_a |x||w|. Truncating instead of rounding passes N1 and fails here.
+      accumulator or a stored result can resolve, u_a |x||w| or u_o |s||w|. Truncating passes N1 and fails here.
 N4    an op with an integer result is bit-exact, in all of its results.
 C4    on integer-valued inputs the result is the exact one, rounded once.
 N5    on extreme quantised inputs the result is bit-equal to the reference's: saturation cannot hide in a tolerance.
@@ -23,6 +24,7 @@ from __future__ import annotations
 import torch
 
 from burnish.testing.calls import Violation, interpreting
+from burnish.testing.magnitude import Terms
 
 FACTOR = 2.0
 MAX_BIAS = 0.05
@@ -80,24 +82,30 @@ def check_eager(what: str, y: torch.Tensor, y64: torch.Tensor, yt: torch.Tensor)
         )
 
 
-def check_bound(what: str, y: torch.Tensor, y64: torch.Tensor, magnitude: torch.Tensor, terms: int) -> None:
+def check_bound(what: str, y: torch.Tensor, y64: torch.Tensor, terms: Terms) -> None:
     """N2."""
     finite = check_finite(what, y, y64)
-    rounding = FACTOR * ((terms + 2) * roundoff(ACCUMULATOR) * magnitude + roundoff(y.dtype) * y64.abs())
+    accumulated = (terms.longest + 2) * roundoff(ACCUMULATOR) * terms.magnitude
+    rounding = FACTOR * (accumulated + roundoff(y.dtype) * (y64.abs() + terms.stored))
     bad = finite & ~((y.double() - y64).abs() <= rounding + smallest(y.dtype))
     if bad.any():
         raise Violation(
             f"N2: {what} is {_first(bad, y):.9e}, float64 gives {_first(bad, y64):.9e}, the bound is "
-            f"{_first(bad, rounding):.3e} ({terms} terms): {_where(bad)}"
+            f"{_first(bad, rounding):.3e} ({terms.longest} terms): {_where(bad)}"
         )
 
 
-def check_unbiased(what: str, y: torch.Tensor, y64: torch.Tensor, magnitude: torch.Tensor) -> None:
+def unit_of(y: torch.Tensor, y64: torch.Tensor, terms: Terms) -> torch.Tensor:
+    """What N3 counts errors in: the finest step that y could have been right to."""
+    coarse = torch.maximum(roundoff(ACCUMULATOR) * terms.magnitude, roundoff(y.dtype) * terms.stored)
+    return torch.maximum(ulp(y64, y.dtype), coarse)
+
+
+def check_unbiased(what: str, y: torch.Tensor, y64: torch.Tensor, unit: torch.Tensor) -> None:
     """N3."""
     if y.numel() < BIAS_ELEMENTS:
         raise ValueError(f"N3 needs {BIAS_ELEMENTS} elements, {what} has {y.numel()}")
     finite = check_finite(what, y, y64)
-    unit = torch.maximum(ulp(y64, y.dtype), roundoff(ACCUMULATOR) * magnitude)
     error = ((y.double() - y64) / unit)[finite]
     for direction, bias in (("upwards", error.mean()), ("away from zero", (error * y64[finite].sign()).mean())):
         if not abs(float(bias)) <= MAX_BIAS:

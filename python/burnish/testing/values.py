@@ -65,12 +65,12 @@ def compare(spec: OpSpec, args: Args, outputs: Outputs, values: str) -> None:
         for what, y, expected in zip(_names(spec, outputs), outputs, eager(spec, args), strict=True):
             numerics.check_equal(rule, what, y, expected)
         return
-    y64s, sizes, terms = magnitudes(spec.reference, args)
-    for what, y, y64, size in zip(_names(spec, outputs), outputs, y64s, sizes, strict=True):
+    y64s, terms = magnitudes(spec.reference, args)
+    for what, y, y64, of in zip(_names(spec, outputs), outputs, y64s, terms, strict=True):
         if values == "integers":
             numerics.check_equal("C4", what, y, y64.to(y.dtype))
         else:
-            numerics.check_bound(what, y, y64, size, terms)
+            numerics.check_bound(what, y, y64, of)
 
 
 def forward(spec: OpSpec, backend: Backend, case: Case) -> None:
@@ -108,13 +108,12 @@ def unbiased(spec: OpSpec, backend: Backend, case: Case) -> None:
     for seed in range(times):
         args = spec.make(case, backend, seed)
         outputs = run_checked(spec, backend, args)
-        y64s, sizes, _ = magnitudes(spec.reference, args)
-        for pool, *triple in zip(pooled, outputs, y64s, sizes, strict=True):
-            pool.append(tuple(t.ravel() for t in triple))  # type: ignore[arg-type]
+        for pool, y, y64, terms in zip(pooled, outputs, *magnitudes(spec.reference, args), strict=True):
+            pool.append((y.ravel(), y64.ravel(), numerics.unit_of(y, y64, terms).ravel()))
     for what, pool in zip(_names(spec, narrow), pooled, strict=True):
-        y, y64, size = (torch.cat(parts) for parts in zip(*pool, strict=True))
+        y, y64, unit = (torch.cat(parts) for parts in zip(*pool, strict=True))
         if y.numel() >= numerics.BIAS_ELEMENTS and y.is_floating_point():
-            numerics.check_unbiased(what, y, y64, size)
+            numerics.check_unbiased(what, y, y64, unit)
 
 
 def special(spec: OpSpec, backend: Backend, case: Case, positions: int) -> None:
