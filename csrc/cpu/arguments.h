@@ -10,6 +10,7 @@
 
 #include "check.h"
 #include "cpu/kernels.h"
+#include "math/half.h"
 #include "math/pack.h"
 
 namespace burnish {
@@ -82,6 +83,21 @@ inline void check_packed(const char* op, const char* name, const Tensor& packed,
                 shape_text(packed), ", expected (", rows, ", ", width, ") for N=", N, ", K=", K,
                 ": pack it by int8_linear_pack");
   BURNISH_CHECK(packed.is_contiguous(), op, ": ", name, " is not contiguous, expected int8_linear_pack's result");
+}
+
+// An fp32 contiguous view of a vector: itself, or a copy in `storage`.
+inline const float* as_floats(const Tensor& vector, float* storage) {
+  const Format format = format_of(vector.scalar_type());
+  const int64_t count = vector.size(0), stride = count > 1 ? vector.stride(0) : 1;
+  const void* data = vector.const_data_ptr();
+  if (stride == 1 && format == Format::kFloat) return static_cast<const float*>(data);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = i * stride;
+    storage[i] = format == Format::kBf16   ? to_float(static_cast<const bf16*>(data)[at])
+                 : format == Format::kFp16 ? to_float(static_cast<const fp16*>(data)[at])
+                                           : static_cast<const float*>(data)[at];
+  }
+  return storage;
 }
 
 }  // namespace burnish

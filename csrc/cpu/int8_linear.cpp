@@ -50,21 +50,6 @@ void check_operands(const char* op, const Tensor& weight, const Tensor& scale, c
                 kActivations - 1);
 }
 
-// An fp32 contiguous view of a vector: itself, or a copy in `storage`.
-const float* as_floats(const Tensor& vector, float* storage) {
-  const Format format = format_of(vector.scalar_type());
-  const int64_t count = vector.size(0), stride = count > 1 ? vector.stride(0) : 1;
-  const void* data = vector.const_data_ptr();
-  if (stride == 1 && format == Format::kFloat) return static_cast<const float*>(data);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t at = i * stride;
-    storage[i] = format == Format::kBf16   ? to_float(static_cast<const bf16*>(data)[at])
-                 : format == Format::kFp16 ? to_float(static_cast<const fp16*>(data)[at])
-                                           : static_cast<const float*>(data)[at];
-  }
-  return storage;
-}
-
 // The rows of x.
 struct Input {
   const char* data;

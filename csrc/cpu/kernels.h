@@ -4,11 +4,10 @@
 
 #include <cstdint>
 
+#include "cpu/format.h"
+#include "cpu/product.h"
+
 namespace burnish {
-
-enum class Format : int { kFloat = 0, kBf16 = 1, kFp16 = 2 };
-
-inline int64_t size_of(Format format) { return format == Format::kFloat ? 4 : 2; }
 
 // y = act(float(product) * (row_scale * channel_scale) + bias) on a block of rows and a range of panels.
 struct Int8Product {
@@ -21,6 +20,8 @@ struct Int8Product {
   int64_t channels;            // N
   const float* channel_scale;  // [N]
   const float* bias;           // [N], or null
+  const float* addend;         // [rows, addend_stride] for the panels' columns, joins before the activation; or null
+  int64_t addend_stride;       // floats
   int activation;              // enum class Activation
   void* y;                     // [rows, N], contiguous
   Format y_format;
@@ -50,6 +51,33 @@ struct Kernels {
   // out[i] = dy[i] * act'(z[i]) * (scale ? scale[i] : 1), count elements; z null for no activation.
   void (*slope_row)(const void* dy, Format format, const float* z, int activation, const float* scale, int64_t count,
                     float* out);
+  // How the level multiplies elements of a format: kBf16 as pairs where it can, everything else as kFloat.
+  Format (*product_format)(Format format);
+  int64_t panel_columns;  // columns of a whole panel
+  // W's panel: `columns` columns (zero up to a whole vector) by `depth`, from rows [columns, depth] or [depth,
+  // columns].
+  void (*pack_rows)(const Matrix& w, int64_t columns, int64_t depth, void* panel);
+  void (*pack_columns)(const Matrix& w, int64_t columns, int64_t depth, void* panel);
+  // C = X W on one panel. X is in a product format.
+  void (*multiply)(const Matrix& x, int64_t rows, const void* panel, int64_t columns, int64_t depth, const Sink& sink,
+                   const Ahead& ahead);
+  // The same for a few rows, W [columns, depth] as it lies in memory; X and W of one format, whichever.
+  void (*dot)(const Matrix& x, int64_t rows, const Matrix& w, int64_t columns, int64_t depth, const Sink& sink);
+  // Rows [row, row + rows) of x, `width` elements from column `column` (a multiple of 8) on, into `out`, a product
+  // format, with dropout or without (null).
+  void (*take_rows)(const Matrix& x, int64_t row, int64_t rows, int64_t column, int64_t width, const Dropout* dropout,
+                    const Matrix& out);
+  // sums[i][j] = 0 where element (row + i, column + j) is dropped.
+  void (*drop_sums)(float* sums, int64_t stride, int64_t row, int64_t rows, int64_t column, int64_t width,
+                    const Dropout& dropout);
+  // to [columns, rows], `to_stride` elements a row, = from [rows, columns], `stride` floats a row.
+  void (*store_transposed)(const float* from, int64_t stride, int64_t rows, int64_t columns, void* to,
+                           int64_t to_stride, Format format);
+  void (*add_floats)(const float* from, int64_t count, float* to);  // to[i] += from[i]
+  // sums[j] += the sum of column j of x, in double: the cheap way to a sum that rounds once.
+  void (*add_columns)(const Matrix& x, int64_t rows, int64_t columns, double* sums);
+  // to[i] = from[i] * factor in another format, count elements.
+  void (*convert)(const float* from, float factor, int64_t count, void* to, Format format);
   // Ceilings of one thread: operations of `steps` rounds of register-only work.
   double (*peak_int8)(int64_t steps);
   double (*peak_fp32)(int64_t steps);

@@ -153,20 +153,21 @@ Multiply choose(int64_t rows, int64_t groups) {
 // y of `rows` rows from `row` on and up to 64 channels, from their sums.
 template <class T, Activation kActivation>
 void finish_block(const Int8Product& args, int64_t row, int64_t rows, int64_t channel, int64_t count,
-                  const int32_t* sums) {
+                  const int32_t* sums, const float* addend) {
   for (int64_t n = 0; n < count; n += Vec::kLanes) {
     const Vec scale = load(args.channel_scale + channel + n, count - n);
     const Vec bias = args.bias == nullptr ? Vec(0.0f) : load(args.bias + channel + n, count - n);
     for (int64_t m = 0; m < rows; ++m) {
       Vec z = from_int32(sums + m * kPanel + n, args.row_offset[row + m]) * (Vec(args.row_scale[row + m]) * scale);
       if (args.bias != nullptr) z = z + bias;
+      if (addend != nullptr) z = z + load(addend + (row + m) * args.addend_stride + n, count - n);
       T* y = static_cast<T*>(args.y) + (row + m) * args.channels + channel + n;
       store(y, activate(z, kActivation), count - n);
     }
   }
 }
 
-using Finish = void (*)(const Int8Product&, int64_t, int64_t, int64_t, int64_t, const int32_t*);
+using Finish = void (*)(const Int8Product&, int64_t, int64_t, int64_t, int64_t, const int32_t*, const float*);
 
 template <class T>
 Finish choose_finish(int activation) {
@@ -191,6 +192,7 @@ void int8_product(const Int8Product& args, int64_t row_begin, int64_t row_end, i
         p + 1 < panel_end && passes > 1 ? panel_width(args.channels, p + 1) * args.depth / 16 : 0;
     const int64_t channel = p * kPanel;
     const int64_t count = args.channels - channel < width ? args.channels - channel : width;
+    const float* addend = args.addend == nullptr ? nullptr : args.addend + (p - panel_begin) * kPanel;
     const uint8_t* next = weight + width * args.depth * kDepth;
     for (int64_t pass = 0; pass < passes; ++pass) {
       // equal passes: 16 rows as 6 + 5 + 5, not 6 + 6 + 4
@@ -200,7 +202,7 @@ void int8_product(const Int8Product& args, int64_t row_begin, int64_t row_end, i
       const Prefetch prefetch{next + line * 64, next_lines * (pass + 1) / passes - line};
       choose(last - first, width / kGroup)(args.q + first * args.q_stride, args.q_stride, weight, args.depth, sums,
                                            prefetch);
-      finish(args, first, last - first, channel, count, sums);
+      finish(args, first, last - first, channel, count, sums, addend);
     }
   }
 }

@@ -5,11 +5,30 @@
 
 namespace burnish::BURNISH_ISA {
 
+constexpr int kPanelColumns = Vec::kLanes == 16 ? 64 : Vec::kLanes == 8 ? 16 : 8;  // of product.cpp's panels
+constexpr int kVectorBytes = Vec::kLanes * 4;
+
 int32_t quantize_row(const void* x, Format format, int64_t width, int64_t padded, int8_t* q, float* scale);
 void int8_product(const Int8Product& args, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end);
 void int8_dx(const Int8Dx& args, int64_t block_begin, int64_t block_end, float* scratch);
 void slope_row(const void* dy, Format format, const float* z, int activation, const float* scale, int64_t count,
                float* out);
+Format product_format(Format format);
+void pack_rows(const Matrix& w, int64_t columns, int64_t depth, void* panel);
+void pack_columns(const Matrix& w, int64_t columns, int64_t depth, void* panel);
+void multiply(const Matrix& x, int64_t rows, const void* panel, int64_t columns, int64_t depth, const Sink& sink,
+              const Ahead& ahead);
+void dot(const Matrix& x, int64_t rows, const Matrix& w, int64_t columns, int64_t depth, const Sink& sink);
+void finish_row(const float* sums, int64_t count, const Sink& sink);
+void take_rows(const Matrix& x, int64_t row, int64_t rows, int64_t column, int64_t width, const Dropout* dropout,
+               const Matrix& out);
+void drop_sums(float* sums, int64_t stride, int64_t row, int64_t rows, int64_t column, int64_t width,
+               const Dropout& dropout);
+void store_transposed(const float* from, int64_t stride, int64_t rows, int64_t columns, void* to, int64_t to_stride,
+                      Format format);
+void add_floats(const float* from, int64_t count, float* to);
+void add_columns(const Matrix& x, int64_t rows, int64_t columns, double* sums);
+void convert(const float* from, float factor, int64_t count, void* to, Format format);
 double peak_int8(int64_t steps);
 double peak_fp32(int64_t steps);
 double peak_bf16(int64_t steps);

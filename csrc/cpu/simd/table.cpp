@@ -10,9 +10,27 @@ namespace burnish {
 template <>
 const Kernels& kernels_of<Isa::BURNISH_ISA>() {
   using namespace BURNISH_ISA;
-  static constexpr Kernels kTable{
-      BURNISH_TEXT(BURNISH_ISA), quantize_row, int8_product, int8_dx, slope_row, peak_int8, peak_fp32, peak_bf16,
-      BURNISH_ISA::read};
+  static constexpr Kernels kTable{BURNISH_TEXT(BURNISH_ISA),
+                                  quantize_row,
+                                  int8_product,
+                                  int8_dx,
+                                  slope_row,
+                                  product_format,
+                                  kPanelColumns,
+                                  pack_rows,
+                                  pack_columns,
+                                  multiply,
+                                  dot,
+                                  take_rows,
+                                  drop_sums,
+                                  store_transposed,
+                                  add_floats,
+                                  add_columns,
+                                  convert,
+                                  peak_int8,
+                                  peak_fp32,
+                                  peak_bf16,
+                                  BURNISH_ISA::read};
   return kTable;
 }
 

@@ -1,0 +1,232 @@
+#include "cpu/float_product.h"
+
+#include <algorithm>
+
+#include "cpu/parallel.h"
+
+namespace burnish {
+namespace {
+
+constexpr int64_t kChunk = 2048;           // bytes of a row of W that are packed together
+constexpr int64_t kChunkTransposed = 256;  // rows of a transposed W that are
+constexpr int64_t kPanelsTransposed = 4;   // panels of a transposed W that are: its rows are read 512 bytes at a time
+constexpr int64_t kFewRows = 8;            // up to which a projection reads W as it lies
+constexpr int64_t kRowBlock = 512;         // rows that meet a packed panel: x's chunk of them stays in L2
+constexpr int64_t kPartialBytes = int64_t{4} << 20;
+
+// A piece of a term's depth, packed at once.
+struct Step {
+  const Term* term;
+  Range depth;
+};
+
+std::vector<Step> steps_of(const std::vector<Term>& terms) {
+  std::vector<Step> steps;
+  for (const Term& term : terms) {
+    const int64_t chunk = term.weight.transposed ? kChunkTransposed : kChunk / size_of(term.x.format);
+    for (int64_t k = 0; k < term.depth; k += chunk) steps.push_back({&term, {k, std::min(k + chunk, term.depth)}});
+    if (term.depth == 0 && &term == &terms.back() && steps.empty()) steps.push_back({&term, {0, 0}});
+  }
+  return steps;
+}
+
+// The memory that packing `columns` of a step reads.
+Ahead memory_of(const Step& step, Range columns) {
+  const Weight& weight = step.term->weight;
+  const int64_t size = size_of(weight.matrix.format);
+  if (weight.transposed) {
+    const Matrix from = weight.matrix.at(step.depth.begin, columns.begin);
+    return {static_cast<const char*>(from.data), from.stride, (columns.size() * size + 63) / 64, step.depth.size()};
+  }
+  const Matrix from = weight.matrix.at(columns.begin, step.depth.begin);
+  return {static_cast<const char*>(from.data), from.stride, (step.depth.size() * size + 63) / 64, columns.size()};
+}
+
+// Share i of n of some memory.
+Ahead share(const Ahead& whole, int64_t i, int64_t n) {
+  const int64_t first = whole.rows * i / n;
+  return {whole.next + first * whole.stride, whole.stride, whole.lines, whole.rows * (i + 1) / n - first};
+}
+
+// The panels of `columns` for a step, one after the other, `panel_bytes` apart; `kept` holds rows after dropout.
+void pack(const Kernels& level, const Step& step, Range columns, char* panels, int64_t panel_bytes, const Block& kept) {
+  const Weight& weight = step.term->weight;
+  Matrix from = weight.transposed ? weight.matrix.at(step.depth.begin, columns.begin)
+                                  : weight.matrix.at(columns.begin, step.depth.begin);
+  if (weight.dropout != nullptr) {
+    level.take_rows(weight.matrix, step.depth.begin, step.depth.size(), columns.begin, columns.size(), weight.dropout,
+                    kept.matrix());
+    from = kept.matrix();
+  }
+  for (int64_t n = 0; n < columns.size(); n += level.panel_columns, panels += panel_bytes) {
+    const int64_t count = std::min(level.panel_columns, columns.size() - n);
+    if (weight.transposed) {
+      level.pack_columns(from.at(0, n), count, step.depth.size(), panels);
+    } else {
+      level.pack_rows(from.at(n, 0), count, step.depth.size(), panels);
+    }
+  }
+}
+
+}  // namespace
+
+void add_products(const Kernels& level, const std::vector<Term>& terms, int64_t rows, Range columns, const Sink& sink,
+                  const Dropout* dropout, int64_t mask_row) {
+  static thread_local Scratch scratch;
+  const std::vector<Step> steps = steps_of(terms);
+  const int64_t group = (terms[0].weight.transposed ? kPanelsTransposed : 1) * level.panel_columns;
+  const int64_t panel_bytes = level.panel_columns * (kChunk + 4);
+  scratch.reserve(Block::bytes(rows, group, Format::kFloat) +
+                  Scratch::bytes<char>(group / level.panel_columns * panel_bytes) +
+                  Block::bytes(kChunkTransposed, group, terms[0].x.format));
+  const Block tile = Block::take(scratch, rows, group, Format::kFloat);
+  char* panels = scratch.take<char>(group / level.panel_columns * panel_bytes);
+  const Block kept = Block::take(scratch, kChunkTransposed, group, terms[0].x.format);
+  for (int64_t n = columns.begin; n < columns.end; n += group) {
+    const Range here{n, std::min(n + group, columns.end)};
+    Sink sums = sink.at(0, n);
+    if (sink.y != nullptr) sums = tile.sums(false);
+    for (size_t i = 0; i < steps.size(); ++i) {
+      const Step& step = steps[i];
+      const bool last = i + 1 == steps.size();
+      pack(level, step, here, panels, panel_bytes, kept);
+      Ahead ahead;
+      if (!last) {
+        ahead = memory_of(steps[i + 1], here);
+      } else if (here.end < columns.end) {
+        ahead = memory_of(steps[0], {here.end, std::min(here.end + group, columns.end)});
+      }
+      Sink to = sums;
+      if (last && sink.y != nullptr) {
+        to = sink.at(0, n);
+        to.sums = tile.floats(0);
+        to.sums_stride = tile.stride / 4;
+      }
+      to.add = i > 0 || (sink.y == nullptr && sink.add);
+      const int64_t count = (here.size() + level.panel_columns - 1) / level.panel_columns;
+      for (int64_t p = 0; p < count; ++p) {
+        const int64_t from = p * level.panel_columns;
+        level.multiply(step.term->x.at(0, step.depth.begin), rows, panels + p * panel_bytes,
+                       std::min(level.panel_columns, here.size() - from), step.depth.size(), to.at(0, from),
+                       share(ahead, p, count));
+      }
+      if (dropout != nullptr && step.term == &terms[0] && step.depth.end == step.term->depth) {
+        level.drop_sums(sums.sums, sums.sums_stride, mask_row, rows, here.begin, here.size(), *dropout);
+      }
+    }
+  }
+  scratch.trim();
+}
+
+void add_products_parallel(const Kernels& level, const std::vector<Term>& terms, int64_t rows, int64_t columns,
+                           const Sink& sink, const Dropout* dropout) {
+  const auto some = [&](Range row, Range column) {
+    std::vector<Term> below;
+    for (const Term& term : terms) below.push_back(term.below(row.begin));
+    add_products(level, below, row.size(), column, sink.at(row.begin, 0), dropout, row.begin);
+  };
+  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock,
+                panels = (columns + level.panel_columns - 1) / level.panel_columns;
+  const auto row_range = [&](int64_t block) {
+    return Range{block * kRowBlock, std::min((block + 1) * kRowBlock, rows)};
+  };
+  if (blocks >= 2 * num_threads()) {
+    return parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) some(row_range(block), {0, columns});
+    });
+  }
+  for (int64_t block = 0; block < blocks; ++block) {
+    parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      some(row_range(block), {begin * level.panel_columns, std::min(end * level.panel_columns, columns)});
+    });
+  }
+}
+
+Cut::Cut(int64_t rows, int64_t depth, int64_t columns) : rows(rows), depth(depth) {
+  row_part = std::max<int64_t>(256, round_up((rows + 7) / 8, 6));
+  const int64_t most = std::max<int64_t>(1, kPartialBytes / std::max<int64_t>(1, rows * columns * 4));
+  const int64_t parts = std::clamp<int64_t>(depth / 1024, 1, most);
+  depth_part = std::max<int64_t>(round_up((depth + parts - 1) / parts, 64), 64);
+}
+
+int64_t Projection::bytes(int64_t rows, int64_t columns, Format format, bool transposed) {
+  return Block::bytes(rows, columns, format) + (transposed ? Block::bytes(columns, rows, format) : 0);
+}
+
+Projection Projection::take(Scratch& scratch, int64_t rows, int64_t columns, Format format, bool transposed) {
+  Projection made{Block::take(scratch, rows, columns, format), {nullptr, 0, format}};
+  if (transposed) made.transposed = Block::take(scratch, columns, rows, format);
+  return made;
+}
+
+void round_projection(const Kernels& level, const Block& sums, int64_t parts, int64_t rows, int64_t columns,
+                      float factor, const Projection& to) {
+  const Format format = to.rows.format;
+  const auto some = [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      float* total = sums.floats(row);
+      for (int64_t part = 1; part < parts; ++part) {
+        level.add_floats(sums.floats(part * rows + row), columns, total);
+      }
+      level.convert(total, factor, columns, total, Format::kFloat);
+      level.convert(total, 1.0f, columns, to.rows.row(row), format);
+    }
+    if (to.transposed.data == nullptr) return;
+    level.store_transposed(sums.floats(begin), sums.stride / 4, end - begin, columns,
+                           to.transposed.row(0) + begin * size_of(format), to.transposed.stride / size_of(format),
+                           format);
+  };
+  parallel_for(0, rows, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns * parts)), some);
+}
+
+void project(const Kernels& level, const Matrix& x, int64_t rows, int64_t depth, const Weight& weight, int64_t columns,
+             const Dropout* dropout, float factor, const Projection& to) {
+  static thread_local Scratch scratch;
+  const Format format = to.rows.format;
+  if (rows <= kFewRows && !weight.transposed && dropout == nullptr) {
+    scratch.reserve(Block::bytes(rows, columns, Format::kFloat));
+    const Block sums = Block::take(scratch, rows, columns, Format::kFloat);
+    const int64_t grain = std::max<int64_t>(4, (int64_t{64} << 10) / std::max<int64_t>(1, depth * size_of(x.format)));
+    parallel_for(0, columns, grain, [&](int64_t begin, int64_t end) {
+      level.dot(x, rows, weight.matrix.at(begin, 0), end - begin, depth, sums.sums(false).at(0, begin));
+    });
+    return round_projection(level, sums, 1, rows, columns, factor, to);
+  }
+  const Cut cut(rows, depth, columns);
+  scratch.reserve(Block::bytes(rows * cut.depth_parts(), columns, Format::kFloat));
+  const Block sums = Block::take(scratch, rows * cut.depth_parts(), columns, Format::kFloat);
+  parallel_for(0, cut.parts(), 1, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch copies;
+    for (int64_t part = begin; part < end; ++part) {
+      const Range row = cut.row_range(part), k = cut.depth_range(part);
+      Matrix from = x.at(row.begin, k.begin);
+      if (dropout != nullptr || x.format != format) {
+        copies.reserve(Block::bytes(row.size(), k.size(), format));
+        const Block copy = Block::take(copies, row.size(), k.size(), format);
+        level.take_rows(x, row.begin, row.size(), k.begin, k.size(), dropout, copy.matrix());
+        from = copy.matrix();
+      }
+      Weight some = weight;
+      some.matrix = weight.transposed ? weight.matrix.at(k.begin, 0) : weight.matrix.at(0, k.begin);
+      const int64_t above = part % cut.depth_parts() * rows + row.begin;
+      add_products(level, {{from, some, k.size()}}, row.size(), {0, columns},
+                   sums_of(sums.floats(above), sums.stride / 4, false));
+    }
+  });
+  round_projection(level, sums, cut.depth_parts(), rows, columns, factor, to);
+  scratch.trim();
+}
+
+Matrix in_product_format(const Kernels& level, const Matrix& x, int64_t rows, int64_t width, Scratch& storage) {
+  const Format format = level.product_format(x.format);
+  if (format == x.format) return x;
+  storage.reserve(Block::bytes(rows, width, format));
+  const Block copy = Block::take(storage, rows, width, format);
+  parallel_for(0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)), [&](int64_t begin, int64_t end) {
+    const Block part{copy.row(begin), copy.stride, format};
+    level.take_rows(x, begin, end - begin, 0, width, nullptr, part.matrix());
+  });
+  return copy.matrix();
+}
+
+}  // namespace burnish

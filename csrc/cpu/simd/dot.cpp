@@ -1,0 +1,144 @@
+// X W^T for a few rows, both matrices as they lie in memory: nothing is packed, W is read once and from memory.
+//
+// Up to four rows of X meet four rows of W; each pair has a vector of partial sums over k, added up at the end.
+#include "cpu/simd/element.h"
+#include "cpu/simd/level.h"
+
+namespace burnish::BURNISH_ISA {
+namespace {
+
+constexpr int kRows = 4, kColumns = 4;
+constexpr int kBlock = 16;  // columns that are finished together
+
+#if defined(__AVX512BF16__)
+struct DotPairs {
+  using Stored = bf16;
+  using Part = __m512i;
+  static constexpr int64_t kDepth = 32;
+  static BURNISH_INLINE Part load_part(const bf16* p) { return _mm512_loadu_si512(p); }
+  static BURNISH_INLINE Part load_part(const bf16* p, int64_t count) {
+    return _mm512_maskz_loadu_epi16((__mmask32{1} << count) - 1, p);
+  }
+  static BURNISH_INLINE void multiply_add(Vec& sum, Part w, Part x) { Pairs::multiply_add(sum, w, x); }
+};
+#endif
+
+template <class T>
+struct DotFloats {
+  using Stored = T;
+  using Part = Vec;
+  static constexpr int64_t kDepth = Vec::kLanes;
+  static BURNISH_INLINE Part load_part(const T* p) { return load(p, kDepth); }
+  static BURNISH_INLINE Part load_part(const T* p, int64_t count) { return load(p, count); }
+  static BURNISH_INLINE void multiply_add(Vec& sum, Part w, Part x) { sum = fma(w, x, sum); }
+};
+
+// The sums of the lanes of four vectors, in order.
+BURNISH_INLINE void add_lanes(const Vec (&sum)[4], float* out) {
+#if defined(__AVX512F__)
+  const auto half = [](__m512 a) __attribute__((always_inline)) {
+    return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+  };
+  const __m256 first = _mm256_hadd_ps(half(sum[0].v), half(sum[1].v));
+  const __m256 second = _mm256_hadd_ps(half(sum[2].v), half(sum[3].v));
+#elif defined(__AVX2__)
+  const __m256 first = _mm256_hadd_ps(sum[0].v, sum[1].v), second = _mm256_hadd_ps(sum[2].v, sum[3].v);
+#endif
+#if defined(__AVX2__)
+  const __m256 both = _mm256_hadd_ps(first, second);
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+#else
+  for (int i = 0; i < 4; ++i) out[i] = sum[i].v;
+#endif
+}
+
+template <class Dot, int MR>
+void tile(const char* x, int64_t x_stride, const char* w, int64_t w_stride, int64_t depth, float* out) {
+  using Stored = typename Dot::Stored;
+  Vec sum[MR][kColumns];
+  BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
+    BURNISH_UNROLL for (int n = 0; n < kColumns; ++n) sum[m][n] = Vec(0.0f);
+  }
+  const auto step = [&](int64_t k, auto... count) __attribute__((always_inline)) {
+    typename Dot::Part left[MR];
+    BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
+      left[m] = Dot::load_part(reinterpret_cast<const Stored*>(x + m * x_stride) + k, count...);
+    }
+    BURNISH_UNROLL for (int n = 0; n < kColumns; ++n) {
+      const auto right = Dot::load_part(reinterpret_cast<const Stored*>(w + n * w_stride) + k, count...);
+      BURNISH_UNROLL for (int m = 0; m < MR; ++m) Dot::multiply_add(sum[m][n], right, left[m]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + Dot::kDepth <= depth; k += Dot::kDepth) step(k);
+  if (k < depth) step(k, depth - k);
+  BURNISH_UNROLL for (int m = 0; m < MR; ++m) add_lanes(sum[m], out + m * kBlock);
+}
+
+// One row against fewer columns than a tile has.
+template <class Dot>
+void single(const char* x, const char* w, int64_t depth, float* out) {
+  using Stored = typename Dot::Stored;
+  Vec sum[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
+  const auto* left = reinterpret_cast<const Stored*>(x);
+  const auto* right = reinterpret_cast<const Stored*>(w);
+  int64_t k = 0;
+  for (; k + Dot::kDepth <= depth; k += Dot::kDepth) {
+    Dot::multiply_add(sum[0], Dot::load_part(right + k), Dot::load_part(left + k));
+  }
+  if (k < depth) Dot::multiply_add(sum[0], Dot::load_part(right + k, depth - k), Dot::load_part(left + k, depth - k));
+  float sums[4];
+  add_lanes(sum, sums);
+  *out = sums[0];
+}
+
+template <class Dot>
+void dot_rows(const Matrix& x, int64_t rows, const Matrix& w, int64_t columns, int64_t depth, const Sink& sink) {
+  const auto* xs = static_cast<const char*>(x.data);
+  const auto* ws = static_cast<const char*>(w.data);
+  float out[kRows * kBlock];
+  for (int64_t n = 0; n < columns; n += kBlock) {
+    const int64_t count = columns - n < kBlock ? columns - n : kBlock;
+    for (int64_t m = 0; m < rows; m += kRows) {
+      const int64_t left = rows - m < kRows ? rows - m : kRows;
+      int64_t i = 0;
+      for (; i + kColumns <= count; i += kColumns) {
+        static constexpr decltype(&tile<Dot, 1>) kTable[kRows] = {tile<Dot, 1>, tile<Dot, 2>, tile<Dot, 3>,
+                                                                  tile<Dot, 4>};
+        kTable[left - 1](xs + m * x.stride, x.stride, ws + (n + i) * w.stride, w.stride, depth, out + i);
+      }
+      for (; i < count; ++i) {
+        for (int64_t r = 0; r < left; ++r) {
+          single<Dot>(xs + (m + r) * x.stride, ws + (n + i) * w.stride, depth, out + r * kBlock + i);
+        }
+      }
+      for (int64_t r = 0; r < left; ++r) finish_row(out + r * kBlock, count, sink.at(m + r, n));
+    }
+  }
+}
+
+}  // namespace
+
+void dot(const Matrix& x, int64_t rows, const Matrix& w, int64_t columns, int64_t depth, const Sink& sink) {
+#if defined(__AVX512BF16__)
+  if (w.format == Format::kBf16) return dot_rows<DotPairs>(x, rows, w, columns, depth, sink);
+#endif
+  with_type(w.format, [&](auto* type) {
+    dot_rows<DotFloats<std::remove_pointer_t<decltype(type)>>>(x, rows, w, columns, depth, sink);
+  });
+}
+
+void finish_row(const float* sums, int64_t count, const Sink& sink) {
+  for (int64_t i = 0; i < count; i += Vec::kLanes) {
+    Vec value = load(sums + i, count - i);
+    if (sink.add) value = value + load(sink.sums + i, count - i);
+    if (sink.y == nullptr) {
+      store(sink.sums + i, value, count - i);
+      continue;
+    }
+    if (sink.bias != nullptr) value = value + load(sink.bias + i, count - i);
+    with_type(sink.y_format, [&](auto* type) { store(static_cast<decltype(type)>(sink.y) + i, value, count - i); });
+  }
+}
+
+}  // namespace burnish::BURNISH_ISA

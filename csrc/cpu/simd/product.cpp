@@ -1,0 +1,327 @@
+// X W on one packed panel of columns.
+//
+// A microkernel multiplies MR rows of X by NV vectors of columns over the depth, with the sums in registers: 6 x 4 of
+// AVX-512's 32 registers, or 6 x 2 of AVX2's 16. X is read where it lies, one element (or pair) broadcast at a time. A
+// product that runs from L2 or L1 can bring the memory of the next one closer meanwhile (Ahead).
+#include <utility>
+
+#include "cpu/simd/element.h"
+#include "cpu/simd/level.h"
+
+namespace burnish::BURNISH_ISA {
+namespace {
+
+constexpr int kRows = 6;
+constexpr int64_t kSummed = 64;  // columns that add_columns sums together
+constexpr int kVectors = kPanelColumns / Vec::kLanes;
+
+// Prefetches the lines of an Ahead one by one, in order.
+class Walker {
+ public:
+  explicit Walker(const Ahead& ahead) : ahead_(ahead), left_(ahead.lines), lines_(ahead.lines * ahead.rows) {}
+  int64_t lines() const { return lines_; }
+  BURNISH_INLINE void step() {
+    __builtin_prefetch(ahead_.next, 0, 2);
+    ahead_.next += 64;
+    if (--left_ == 0) {
+      left_ = ahead_.lines;
+      ahead_.next += ahead_.stride - 64 * ahead_.lines;
+    }
+  }
+
+ private:
+  Ahead ahead_;
+  int64_t left_;
+  int64_t lines_;
+};
+
+template <class Element, int MR, int NV>
+BURNISH_INLINE void finish(Vec (&sum)[MR][NV], const Sink& sink, int64_t columns) {
+  BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
+    if (sink.add) {
+      const float* there = sink.sums + m * sink.sums_stride;
+      BURNISH_UNROLL for (int v = 0; v < NV; ++v) {
+        sum[m][v] = sum[m][v] + load(there + v * Vec::kLanes, columns - v * Vec::kLanes);
+      }
+    }
+    if (sink.y == nullptr) {
+      float* to = sink.sums + m * sink.sums_stride;
+      BURNISH_UNROLL for (int v = 0; v < NV; ++v) store(to + v * Vec::kLanes, sum[m][v], columns - v * Vec::kLanes);
+    }
+  }
+  if (sink.y == nullptr) return;
+  with_type(sink.y_format, [&](auto* type) __attribute__((always_inline)) {
+    auto* y = static_cast<decltype(type)>(sink.y);
+    BURNISH_UNROLL for (int v = 0; v < NV; ++v) {
+      const int64_t from = v * Vec::kLanes;
+      const Vec bias = sink.bias == nullptr ? Vec(0.0f) : load(sink.bias + from, columns - from);
+      BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
+        const Vec value = sink.bias == nullptr ? sum[m][v] : sum[m][v] + bias;
+        store(y + m * sink.y_stride + from, value, columns - from);
+      }
+    }
+  });
+}
+
+template <class Element, int MR, int NV>
+void tile(const char* x, int64_t x_stride, const char* panel, int64_t depth, Walker& walker, int64_t lines,
+          const Sink& sink, int64_t columns) {
+  constexpr int64_t kStep = Element::kDepth * sizeof(typename Element::Stored);  // bytes of x a step
+  Vec sum[MR][NV];
+  BURNISH_UNROLL for (int m = 0; m < MR; ++m) { BURNISH_UNROLL for (int v = 0; v < NV; ++v) sum[m][v] = Vec(0.0f); }
+  const int64_t steps = depth / Element::kDepth;
+  int64_t k = 0;
+  const auto step = [&](auto spread) __attribute__((always_inline)) {
+    typename Element::Weight weight[NV];
+    BURNISH_UNROLL for (int v = 0; v < NV; ++v) weight[v] = Element::load_weight(panel + (k * NV + v) * kVectorBytes);
+    BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
+      const auto factor = spread(x + m * x_stride + k * kStep);
+      BURNISH_UNROLL for (int v = 0; v < NV; ++v) Element::multiply_add(sum[m][v], weight[v], factor);
+    }
+  };
+  if (lines > 0) {
+    // a few steps between two prefetches, in a loop of their own, free of branches
+    const int64_t every = steps / lines > 0 ? steps / lines : 1;
+    for (int64_t line = 0; line < lines && k + every <= steps; ++line) {
+      walker.step();
+      for (const int64_t end = k + every; k < end; ++k) step(Element::spread);
+    }
+  }
+  for (; k < steps; ++k) step(Element::spread);
+  if (depth % Element::kDepth != 0) step(Element::spread_last);
+  finish<Element, MR, NV>(sum, sink, columns);
+}
+
+using Tile = void (*)(const char*, int64_t, const char*, int64_t, Walker&, int64_t, const Sink&, int64_t);
+
+template <class Element, int NV>
+Tile tile_of(int64_t rows) {
+  static constexpr Tile kTable[kRows] = {tile<Element, 1, NV>, tile<Element, 2, NV>, tile<Element, 3, NV>,
+                                         tile<Element, 4, NV>, tile<Element, 5, NV>, tile<Element, 6, NV>};
+  return kTable[rows - 1];
+}
+
+template <class Element, int... NV>
+Tile tile_of(int64_t rows, int64_t vectors, std::integer_sequence<int, NV...>) {
+  static constexpr Tile (*kTable[])(int64_t) = {tile_of<Element, NV + 1>...};
+  return kTable[vectors - 1](rows);
+}
+
+#if defined(__AVX512F__)
+
+// 16 x 16 words of 32 bits: row i, word j to row j, word i.
+BURNISH_INLINE void transpose(__m512i (&r)[16]) {
+  __m512i t[16];
+  BURNISH_UNROLL for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  BURNISH_UNROLL for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  BURNISH_UNROLL for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  BURNISH_UNROLL for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// 16 columns of a panel from rows of `bytes` bytes, a word of 32 bits a step: one float, or two of bf16.
+void pack_words(const char* w, int64_t stride, int64_t rows, int64_t bytes, char* panel, int64_t step_bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) {
+    const int64_t here = bytes - at < 64 ? bytes - at : 64;
+    __m512i r[16];
+    if (here == 64 && rows == 16) [[likely]] {
+      BURNISH_UNROLL for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(w + i * stride + at);
+      transpose(r);
+      BURNISH_UNROLL for (int i = 0; i < 16; ++i) _mm512_storeu_si512(panel + (at / 4 + i) * step_bytes, r[i]);
+      continue;
+    }
+    const __mmask64 mask = here == 64 ? ~__mmask64{0} : (__mmask64{1} << here) - 1;
+    BURNISH_UNROLL for (int i = 0; i < 16; ++i) {
+      r[i] = i < rows ? _mm512_maskz_loadu_epi8(mask, w + i * stride + at) : _mm512_setzero_si512();
+    }
+    transpose(r);
+    const int64_t steps = (here + 3) / 4;
+    BURNISH_UNROLL for (int i = 0; i < 16; ++i) {
+      if (i < steps) _mm512_storeu_si512(panel + (at / 4 + i) * step_bytes, r[i]);
+    }
+  }
+}
+
+// Pairs of rows, interleaved: (w[k][n], w[k + 1][n]) for 32 columns a step.
+void pack_pairs(const Matrix& w, int64_t columns, int64_t depth, char* panel, int64_t step_bytes) {
+  alignas(64) static constexpr struct Order {
+    uint16_t low[32], high[32];
+    constexpr Order() : low(), high() {
+      for (int i = 0; i < 32; ++i) {
+        low[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
+        high[i] = static_cast<uint16_t>(low[i] + 16);
+      }
+    }
+  } kOrder;
+  const __m512i low = _mm512_load_si512(kOrder.low), high = _mm512_load_si512(kOrder.high);
+  for (int64_t k = 0; k < depth; k += 2) {
+    const char* first = static_cast<const char*>(w.data) + k * w.stride;
+    char* to = panel + k / 2 * step_bytes;
+    for (int64_t n = 0; n < columns; n += 32) {
+      const int64_t count = columns - n;
+      const __mmask32 mask = count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
+      const __m512i a = _mm512_maskz_loadu_epi16(mask, first + n * 2);
+      const __m512i b =
+          k + 1 < depth ? _mm512_maskz_loadu_epi16(mask, first + w.stride + n * 2) : _mm512_setzero_si512();
+      _mm512_storeu_si512(to + n * 4, _mm512_permutex2var_epi16(a, low, b));
+      if (count > 16) _mm512_storeu_si512(to + n * 4 + 64, _mm512_permutex2var_epi16(a, high, b));
+    }
+  }
+}
+
+#endif
+
+// A panel of floats, element by element.
+template <class T>
+void pack_floats(const T* w, int64_t along, int64_t across, int64_t columns, int64_t depth, float* panel,
+                 int64_t padded) {
+  for (int64_t k = 0; k < depth; ++k) {
+    float* to = panel + k * padded;
+    for (int64_t n = 0; n < columns; ++n) to[n] = to_float(w[k * along + n * across]);
+    for (int64_t n = columns; n < padded; ++n) to[n] = 0.0f;
+  }
+}
+
+int64_t padded_columns(int64_t columns) { return (columns + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes; }
+
+}  // namespace
+
+Format product_format(Format format) {
+  return with_element(format, [](auto element) {
+    return std::is_same_v<typename decltype(element)::Stored, float> ? Format::kFloat : Format::kBf16;
+  });
+}
+
+void pack_rows(const Matrix& w, int64_t columns, int64_t depth, void* panel) {
+  const int64_t padded = padded_columns(columns);
+#if defined(__AVX512F__)
+  if (w.format != Format::kFp16) {
+    const char* from = static_cast<const char*>(w.data);
+    for (int64_t n = 0; n < columns; n += 16) {
+      const int64_t rows = columns - n < 16 ? columns - n : 16;
+      pack_words(from + n * w.stride, w.stride, rows, depth * size_of(w.format), static_cast<char*>(panel) + n * 4,
+                 padded * 4);
+    }
+    return;
+  }
+#endif
+  with_type(w.format, [&](auto* type) {
+    const auto* from = static_cast<const std::remove_pointer_t<decltype(type)>*>(w.data);
+    pack_floats(from, 1, w.stride / size_of(w.format), columns, depth, static_cast<float*>(panel), padded);
+  });
+}
+
+void pack_columns(const Matrix& w, int64_t columns, int64_t depth, void* panel) {
+  const int64_t padded = padded_columns(columns);
+#if defined(__AVX512F__)
+  if (w.format == Format::kBf16) return pack_pairs(w, columns, depth, static_cast<char*>(panel), padded * 4);
+#endif
+  with_type(w.format, [&](auto* type) {
+    for (int64_t k = 0; k < depth; ++k) {
+      const auto* from = static_cast<const std::remove_pointer_t<decltype(type)>*>(w.at(k, 0).data);
+      float* to = static_cast<float*>(panel) + k * padded;
+      for (int64_t n = 0; n < padded; n += Vec::kLanes) {
+        store(to + n, load(from + n, columns - n), Vec::kLanes);
+      }
+    }
+  });
+}
+
+void multiply(const Matrix& x, int64_t rows, const void* panel, int64_t columns, int64_t depth, const Sink& sink,
+              const Ahead& ahead) {
+  with_element(x.format, [&](auto element) {
+    using Element = decltype(element);
+    const int64_t passes = (rows + kRows - 1) / kRows;
+    const int64_t vectors = padded_columns(columns) / Vec::kLanes;
+    Walker walker(ahead);
+    for (int64_t pass = 0; pass < passes; ++pass) {
+      // equal passes: 16 rows as 6 + 5 + 5, not 6 + 6 + 4
+      const int64_t first = rows * pass / passes, last = rows * (pass + 1) / passes;
+      const int64_t lines = walker.lines() * (pass + 1) / passes - walker.lines() * pass / passes;
+      const Tile run = tile_of<Element>(last - first, vectors, std::make_integer_sequence<int, kVectors>());
+      run(static_cast<const char*>(x.data) + first * x.stride, x.stride, static_cast<const char*>(panel), depth, walker,
+          lines, sink.at(first, 0), columns);
+    }
+  });
+}
+
+void store_transposed(const float* from, int64_t stride, int64_t rows, int64_t columns, void* to, int64_t to_stride,
+                      Format format) {
+  with_type(format, [&](auto* type) {
+    auto* out = static_cast<decltype(type)>(to);
+    int64_t r = 0;
+#if defined(__AVX512F__)
+    for (; r < rows; r += 16) {
+      const int64_t count = rows - r < 16 ? rows - r : 16;
+      for (int64_t c = 0; c < columns; c += 16) {
+        const int64_t width = columns - c < 16 ? columns - c : 16;
+        __m512i block[16];
+        BURNISH_UNROLL for (int i = 0; i < 16; ++i) {
+          block[i] =
+              i < count ? _mm512_castps_si512(load(from + (r + i) * stride + c, width).v) : _mm512_setzero_si512();
+        }
+        transpose(block);
+        BURNISH_UNROLL for (int i = 0; i < 16; ++i) {
+          if (i < width) store(out + (c + i) * to_stride + r, Vec(_mm512_castsi512_ps(block[i])), count);
+        }
+      }
+    }
+#endif
+    for (; r < rows; ++r) {
+      for (int64_t c = 0; c < columns; ++c) {
+        out[c * to_stride + r] = from_float<std::remove_pointer_t<decltype(type)>>(from[r * stride + c]);
+      }
+    }
+  });
+}
+
+void add_floats(const float* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += Vec::kLanes) {
+    store(to + i, load(to + i, count - i) + load(from + i, count - i), count - i);
+  }
+}
+
+void add_columns(const Matrix& x, int64_t rows, int64_t columns, double* sums) {
+  with_type(x.format, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for (int64_t n = 0; n < columns; n += kSummed) {
+      const int64_t count = columns - n < kSummed ? columns - n : kSummed;
+      double total[kSummed] = {};
+      for (int64_t row = 0; row < rows; ++row) {
+        float values[kSummed] = {};
+        const auto* from = static_cast<const T*>(x.at(row, n).data);
+        for (int64_t i = 0; i < count; i += Vec::kLanes) store(values + i, load(from + i, count - i), count - i);
+        for (int64_t i = 0; i < kSummed; ++i) total[i] += static_cast<double>(values[i]);
+      }
+      for (int64_t i = 0; i < count; ++i) sums[n + i] += total[i];
+    }
+  });
+}
+
+void convert(const float* from, float factor, int64_t count, void* to, Format format) {
+  with_type(format, [&](auto* type) {
+    auto* out = static_cast<decltype(type)>(to);
+    for (int64_t i = 0; i < count; i += Vec::kLanes) {
+      store(out + i, load(from + i, count - i) * Vec(factor), count - i);
+    }
+  });
+}
+
+}  // namespace burnish::BURNISH_ISA
