@@ -9,7 +9,8 @@
 #include <optional>
 #include <tuple>
 
-#include "cpu/arguments.h"
+#include "cpu/int8_linear.h"
+
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
@@ -29,9 +30,12 @@ constexpr int64_t kSerialWeights = int64_t{128} << 10;
 // and need no barrier in between. A larger one is split by panels, so that each byte of it is read by one core.
 constexpr int64_t kSharedWeights = int64_t{1} << 20;
 constexpr int64_t kRowBlockBytes = int64_t{32} << 10;  // quantised rows that a thread works on at a time: in L2
+constexpr int64_t kAddendPanels = 4;                   // panels that an addend is made for at a time: in L2
 
-void check_operands(const char* op, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias,
-                    int64_t K, int64_t activation) {
+}  // namespace
+
+void check_int8_operands(const char* op, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias,
+                         int64_t K, int64_t activation) {
   check_cpu(op, "scale", scale);
   BURNISH_CHECK(scale.scalar_type() == ScalarType::Float, op, ": scale is ", dtype_name(scale.scalar_type()),
                 ", expected fp32");
@@ -49,6 +53,8 @@ void check_operands(const char* op, const Tensor& weight, const Tensor& scale, c
   BURNISH_CHECK(activation >= 0 && activation < kActivations, op, ": activation is ", activation, ", expected 0 to ",
                 kActivations - 1);
 }
+
+namespace {
 
 // The rows of x.
 struct Input {
@@ -88,8 +94,27 @@ struct Quantised {
   }
 };
 
+// Rows [0, rows) of the product, rows first_row + i of x and of the addend, and panels [begin, end).
+void multiply(const Kernels& level, Int8Product product, int64_t first_row, int64_t rows, int64_t begin, int64_t end,
+              const Addend* addend) {
+  if (addend == nullptr) return level.int8_product(product, 0, rows, begin, end);
+  static thread_local Scratch scratch;
+  scratch.reserve(Block::bytes(rows, kAddendPanels * kPanel, Format::kFloat));
+  const Block tile = Block::take(scratch, rows, kAddendPanels * kPanel, Format::kFloat);
+  product.addend = tile.floats(0);
+  product.addend_stride = tile.stride / 4;
+  for (int64_t p = begin; p < end; p += kAddendPanels) {
+    const int64_t last = std::min(p + kAddendPanels, end);
+    const Range columns{p * kPanel, std::min(last * kPanel, product.channels)};
+    (*addend)({first_row, first_row + rows}, columns, tile.sums(false));
+    level.int8_product(product, 0, rows, p, last);
+  }
+  scratch.trim();
+}
+
 // Rows [begin, end), a block at a time: quantised into memory that stays in L2, then multiplied by the whole weight.
-void multiply_rows(const Kernels& level, const Input& x, Int8Product product, int64_t begin, int64_t end) {
+void multiply_rows(const Kernels& level, const Input& x, Int8Product product, int64_t begin, int64_t end,
+                   const Addend* addend) {
   static thread_local Scratch scratch;
   const int64_t panels = (product.channels + kPanel - 1) / kPanel;
   const int64_t block = std::max<int64_t>(kRowBlockBytes / product.q_stride / 6 * 6, 6);
@@ -102,12 +127,14 @@ void multiply_rows(const Kernels& level, const Input& x, Int8Product product, in
     const int64_t last = std::min(row + block, end);
     quantised.fill(level, x, row, last, 0);
     product.y = y + row * product.channels * size_of(product.y_format);
-    level.int8_product(product, 0, last - row, 0, panels);
+    multiply(level, product, row, last - row, 0, panels, addend);
   }
 }
 
 // All rows quantised first, then each thread multiplies them by panels of its own.
-void multiply_panels(const Kernels& level, const Input& x, Int8Product product, Scratch& scratch) {
+void multiply_panels(const Kernels& level, const Input& x, const Int8Product& asked, Scratch& scratch,
+                     const Addend* addend) {
+  Int8Product product = asked;
   const Quantised quantised = Quantised::take(scratch, x.count, x.width);
   quantised.bind(product);
   if (x.count == 1) {
@@ -116,12 +143,14 @@ void multiply_panels(const Kernels& level, const Input& x, Int8Product product, 
     parallel_for(0, x.count, 1, [&](int64_t begin, int64_t end) { quantised.fill(level, x, begin, end, begin); });
   }
   parallel_for(0, (product.channels + kPanel - 1) / kPanel, 1,
-               [&](int64_t begin, int64_t end) { level.int8_product(product, 0, x.count, begin, end); });
+               [&](int64_t begin, int64_t end) { multiply(level, product, 0, x.count, begin, end, addend); });
 }
 
-// y must hold [rows, N] elements of y_format.
-void forward(const Rows& rows, Format x_format, const Tensor& weight, const Tensor& scale,
-             const std::optional<Tensor>& bias, int64_t activation, void* y, Format y_format) {
+}  // namespace
+
+void int8_forward(const Rows& rows, Format x_format, const Tensor& weight, const Tensor& scale,
+                  const std::optional<Tensor>& bias, int64_t activation, void* y, Format y_format,
+                  const Addend* addend) {
   if (rows.count == 0) return;
   static thread_local Scratch scratch;
   const int64_t N = scale.size(0);
@@ -144,26 +173,50 @@ void forward(const Rows& rows, Format x_format, const Tensor& weight, const Tens
   const Input x{static_cast<const char*>(rows.tensor.const_data_ptr()), rows.count, rows.width,
                 rows.stride * size_of(x_format), x_format};
   if (serial) {
-    multiply_rows(level, x, product, 0, x.count);
+    multiply_rows(level, x, product, 0, x.count, addend);
   } else if (by_rows) {
-    parallel_for(0, x.count, 1, [&](int64_t begin, int64_t end) { multiply_rows(level, x, product, begin, end); });
+    parallel_for(0, x.count, 1,
+                 [&](int64_t begin, int64_t end) { multiply_rows(level, x, product, begin, end, addend); });
   } else {
-    multiply_panels(level, x, product, scratch);
+    multiply_panels(level, x, product, scratch, addend);
   }
   scratch.trim();
 }
+
+void int8_pull(const float* dz, int64_t rows, const Tensor& weight, int64_t N, int64_t K, void* dx, Format dx_format,
+               const Addend* addend) {
+  const Kernels& level = kernels();
+  Int8Dx args{dz, round_up(N, kGroup), rows, weight.const_data_ptr<uint8_t>(), N, K, nullptr, 0, dx, dx_format};
+  const int64_t blocks = rows == 0 ? 0 : (K + kPanel - 1) / kPanel;
+  parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch partial;
+    partial.reserve(Scratch::bytes<float>(int8_dx_scratch(rows)) + Block::bytes(rows, kPanel, Format::kFloat));
+    auto* sums = partial.take<float>(int8_dx_scratch(rows));
+    if (addend == nullptr) return level.int8_dx(args, begin, end, sums);
+    const Block tile = Block::take(partial, rows, kPanel, Format::kFloat);
+    Int8Dx each = args;
+    each.addend = tile.floats(0);
+    each.addend_stride = tile.stride / 4;
+    for (int64_t block = begin; block < end; ++block) {
+      (*addend)({0, rows}, {block * kPanel, std::min((block + 1) * kPanel, K)}, tile.sums(false));
+      level.int8_dx(each, block, block + 1, sums);
+    }
+  });
+}
+
+namespace {
 
 Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias,
                    int64_t activation, const std::optional<ScalarType>& out_dtype) {
   constexpr const char* kOp = "int8_linear";
   check_floating(kOp, "x", x);
   BURNISH_CHECK(x.dim() >= 1, "int8_linear: x is a scalar, expected at least one dimension");
-  check_operands(kOp, weight, scale, bias, x.size(x.dim() - 1), activation);
+  check_int8_operands(kOp, weight, scale, bias, x.size(x.dim() - 1), activation);
   const ScalarType out = out_dtype.value_or(x.scalar_type());
   BURNISH_CHECK(is_floating(out), "int8_linear: out_dtype is ", dtype_name(out), ", expected fp32, bf16, fp16 or None");
   const Rows rows = as_rows(x);
   Tensor y = torch::stable::new_empty(x, sizes_with_last(x, scale.size(0)), out);
-  forward(rows, format_of(x.scalar_type()), weight, scale, bias, activation, y.mutable_data_ptr(), format_of(out));
+  int8_forward(rows, format_of(x.scalar_type()), weight, scale, bias, activation, y.mutable_data_ptr(), format_of(out));
   return y;
 }
 
@@ -192,7 +245,7 @@ std::tuple<Tensor, Tensor> int8_linear_backward(const Tensor& dy, const std::opt
   constexpr const char* kOp = "int8_linear_backward";
   check_floating(kOp, "dy", dy);
   BURNISH_CHECK(dy.dim() >= 1, "int8_linear_backward: dy is a scalar, expected at least one dimension");
-  check_operands(kOp, weight, scale, bias, K, activation);
+  check_int8_operands(kOp, weight, scale, bias, K, activation);
   const int64_t N = scale.size(0);
   BURNISH_CHECK(dy.size(dy.dim() - 1) == N, "int8_linear_backward: dy has shape ", shape_text(dy), ", expected [..., ",
                 N, "] as scale has");
@@ -209,7 +262,7 @@ std::tuple<Tensor, Tensor> int8_linear_backward(const Tensor& dy, const std::opt
     BURNISH_CHECK(std::equal(expected.begin(), expected.end(), x->sizes().begin(), x->sizes().end()),
                   "int8_linear_backward: x has shape ", shape_text(*x), ", expected dy's with K=", K, " last");
     auto* values = scratch.take<float>(M * N);
-    forward(as_rows(*x), format_of(x->scalar_type()), weight, scale, bias, 0, values, Format::kFloat);
+    int8_forward(as_rows(*x), format_of(x->scalar_type()), weight, scale, bias, 0, values, Format::kFloat);
     z = values;
   }
   auto* dz = scratch.take<float>(M * padded);  // dy * act'(z), for dbias
@@ -236,13 +289,7 @@ std::tuple<Tensor, Tensor> int8_linear_backward(const Tensor& dy, const std::opt
   }
 
   Tensor dx = torch::stable::new_empty(dy, sizes_with_last(dy, K));
-  const Int8Dx args{scaled, padded, M, weight.const_data_ptr<uint8_t>(), N, K, dx.mutable_data_ptr(), format};
-  const int64_t blocks = M == 0 ? 0 : (K + kPanel - 1) / kPanel;
-  parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    static thread_local Scratch partial;
-    partial.reserve(Scratch::bytes<float>(int8_dx_scratch(M)));
-    level.int8_dx(args, begin, end, partial.take<float>(int8_dx_scratch(M)));
-  });
+  int8_pull(scaled, M, weight, N, K, dx.mutable_data_ptr(), format);
   scratch.trim();
   return {dx, dbias};
 }

@@ -35,6 +35,8 @@ struct Int8Dx {
   const uint8_t* weight;  // vnni layout, whole
   int64_t channels;       // N
   int64_t width;          // K
+  const float* addend;    // [rows, addend_stride] for the block's columns, joins the sum; or null
+  int64_t addend_stride;  // floats
   void* dx;               // [rows, K], contiguous
   Format dx_format;
 };

@@ -8,13 +8,13 @@
 namespace burnish {
 namespace {
 
-constexpr int64_t kFewRows = 2;       // up to which weights are read as they lie, from memory: nothing is worth packing
 constexpr int64_t kGatherRows = 256;  // rows of dy that are read at a time, from L2 the second time
 constexpr int64_t kGatherParts = 16;  // of the columns of dy, at most
 constexpr int64_t kPartialBytes = int64_t{4} << 20;
 
-// y for a few rows: each term is a stream over its weight.
-void few_rows(const Kernels& level, const std::vector<Term>& terms, int64_t rows, int64_t N, const Sink& y) {
+}  // namespace
+
+void add_few_rows(const Kernels& level, const std::vector<Term>& terms, int64_t rows, int64_t N, const Sink& y) {
   static thread_local Scratch scratch;
   scratch.reserve(Block::bytes(rows, N, Format::kFloat));
   const Block sums = Block::take(scratch, rows, N, Format::kFloat);
@@ -35,6 +35,8 @@ void few_rows(const Kernels& level, const std::vector<Term>& terms, int64_t rows
     }
   });
 }
+
+namespace {
 
 // One reading of dy [M, N]: t = factor * dy B, and dB = dy^T s, dbias = sum of dy where they are wanted.
 void gather(const Kernels& level, const Matrix& dy, int64_t M, const Factors& factors, const Projection* s,
@@ -114,6 +116,9 @@ void check_gradient(const char* op, const Tensor& dy, const Tensor& x, int64_t N
                 ": dy has shape ", shape_text(dy), ", expected x's with N=", N, " last");
 }
 
+namespace {
+
+// s, rounded to the product format of x, or to x's own where `as_x`.
 Projection project_down(const Kernels& level, const Operand& x, const Factors& factors, bool as_x, bool transposed,
                         Scratch& scratch) {
   const Format format = as_x ? x.matrix.format : level.product_format(x.matrix.format);
@@ -124,11 +129,12 @@ Projection project_down(const Kernels& level, const Operand& x, const Factors& f
   return made;
 }
 
-Tensor lowrank_forward(const Tensor& x, const Factors& factors, const Operand* weight,
-                       const std::optional<Tensor>& bias) {
-  static thread_local Scratch scratch, floats, copies;
+}  // namespace
+
+Tensor lowrank_forward(const Tensor& x, const Factors& factors, const Base* base, const std::optional<Tensor>& bias) {
+  static thread_local Scratch scratch, floats;
   const Operand from(x);
-  const int64_t M = from.rows.count, K = from.rows.width, N = factors.outputs(), R = factors.rank();
+  const int64_t M = from.rows.count, N = factors.outputs(), R = factors.rank();
   Tensor made = torch::stable::new_empty(x, sizes_with_last(x, N));
   if (M == 0) return made;
   const Kernels& level = kernels();
@@ -137,23 +143,19 @@ Tensor lowrank_forward(const Tensor& x, const Factors& factors, const Operand* w
   const Sink y{nullptr, 0, false, made.mutable_data_ptr(), N, from.matrix.format, offset};
   const bool few = M <= kFewRows && factors.mask() == nullptr;
   const Projection s = project_down(level, from, factors, few, false, scratch);
-  std::vector<Term> terms{{s.rows.matrix(), {factors.B.matrix, false}, R}};
-  if (few) {
-    if (weight != nullptr) terms.push_back({from.matrix, {weight->matrix, false}, K});
-    few_rows(level, terms, M, N, y);
+  const Term low{s.rows.matrix(), {factors.B.matrix, false}, R};
+  if (base != nullptr) {
+    base->forward(level, from, low, y);
+  } else if (few) {
+    add_few_rows(level, {low}, M, N, y);
   } else {
-    if (weight != nullptr) {
-      terms.push_back({in_product_format(level, from.matrix, M, K, copies), {weight->matrix, false}, K});
-    }
-    add_products_parallel(level, terms, M, N, y);
+    add_products_parallel(level, {low}, M, N, y);
   }
   scratch.trim();
-  copies.trim();
   return made;
 }
 
-Gradients lowrank_backward(const Tensor& dy, const Tensor& x, const Factors& factors, const Operand* weight,
-                           Wanted wanted) {
+Gradients lowrank_backward(const Tensor& dy, const Tensor& x, const Factors& factors, const Base* base, Wanted wanted) {
   static thread_local Scratch s_scratch, t_scratch, copies;
   const Operand from(x), pulled(dy);
   const int64_t M = from.rows.count, K = from.rows.width, N = factors.outputs(), R = factors.rank();
@@ -172,10 +174,13 @@ Gradients lowrank_backward(const Tensor& dy, const Tensor& x, const Factors& fac
   gather(level, dz, M, factors, s.has_value() ? &*s : nullptr, t, wanted.factors ? dB.mutable_data_ptr() : nullptr,
          wanted.bias ? dbias.mutable_data_ptr<float>() : nullptr);
   if (wanted.x) {
-    std::vector<Term> terms{{t.rows.matrix(), {factors.A.matrix, true}, R}};
-    if (weight != nullptr) terms.push_back({dz, {weight->matrix, true}, N});
+    const Term low{t.rows.matrix(), {factors.A.matrix, true}, R};
     const Sink to{nullptr, 0, false, dx.mutable_data_ptr(), K, from.matrix.format, nullptr};
-    add_products_parallel(level, terms, M, K, to, factors.mask());
+    if (base != nullptr) {
+      base->backward(level, pulled, low, factors.mask(), to);
+    } else {
+      add_products_parallel(level, {low}, M, K, to);
+    }
   }
   if (wanted.factors) {
     const Sink to{nullptr, 0, false, dA.mutable_data_ptr(), K, factors.A.matrix.format, nullptr};

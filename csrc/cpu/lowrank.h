@@ -39,22 +39,33 @@ struct Wanted {
   bool x, factors, bias;
 };
 
+// The frozen layer that the factors stand on. Another format joins by these two functions, which compute its product
+// on top of the factors' (`low`), in fp32 and rounded once.
+class Base {
+ public:
+  virtual ~Base() = default;
+  // y = low + x W^T + bias
+  virtual void forward(const Kernels& level, const Operand& x, const Term& low, const Sink& y) const = 0;
+  // dx = keep * low + dy W
+  virtual void backward(const Kernels& level, const Operand& dy, const Term& low, const Dropout* keep,
+                        const Sink& dx) const = 0;
+};
+
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // dx, dA, dB, dbias
 
 void check_factors(const char* op, const Tensor& x, const Tensor& A, const Tensor& B);
 void check_bias(const char* op, const std::optional<Tensor>& bias, int64_t N);
 void check_gradient(const char* op, const Tensor& dy, const Tensor& x, int64_t N);
 
-// s, rounded to the product format of x, or to x's own where `as_x`.
-Projection project_down(const Kernels& level, const Operand& x, const Factors& factors, bool as_x, bool transposed,
-                        Scratch& scratch);
-
-// y = s B^T + x W^T + bias; without `weight`, [N, K] in x's dtype, the factors alone.
-Tensor lowrank_forward(const Tensor& x, const Factors& factors, const Operand* weight,
-                       const std::optional<Tensor>& bias);
+// y = s B^T + bias, on top of `base`, or without one (null).
+Tensor lowrank_forward(const Tensor& x, const Factors& factors, const Base* base, const std::optional<Tensor>& bias);
 
 // The gradients of that.
-Gradients lowrank_backward(const Tensor& dy, const Tensor& x, const Factors& factors, const Operand* weight,
-                           Wanted wanted);
+Gradients lowrank_backward(const Tensor& dy, const Tensor& x, const Factors& factors, const Base* base, Wanted wanted);
+
+// y = the sum of the terms for all rows: for a few (kFewRows), each weight [N, depth] is read as it lies, from memory;
+// X is then in the weights' own format.
+constexpr int64_t kFewRows = 2;
+void add_few_rows(const Kernels& level, const std::vector<Term>& terms, int64_t rows, int64_t N, const Sink& y);
 
 }  // namespace burnish

@@ -61,6 +61,13 @@ void int8_dx(const Int8Dx& args, int64_t block_begin, int64_t block_end, float* 
   for (int64_t block = block_begin; block < block_end; ++block) {
     const int64_t column = block * kTile;
     memset(sums, 0, static_cast<size_t>(args.rows * kTile) * sizeof(float));
+    const int64_t count = args.width - column < kTile ? args.width - column : kTile;
+    if (args.addend != nullptr) {
+      const float* addend = args.addend + (block - block_begin) * kTile;
+      for (int64_t row = 0; row < args.rows; ++row) {
+        memcpy(sums + row * kTile, addend + row * args.addend_stride, static_cast<size_t>(count) * sizeof(float));
+      }
+    }
     for (int64_t p = 0; p * kPanel < args.channels; ++p) {
       const int64_t channels = panel_width(args.channels, p);
       unpack_tile(args.weight + p * kPanel * depth * kDepth, channels, depth, column, tile);
@@ -75,7 +82,6 @@ void int8_dx(const Int8Dx& args, int64_t block_begin, int64_t block_end, float* 
         }
       }
     }
-    const int64_t count = args.width - column < kTile ? args.width - column : kTile;
     with_type(args.dx_format, [&](auto* type) {
       auto* dx = static_cast<decltype(type)>(args.dx) + column;
       for (int64_t row = 0; row < args.rows; ++row) {

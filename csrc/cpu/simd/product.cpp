@@ -12,7 +12,9 @@ namespace burnish::BURNISH_ISA {
 namespace {
 
 constexpr int kRows = 6;
-constexpr int64_t kSummed = 64;  // columns that add_columns sums together
+constexpr int64_t kReadAhead = 512;  // bytes of a row that packing prefetches
+constexpr int64_t kColdDepth = 256;  // from which X's rows are worth a prefetch
+constexpr int64_t kSummed = 64;      // columns that add_columns sums together
 constexpr int kVectors = kPanelColumns / Vec::kLanes;
 
 // Prefetches the lines of an Ahead one by one, in order.
@@ -35,6 +37,41 @@ class Walker {
   int64_t lines_;
 };
 
+#if defined(__AVX512BF16__)
+// Whole rows of bf16, two vectors an instruction and a store; false where that may be wrong: the instruction makes zero
+// of subnormal numbers, so a zero in the result is done again with care.
+template <int MR, int NV>
+BURNISH_INLINE bool store_pairs(const Vec (&sum)[MR][NV], const Sink& sink, int64_t columns) {
+  if constexpr (NV % 2 != 0) {
+    return false;
+  } else {
+    if (columns < NV * 16) return false;
+    __mmask32 zero = 0;
+    BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
+      auto* y = static_cast<bf16*>(sink.y) + m * sink.y_stride;
+      BURNISH_UNROLL for (int v = 0; v < NV; v += 2) {
+        Vec low = sum[m][v], high = sum[m][v + 1];
+        if (sink.bias != nullptr) {
+          low = low + load(sink.bias + v * 16, 16);
+          high = high + load(sink.bias + v * 16 + 16, 16);
+        }
+        const __m512bh both = _mm512_cvtne2ps_pbh(high.v, low.v);
+        __m512i words;
+        memcpy(&words, &both, sizeof words);
+        zero = static_cast<__mmask32>(zero | _mm512_testn_epi16_mask(words, words));
+        _mm512_storeu_si512(y + v * 16, words);
+      }
+    }
+    return zero == 0;
+  }
+}
+#else
+template <int MR, int NV>
+BURNISH_INLINE bool store_pairs(const Vec (&)[MR][NV], const Sink&, int64_t) {
+  return false;
+}
+#endif
+
 template <class Element, int MR, int NV>
 BURNISH_INLINE void finish(Vec (&sum)[MR][NV], const Sink& sink, int64_t columns) {
   BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
@@ -50,6 +87,7 @@ BURNISH_INLINE void finish(Vec (&sum)[MR][NV], const Sink& sink, int64_t columns
     }
   }
   if (sink.y == nullptr) return;
+  if (sink.y_format == Format::kBf16 && store_pairs(sum, sink, columns)) return;
   with_type(sink.y_format, [&](auto* type) __attribute__((always_inline)) {
     auto* y = static_cast<decltype(type)>(sink.y);
     BURNISH_UNROLL for (int v = 0; v < NV; ++v) {
@@ -136,15 +174,52 @@ BURNISH_INLINE void transpose(__m512i (&r)[16]) {
   }
 }
 
+// The same for 16 rows of 8 words: r[i] holds row i and, above it, row i + 8.
+BURNISH_INLINE void transpose_half(__m512i (&r)[8]) {
+  __m512i t[8];
+  BURNISH_UNROLL for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  BURNISH_UNROLL for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  // lanes of r[i]: words i of rows 0-3, i + 4 of 0-3, i of 8-11, i + 4 of 8-11; those of r[i + 4]: rows 4-7 and 12-15
+  BURNISH_UNROLL for (int i = 0; i < 4; ++i) {
+    const __m512i even = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), odd = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i] = _mm512_shuffle_i32x4(even, even, 0xd8);
+    t[i + 4] = _mm512_shuffle_i32x4(odd, odd, 0xd8);
+  }
+  BURNISH_UNROLL for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
+
 // 16 columns of a panel from rows of `bytes` bytes, a word of 32 bits a step: one float, or two of bf16.
 void pack_words(const char* w, int64_t stride, int64_t rows, int64_t bytes, char* panel, int64_t step_bytes) {
   for (int64_t at = 0; at < bytes; at += 64) {
     const int64_t here = bytes - at < 64 ? bytes - at : 64;
     __m512i r[16];
     if (here == 64 && rows == 16) [[likely]] {
+      if (bytes >= 2 * kReadAhead) {  // 16 streams are more than the processor follows by itself
+        const char* next = w + (at + kReadAhead < bytes ? at + kReadAhead : 16 * stride + at + kReadAhead - bytes);
+        BURNISH_UNROLL for (int i = 0; i < 16; ++i) _mm_prefetch(next + i * stride, _MM_HINT_T0);
+      }
       BURNISH_UNROLL for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(w + i * stride + at);
       transpose(r);
       BURNISH_UNROLL for (int i = 0; i < 16; ++i) _mm512_storeu_si512(panel + (at / 4 + i) * step_bytes, r[i]);
+      continue;
+    }
+    if (here == 32 && rows == 16) {  // a rank of 16 in bf16
+      __m512i half[8];
+      BURNISH_UNROLL for (int i = 0; i < 8; ++i) {
+        const auto* low = reinterpret_cast<const __m256i*>(w + i * stride + at);
+        const auto* high = reinterpret_cast<const __m256i*>(w + (i + 8) * stride + at);
+        half[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(low)), _mm256_loadu_si256(high), 1);
+      }
+      transpose_half(half);
+      BURNISH_UNROLL for (int i = 0; i < 8; ++i) _mm512_storeu_si512(panel + (at / 4 + i) * step_bytes, half[i]);
       continue;
     }
     const __mmask64 mask = here == 64 ? ~__mmask64{0} : (__mmask64{1} << here) - 1;
@@ -251,10 +326,24 @@ void multiply(const Matrix& x, int64_t rows, const void* panel, int64_t columns,
     const int64_t passes = (rows + kRows - 1) / kRows;
     const int64_t vectors = padded_columns(columns) / Vec::kLanes;
     Walker walker(ahead);
+    const bool reads_x = ahead.rows == 0 && depth >= kColdDepth;
     for (int64_t pass = 0; pass < passes; ++pass) {
       // equal passes: 16 rows as 6 + 5 + 5, not 6 + 6 + 4
       const int64_t first = rows * pass / passes, last = rows * (pass + 1) / passes;
-      const int64_t lines = walker.lines() * (pass + 1) / passes - walker.lines() * pass / passes;
+      int64_t lines = walker.lines() * (pass + 1) / passes - walker.lines() * pass / passes;
+      if (sink.y != nullptr && pass + 1 < passes) {  // claims the lines of y that the next pass writes
+        const int64_t next = rows * (pass + 2) / passes, size = size_of(sink.y_format);
+        for (int64_t row = last; row < next; ++row) {
+          const char* y = static_cast<const char*>(sink.y) + row * sink.y_stride * size;
+          for (int64_t at = 0; at < columns * size; at += 64) __builtin_prefetch(y + at, 1, 3);
+        }
+      }
+      if (reads_x) {  // nothing else to bring closer: X's rows of the next pass
+        const int64_t next = pass + 1 < passes ? rows * (pass + 2) / passes : last;
+        walker = Walker({static_cast<const char*>(x.data) + last * x.stride, x.stride,
+                         (depth * size_of(x.format) + 63) / 64, next - last});
+        lines = walker.lines();
+      }
       const Tile run = tile_of<Element>(last - first, vectors, std::make_integer_sequence<int, kVectors>());
       run(static_cast<const char*>(x.data) + first * x.stride, x.stride, static_cast<const char*>(panel), depth, walker,
           lines, sink.at(first, 0), columns);
