@@ -5,6 +5,7 @@
 #include "math/half.h"
 #include "math/int8.h"
 #include "math/pack.h"
+#include "math/philox.h"
 
 namespace py = pybind11;
 using namespace burnish;
@@ -31,4 +32,18 @@ PYBIND11_MODULE(_math, m) {
   m.def(
       "activation_slope", [](float z, int code) { return activation_slope(z, static_cast<Activation>(code)); },
       "its derivative");
+  m.def(
+      "philox",
+      [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t key) {
+        const Philox words = philox(c0, c1, c2, c3, key);
+        return py::make_tuple(words.word[0], words.word[1], words.word[2], words.word[3]);
+      },
+      "Philox4x32-10 of a counter and a key");
+  m.def(
+      "kept_bits",
+      [](uint64_t seed, int64_t row, int64_t group, double p) {
+        return kept_bits(dropout_words(seed, row, group), dropout_threshold(p));
+      },
+      "bit i: whether dropout with probability p keeps element 8 group + i of a row");
+  m.def("dropout_factor", [](double p) { return dropout_factor(dropout_threshold(p)); }, "what kept elements get");
 }
