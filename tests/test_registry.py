@@ -20,8 +20,8 @@ OURS = {name: spec for name, spec in SPECS.items() if spec.namespace == "burnish
 
 #: sources that serve all ops; whatever is not listed here must be named after an op
 INFRASTRUCTURE = {
-    "csrc/cpu": {"isa", "parallel", "probes"},
-    "csrc/cpu/simd": {"table", "peak"},
+    "csrc/cpu": {"isa", "parallel", "probes", "float_product", "lowrank"},
+    "csrc/cpu/simd": {"table", "peak", "product", "dot", "dropout"},
     "csrc/cuda": set(),
     "kernels": {"__init__"},
 }
