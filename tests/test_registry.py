@@ -13,6 +13,7 @@ import torch
 from burnish import registry, testing
 from burnish.checks import FLOATING
 from burnish.errors import BackendError
+from burnish.testing.magnitude import magnitudes
 
 ROOT = Path(__file__).parent.parent
 SPECS = registry.all_ops()
@@ -118,6 +119,14 @@ def test_a_record_has_edge_cases(spec: registry.OpSpec) -> None:
     values = {case.values for case in spec.cases.test}
     if {"N", "K"} <= set(cases[0].dims) and cases[0].dtype.is_floating_point:
         assert "integers" in values, "a product needs exact cases (C4)"
+
+
+@each_spec
+def test_exact_cases_are_exact(spec: registry.OpSpec) -> None:
+    for case in spec.cases.test:
+        if case.values == "integers":
+            _, terms = magnitudes(spec.reference, spec.make(case, "cpu", 0))
+            assert all(case.dtype not in of.inexact for of in terms), f"{case.id} rounds on the way: C4 would not hold"
 
 
 @each_spec

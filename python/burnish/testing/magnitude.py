@@ -21,6 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from burnish.checks import FLOATING
 from burnish.testing.calls import Args, Outputs, as_outputs, widen
 
 _MOVES = {
@@ -34,10 +35,12 @@ _INTEGERS_EXACT_BELOW = 2.0**31
 @dataclass(frozen=True)
 class Terms:
     """What a result was summed from. ``magnitude`` is |x||w|; ``stored`` the sum of |s||w| over intermediate results s
-    that were stored in the operands' dtype, zero where there are none; ``longest`` the longest inexact sum's length."""
+    that were stored in the operands' dtype, zero where there are none, and ``inexact`` the dtypes that cannot hold each
+    of these exactly; ``longest`` is the longest inexact sum's length."""
 
     magnitude: torch.Tensor
     stored: torch.Tensor
+    inexact: frozenset[torch.dtype]
     longest: int
 
 
@@ -46,8 +49,9 @@ def magnitudes(reference: Callable[..., Any], args: Args) -> tuple[Outputs, tupl
     mode = _Magnitudes()
     with torch.no_grad(), mode:
         outputs = as_outputs(reference(*widen(args)))
+    inexact = frozenset(mode.inexact)
     return outputs, tuple(
-        Terms(mode.of(out).expand_as(out), mode.stored(out).expand_as(out), mode.terms) for out in outputs
+        Terms(mode.of(out).expand_as(out), mode.stored(out).expand_as(out), inexact, mode.terms) for out in outputs
     )
 
 
@@ -56,6 +60,7 @@ class _Magnitudes(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.known: Any = WeakIdKeyDictionary()
         self.rounded: Any = WeakIdKeyDictionary()
+        self.inexact: set[torch.dtype] = set()
         self.terms = 0
 
     def of(self, value: Any) -> torch.Tensor:
@@ -86,6 +91,7 @@ class _Magnitudes(TorchDispatchMode):
         name = func.overloadpacket.__name__.rstrip("_")
         if name == "_to_copy" and args[0].dtype == torch.float64:
             self.rounded[out] = out.abs() + self.stored(args[0])
+            self.inexact |= {dtype for dtype in FLOATING if bool((out.to(dtype).double() != out).any())}
             return
         if not any(isinstance(arg, torch.Tensor) and arg in self.rounded for arg in args):
             return

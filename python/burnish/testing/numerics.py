@@ -13,7 +13,8 @@ N3    |mean(e)| <= 0.05 and |mean(e sign(y64))| <= 0.05 for e = (y - y64) / unit
       lean neither downwards nor towards zero. The unit is an ulp of y64 or, where cancellation left less than the
       accumulator or a stored result can resolve, u_a |x||w| or u_o |s||w|. Truncating passes N1 and fails here.
 N4    an op with an integer result is bit-exact, in all of its results.
-C4    on integer-valued inputs the result is the exact one, rounded once.
+C4    on integer-valued inputs the result is the exact one, rounded once, unless a result stored on the way is none that
+      its dtype holds (a layout that repeats rows can make it so): then N2.
 N5    on extreme quantised inputs the result is bit-equal to the reference's: saturation cannot hide in a tolerance.
 N7    NaN, +Inf and -Inf stand where torch has them, for a special value in any position of any input.
 ====  =========================================================================================================
