@@ -7,11 +7,14 @@
 namespace burnish {
 namespace {
 
-constexpr int64_t kChunk = 2048;           // bytes of a row of W that are packed together
+constexpr int64_t kPanelBytes = int64_t{128} << 10;  // of W, packed together: they stay in L2
+constexpr int64_t kLongest = 4096;         // elements of W's rows that are: sums in one go lose little up to there
 constexpr int64_t kChunkTransposed = 256;  // rows of a transposed W that are
 constexpr int64_t kPanelsTransposed = 4;   // panels of a transposed W that are: its rows are read 512 bytes at a time
 constexpr int64_t kFewRows = 8;            // up to which a projection reads W as it lies
-constexpr int64_t kRowBlock = 512;         // rows that meet a packed panel: x's chunk of them stays in L2
+constexpr int64_t kTileBytes = int64_t{256} << 10;  // of sums that a group of panels may take
+constexpr int64_t kNarrow = 32, kNarrowRows = 64;
+constexpr int64_t kRowBlock = 512;  // rows that meet a packed panel: x's chunk of them stays in L2
 constexpr int64_t kPartialBytes = int64_t{4} << 20;
 
 // A piece of a term's depth, packed at once.
@@ -20,10 +23,12 @@ struct Step {
   Range depth;
 };
 
-std::vector<Step> steps_of(const std::vector<Term>& terms) {
+// `columns`: of a panel.
+std::vector<Step> steps_of(const std::vector<Term>& terms, int64_t columns) {
   std::vector<Step> steps;
   for (const Term& term : terms) {
-    const int64_t chunk = term.weight.transposed ? kChunkTransposed : kChunk / size_of(term.x.format);
+    const int64_t fitting = std::min(kPanelBytes / (round_up(columns, 16) * size_of(term.x.format)), kLongest);
+    const int64_t chunk = term.weight.transposed ? kChunkTransposed : fitting;
     for (int64_t k = 0; k < term.depth; k += chunk) steps.push_back({&term, {k, std::min(k + chunk, term.depth)}});
     if (term.depth == 0 && &term == &terms.back() && steps.empty()) steps.push_back({&term, {0, 0}});
   }
@@ -73,9 +78,12 @@ void pack(const Kernels& level, const Step& step, Range columns, char* panels, i
 void add_products(const Kernels& level, const std::vector<Term>& terms, int64_t rows, Range columns, const Sink& sink,
                   const Dropout* dropout, int64_t mask_row) {
   static thread_local Scratch scratch;
-  const std::vector<Step> steps = steps_of(terms);
-  const int64_t group = (terms[0].weight.transposed ? kPanelsTransposed : 1) * level.panel_columns;
-  const int64_t panel_bytes = level.panel_columns * (kChunk + 4);
+  const std::vector<Step> steps = steps_of(terms, std::min(level.panel_columns, columns.size()));
+  // a transposed W is read some panels wide, as far as their sums still leave room in L2
+  const int64_t wide =
+      std::clamp<int64_t>(kTileBytes / std::max<int64_t>(1, rows * level.panel_columns * 4), 1, kPanelsTransposed);
+  const int64_t group = (terms[0].weight.transposed ? wide : 1) * level.panel_columns;
+  const int64_t panel_bytes = kPanelBytes + 64 * level.panel_columns;
   scratch.reserve(Block::bytes(rows, group, Format::kFloat) +
                   Scratch::bytes<char>(group / level.panel_columns * panel_bytes) +
                   Block::bytes(kChunkTransposed, group, terms[0].x.format));
@@ -143,9 +151,11 @@ void add_products_parallel(const Kernels& level, const std::vector<Term>& terms,
 }
 
 Cut::Cut(int64_t rows, int64_t depth, int64_t columns) : rows(rows), depth(depth) {
-  row_part = std::max<int64_t>(256, round_up((rows + 7) / 8, 6));
+  // a narrow W costs little to pack again: X's rows are then read whole, in streams that the processor follows
+  const bool narrow = columns <= kNarrow && rows >= 2 * kNarrowRows;
+  row_part = std::max<int64_t>(narrow ? kNarrowRows : 256, round_up((rows + 7) / 8, 6));
   const int64_t most = std::max<int64_t>(1, kPartialBytes / std::max<int64_t>(1, rows * columns * 4));
-  const int64_t parts = std::clamp<int64_t>(depth / 1024, 1, most);
+  const int64_t parts = narrow ? 1 : std::clamp<int64_t>(depth / 1024, 1, most);
   depth_part = std::max<int64_t>(round_up((depth + parts - 1) / parts, 64), 64);
 }
 
