@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kRows = 6;
 constexpr int64_t kReadAhead = 512;  // bytes of a row that packing prefetches
+constexpr int64_t kClaimed = 3;      // passes ahead that lines of y are fetched, to be written
 constexpr int64_t kColdDepth = 256;  // from which X's rows are worth a prefetch
 constexpr int64_t kSummed = 64;      // columns that add_columns sums together
 constexpr int kVectors = kPanelColumns / Vec::kLanes;
@@ -326,14 +327,17 @@ void multiply(const Matrix& x, int64_t rows, const void* panel, int64_t columns,
     const int64_t passes = (rows + kRows - 1) / kRows;
     const int64_t vectors = padded_columns(columns) / Vec::kLanes;
     Walker walker(ahead);
+    const auto claimed = [&](int64_t pass) {
+      return pass + kClaimed < passes ? rows * (pass + kClaimed) / passes : rows;
+    };
     const bool reads_x = ahead.rows == 0 && depth >= kColdDepth;
     for (int64_t pass = 0; pass < passes; ++pass) {
       // equal passes: 16 rows as 6 + 5 + 5, not 6 + 6 + 4
       const int64_t first = rows * pass / passes, last = rows * (pass + 1) / passes;
       int64_t lines = walker.lines() * (pass + 1) / passes - walker.lines() * pass / passes;
-      if (sink.y != nullptr && pass + 1 < passes) {  // claims the lines of y that the next pass writes
-        const int64_t next = rows * (pass + 2) / passes, size = size_of(sink.y_format);
-        for (int64_t row = last; row < next; ++row) {
+      if (sink.y != nullptr) {  // claims the lines of y that a later pass writes
+        const int64_t size = size_of(sink.y_format);
+        for (int64_t row = pass == 0 ? last : claimed(pass); row < claimed(pass + 1); ++row) {
           const char* y = static_cast<const char*>(sink.y) + row * sink.y_stride * size;
           for (int64_t at = 0; at < columns * size; at += 64) __builtin_prefetch(y + at, 1, 3);
         }
