@@ -13,7 +13,8 @@ constexpr int64_t kChunkTransposed = 256;  // rows of a transposed W that are
 constexpr int64_t kPanelsTransposed = 4;   // panels of a transposed W that are: its rows are read 512 bytes at a time
 constexpr int64_t kFewRows = 8;            // up to which a projection reads W as it lies
 constexpr int64_t kTileBytes = int64_t{256} << 10;  // of sums that a group of panels may take
-constexpr int64_t kNarrow = 32, kNarrowRows = 64;
+constexpr int64_t kPackedWhole = int64_t{256} << 10;
+constexpr int64_t kRowsByRows = 12;
 constexpr int64_t kRowBlock = 512;  // rows that meet a packed panel: x's chunk of them stays in L2
 constexpr int64_t kPartialBytes = int64_t{4} << 20;
 
@@ -53,6 +54,11 @@ Ahead share(const Ahead& whole, int64_t i, int64_t n) {
   return {whole.next + first * whole.stride, whole.stride, whole.lines, whole.rows * (i + 1) / n - first};
 }
 
+// Bytes of a step's panel.
+int64_t packed_bytes(const Kernels& level, const Step& step) {
+  return level.panel_columns * round_up(step.depth.size() * size_of(step.term->x.format), 4);
+}
+
 // The panels of `columns` for a step, one after the other, `panel_bytes` apart; `kept` holds rows after dropout.
 void pack(const Kernels& level, const Step& step, Range columns, char* panels, int64_t panel_bytes, const Block& kept) {
   const Weight& weight = step.term->weight;
@@ -73,12 +79,36 @@ void pack(const Kernels& level, const Step& step, Range columns, char* panels, i
   }
 }
 
+// One step whose whole W is packed before anything is multiplied: a few rows of y at a time, from end to end, which the
+// memory likes better than a panel of all rows.
+void add_product_by_rows(const Kernels& level, const Step& step, int64_t rows, Range columns, const Sink& y) {
+  static thread_local Scratch scratch;
+  const int64_t P = level.panel_columns, panels = (columns.size() + P - 1) / P;
+  const int64_t panel_bytes = packed_bytes(level, step);
+  scratch.reserve(Scratch::bytes<char>(panels * panel_bytes));
+  char* packed = scratch.take<char>(panels * panel_bytes);
+  pack(level, step, columns, packed, panel_bytes, {});
+  for (int64_t row = 0; row < rows; row += kRowsByRows) {
+    const int64_t count = std::min(kRowsByRows, rows - row);
+    for (int64_t p = 0; p < panels; ++p) {
+      level.multiply(step.term->x.at(row, step.depth.begin), count, packed + p * panel_bytes,
+                     std::min(P, columns.size() - p * P), step.depth.size(), y.at(row, columns.begin + p * P), {});
+    }
+  }
+}
+
 }  // namespace
 
 void add_products(const Kernels& level, const std::vector<Term>& terms, int64_t rows, Range columns, const Sink& sink,
                   const Dropout* dropout, int64_t mask_row) {
   static thread_local Scratch scratch;
   const std::vector<Step> steps = steps_of(terms, std::min(level.panel_columns, columns.size()));
+  if (steps.size() == 1 && sink.y != nullptr && rows >= 2 * kRowsByRows && dropout == nullptr &&
+      terms[0].weight.dropout == nullptr &&
+      packed_bytes(level, steps[0]) * ((columns.size() + level.panel_columns - 1) / level.panel_columns) <=
+          kPackedWhole) {
+    return add_product_by_rows(level, steps[0], rows, columns, sink);
+  }
   // a transposed W is read some panels wide, as far as their sums still leave room in L2
   const int64_t wide =
       std::clamp<int64_t>(kTileBytes / std::max<int64_t>(1, rows * level.panel_columns * 4), 1, kPanelsTransposed);

@@ -62,6 +62,9 @@ void add_products(const Kernels& level, const std::vector<Term>& terms, int64_t 
 void add_products_parallel(const Kernels& level, const std::vector<Term>& terms, int64_t rows, int64_t columns,
                            const Sink& sink, const Dropout* dropout = nullptr);
 
+// Columns up to which W costs little to pack again, for as many rows of X.
+constexpr int64_t kNarrow = 32, kNarrowRows = 64;
+
 // A sum over a long depth, cut into parts [rows, depth] that are summed apart.
 struct Cut {
   int64_t rows, depth, row_part, depth_part;

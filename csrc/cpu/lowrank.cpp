@@ -129,6 +129,22 @@ Projection project_down(const Kernels& level, const Operand& x, const Factors& f
   return made;
 }
 
+// Both products for a narrow pair of factors: each thread takes rows of its own from x to y and packs the factors for
+// itself, which costs less than to wait for the others in between.
+void narrow_rows(const Kernels& level, const Operand& x, const Factors& factors, const Sink& y) {
+  const int64_t K = x.rows.width, N = factors.outputs(), R = factors.rank();
+  parallel_for(0, x.rows.count, kNarrowRows, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    const int64_t rows = end - begin;
+    scratch.reserve(Block::bytes(rows, R, Format::kFloat) + Projection::bytes(rows, R, x.matrix.format, false));
+    const Block sums = Block::take(scratch, rows, R, Format::kFloat);
+    const Projection s = Projection::take(scratch, rows, R, x.matrix.format, false);
+    add_products(level, {{x.matrix.at(begin, 0), {factors.A.matrix, false}, K}}, rows, {0, R}, sums.sums(false));
+    round_projection(level, sums, 1, rows, R, factors.factor, s);
+    add_products(level, {{s.rows.matrix(), {factors.B.matrix, false}, R}}, rows, {0, N}, y.at(begin, 0));
+  });
+}
+
 }  // namespace
 
 Tensor lowrank_forward(const Tensor& x, const Factors& factors, const Base* base, const std::optional<Tensor>& bias) {
@@ -141,6 +157,11 @@ Tensor lowrank_forward(const Tensor& x, const Factors& factors, const Base* base
   floats.reserve(Scratch::bytes<float>(N));
   const float* offset = bias.has_value() ? as_floats(*bias, floats.take<float>(N)) : nullptr;
   const Sink y{nullptr, 0, false, made.mutable_data_ptr(), N, from.matrix.format, offset};
+  if (base == nullptr && factors.mask() == nullptr && R <= kNarrow && M >= 2 * kNarrowRows &&
+      level.product_format(from.matrix.format) == from.matrix.format) {
+    narrow_rows(level, from, factors, y);
+    return made;
+  }
   const bool few = M <= kFewRows && factors.mask() == nullptr;
   const Projection s = project_down(level, from, factors, few, false, scratch);
   const Term low{s.rows.matrix(), {factors.B.matrix, false}, R};
