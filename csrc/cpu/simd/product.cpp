@@ -13,6 +13,8 @@ namespace {
 
 constexpr int kRows = 6;
 constexpr int64_t kReadAhead = 512;  // bytes of a row that packing prefetches
+constexpr int kSums = 4 * kRows;     // registers of sums
+constexpr int64_t kSumSteps = 512;   // steps that are summed in one go, where there are registers for two levels
 constexpr int64_t kClaimed = 3;      // passes ahead that lines of y are fetched, to be written
 constexpr int64_t kColdDepth = 256;  // from which X's rows are worth a prefetch
 constexpr int64_t kSummed = 64;      // columns that add_columns sums together
@@ -102,32 +104,67 @@ BURNISH_INLINE void finish(Vec (&sum)[MR][NV], const Sink& sink, int64_t columns
   });
 }
 
+// One step of k: a vector of W for each column vector, a broadcast of X for each row.
+template <class Element, int MR, int NV, class Spread>
+BURNISH_INLINE void step(Vec (&sum)[MR][NV], const char* x, int64_t x_stride, const char* panel, Spread spread) {
+  typename Element::Weight weight[NV];
+  BURNISH_UNROLL for (int v = 0; v < NV; ++v) weight[v] = Element::load_weight(panel + v * kVectorBytes);
+  BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
+    const auto factor = spread(x + m * x_stride);
+    BURNISH_UNROLL for (int v = 0; v < NV; ++v) Element::multiply_add(sum[m][v], weight[v], factor);
+  }
+}
+
+// Where there are registers for it, sums of a long depth are formed in blocks, and the blocks added up: that keeps the
+// rounding error near that of a short sum. Results in bf16 hide it.
+template <class Element, int MR, int NV>
+constexpr bool kTwoLevels = Element::kDepth == 1 && 2 * NV * MR <= kSums;
+
 template <class Element, int MR, int NV>
 void tile(const char* x, int64_t x_stride, const char* panel, int64_t depth, Walker& walker, int64_t lines,
           const Sink& sink, int64_t columns) {
   constexpr int64_t kStep = Element::kDepth * sizeof(typename Element::Stored);  // bytes of x a step
+  constexpr int64_t kPanelStep = NV * kVectorBytes;
   Vec sum[MR][NV];
   BURNISH_UNROLL for (int m = 0; m < MR; ++m) { BURNISH_UNROLL for (int v = 0; v < NV; ++v) sum[m][v] = Vec(0.0f); }
   const int64_t steps = depth / Element::kDepth;
+  const int64_t every = lines > 0 && steps / lines > 0 ? steps / lines : 1;  // steps between two prefetches
   int64_t k = 0;
-  const auto step = [&](auto spread) __attribute__((always_inline)) {
-    typename Element::Weight weight[NV];
-    BURNISH_UNROLL for (int v = 0; v < NV; ++v) weight[v] = Element::load_weight(panel + (k * NV + v) * kVectorBytes);
-    BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
-      const auto factor = spread(x + m * x_stride + k * kStep);
-      BURNISH_UNROLL for (int v = 0; v < NV; ++v) Element::multiply_add(sum[m][v], weight[v], factor);
+  if constexpr (kTwoLevels<Element, MR, NV>) {
+    Vec total[MR][NV];
+    BURNISH_UNROLL for (int m = 0; m < MR; ++m) { BURNISH_UNROLL for (int v = 0; v < NV; ++v) total[m][v] = Vec(0.0f); }
+    int64_t wait = 0;
+    for (int64_t block = 0; block < steps; block += kSumSteps) {
+      const int64_t end = steps - block < kSumSteps ? steps : block + kSumSteps;
+      for (; k < end; ++k) {
+        if (lines > 0 && --wait <= 0) {
+          walker.step();
+          --lines;
+          wait = every;
+        }
+        step<Element>(sum, x + k * kStep, x_stride, panel + k * kPanelStep, Element::spread);
+      }
+      BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
+        BURNISH_UNROLL for (int v = 0; v < NV; ++v) {
+          total[m][v] = total[m][v] + sum[m][v];
+          sum[m][v] = Vec(0.0f);
+        }
+      }
     }
-  };
-  if (lines > 0) {
-    // a few steps between two prefetches, in a loop of their own, free of branches
-    const int64_t every = steps / lines > 0 ? steps / lines : 1;
+    BURNISH_UNROLL for (int m = 0; m < MR; ++m) { BURNISH_UNROLL for (int v = 0; v < NV; ++v) sum[m][v] = total[m][v]; }
+  } else if (lines > 0) {
+    // the steps between two prefetches in a loop of their own, free of branches
     for (int64_t line = 0; line < lines && k + every <= steps; ++line) {
       walker.step();
-      for (const int64_t end = k + every; k < end; ++k) step(Element::spread);
+      for (const int64_t end = k + every; k < end; ++k) {
+        step<Element>(sum, x + k * kStep, x_stride, panel + k * kPanelStep, Element::spread);
+      }
     }
   }
-  for (; k < steps; ++k) step(Element::spread);
-  if (depth % Element::kDepth != 0) step(Element::spread_last);
+  for (; k < steps; ++k) step<Element>(sum, x + k * kStep, x_stride, panel + k * kPanelStep, Element::spread);
+  if (depth % Element::kDepth != 0) {
+    step<Element>(sum, x + k * kStep, x_stride, panel + k * kPanelStep, Element::spread_last);
+  }
   finish<Element, MR, NV>(sum, sink, columns);
 }
 
