@@ -17,7 +17,7 @@ namespace burnish {
 
 using host::Where;
 
-// Types that ptx.cuh names: others have no such instruction, and no kernel may find that out from nvcc alone.
+// The types that ptx.cuh names; what nvcc would refuse is refused here too.
 template <class T, class... Allowed>
 constexpr bool kOneOf = (std::is_same_v<T, Allowed> || ...);
 template <class T>
@@ -95,10 +95,11 @@ template <class T>
 T atomic_add(T* address, std::type_identity_t<T> value, Where where = Where::current()) {
   static_assert(kAtomicInteger<T> || kOneOf<T, float>, "atomic_add has no such type");
   return atomic_update(address, where, [=](T old) {
-    if constexpr (std::is_same_v<T, float>)
+    if constexpr (std::is_same_v<T, float>) {
       return add_floats(old, value, host::in_shared(address));
-    else
+    } else {
       return static_cast<T>(std::make_unsigned_t<T>(old) + std::make_unsigned_t<T>(value));
+    }
   });
 }
 
