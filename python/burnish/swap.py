@@ -27,7 +27,7 @@ from burnish import measure as timing
 from burnish import rules as patterns
 from burnish.configs import Config, Keep
 from burnish.errors import SwapError
-from burnish.kinds import Kept, Kind, Request
+from burnish.kinds import Kept, Kind, Request, peft
 from burnish.nn import Fused
 from burnish.registry import dtype_name
 from burnish.report import Report, Row, Slot, model_bytes, tensor_bytes
@@ -111,7 +111,7 @@ def swap_(
     compiled = patterns.parse(rules)
     layers = _survey(model)
     _refuse_root(model, compiled)
-    _decide(layers, compiled, filter_fn)
+    _decide(model, layers, compiled, filter_fn)
     _keep_ties(layers)
     _find_fusions(layers)
     if measure is not None:
@@ -180,16 +180,19 @@ def _refuse_root(model: torch.nn.Module, compiled: Sequence[patterns.Rule]) -> N
             )
 
 
-def _decide(layers: Sequence[_Layer], compiled: Sequence[patterns.Rule], filter_fn: FilterFn | None) -> None:
+def _decide(
+    model: torch.nn.Module, layers: Sequence[_Layer], compiled: Sequence[patterns.Rule], filter_fn: FilterFn | None
+) -> None:
     """Give each layer its configuration, or the reason to keep it."""
     targets = [
         patterns.Target(tuple(layer.fqns), type(layer.module).__name__, kinds.takers(layer.module)) for layer in layers
     ]
     decided = patterns.decide(compiled, targets)
+    shield = peft.shield(model)
     asked = accepted = 0
     for layer, target, rule in zip(layers, targets, decided, strict=True):
         layer.config = rule.config if rule else None
-        layer.reason = _reason(layer, target, rule)
+        layer.reason = _reason(layer, target, rule) or shield(layer.module, layer.config)
         if layer.reason is None and filter_fn is not None:
             asked += 1
             accepted += (wanted := bool(filter_fn(layer.module, layer.fqn)))

@@ -13,6 +13,8 @@ The formats are those of :mod:`burnish.bases`. To add one: a branch in :func:`op
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch.nn.utils import parametrize
 
@@ -64,3 +66,10 @@ def dtype_of(base: torch.nn.Module) -> torch.dtype:
 def is_sharded(base: torch.nn.Module) -> bool:
     """Whether FSDP2 or tensor parallelism has cut the weight up."""
     return type(operands(base)[0]).__name__ == "DTensor"
+
+
+def with_weight(base: torch.nn.Module, weight: torch.Tensor) -> torch.nn.Module:
+    """A copy of a float layer that holds another weight, frozen, and shares all else."""
+    twin = copy.copy(base)
+    vars(twin)["_parameters"] = {**base._parameters, "weight": torch.nn.Parameter(weight, requires_grad=False)}
+    return twin

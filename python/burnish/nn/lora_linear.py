@@ -20,7 +20,7 @@ the generator's state, computes with the same mask again. The mask itself is nev
 
 Sharding. Adapted first and sharded afterwards (``fully_shard`` on the layer or on a module around it, never on its
 ``base_layer``), the adapters are sharded like all else. Sharded first and adapted afterwards by
-:func:`burnish.swap_`, FSDP2 goes on managing the base weight, whose hooks the layer takes over; the adapters are then
+:func:`burnish.swap_`, FSDP2 goes on managing the base weight, by hooks that the layer takes over; the adapters are then
 whole in every process, equal at first, and each backward pass averages their gradients over the mesh.
 
 Method: Hu et al. 2021 (LoRA, arXiv 2106.09685); scaling by sqrt(r), Kalajdzievski 2023 (rsLoRA, arXiv 2312.03732);
@@ -30,8 +30,6 @@ start from the principal singular vectors, Meng et al. 2024 (PiSSA, arXiv 2404.0
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,7 +37,7 @@ import torch
 from burnish.checks import FLOATING
 from burnish.configs import LoRA
 from burnish.nn.averaged import averaged, spread
-from burnish.nn.base_layer import dtype_of, is_sharded, operands, refusal, sizes
+from burnish.nn.base_layer import dtype_of, is_sharded, operands, refusal, sizes, with_weight
 from burnish.nn.int8_linear import Int8Linear, autocast_dtype
 from burnish.ops.lora_linear import lora_linear
 from burnish.registry import dtype_name
@@ -60,7 +58,7 @@ class LoRALinear(torch.nn.Module):
         use_rslora: divide lora_alpha by sqrt(r) instead.
         init_lora_weights: ``default``, lora_A as nn.Linear's weight and lora_B zero; or ``pissa``, the adapter is the
             principal part of the base weight and the base keeps the rest, so that training starts from what the layer
-            computes now. It takes a float base that is not sharded, and gives it a new weight parameter.
+            computes now. It takes a float base that is not sharded; ``base_layer`` is then a copy with the rest.
         dtype: of the adapter, fp32, bf16 or fp16; by default the base's.
 
     Raises:
@@ -74,8 +72,7 @@ class LoRALinear(torch.nn.Module):
     base_layer: torch.nn.Module
     lora_A: torch.nn.Parameter
     lora_B: torch.nn.Parameter
-    _unmerged: torch.nn.Parameter | None
-    _residual: torch.nn.Parameter | None
+    _unmerged: torch.nn.Module | None
 
     def __init__(
         self,
@@ -94,10 +91,10 @@ class LoRALinear(torch.nn.Module):
         )
         self._set_form(base_layer, config)
         self._set_adapter(config)
-        self.settle()
+        self._freeze()
 
     def _set_form(self, base: torch.nn.Module, config: LoRA) -> None:
-        """Check and set what is not the adapter's tensors."""
+        """Check and set what is not the adapter's tensors; freezes the base."""
         reason = refusal(base)
         if reason is not None:
             raise TypeError(f"LoRALinear: base_layer is {reason}")
@@ -111,12 +108,11 @@ class LoRALinear(torch.nn.Module):
         self.scaling = config.scaling
         self.base_layer = base
         self._mesh: Any = operands(base)[0].device_mesh if is_sharded(base) else None  # type: ignore[attr-defined]
-        self._set_aside("_unmerged", None)
-        self._set_aside("_residual", None)
+        self._set_aside(None)
 
-    def _set_aside(self, name: str, value: torch.nn.Parameter | None) -> None:
-        """Keep a parameter that is not one of this module's."""
-        vars(self)[name] = value
+    def _set_aside(self, base: torch.nn.Module | None) -> None:
+        """Keep a base that is not to be one of this module's children."""
+        vars(self)["_unmerged"] = base
 
     def _set_adapter(self, config: LoRA) -> None:
         """Give the adapter its tensors and first values."""
@@ -144,80 +140,63 @@ class LoRALinear(torch.nn.Module):
 
     def _init_principal(self) -> None:
         base = self.base_layer
-        if isinstance(base, Int8Linear) or self._mesh is not None:
-            what = "an Int8Linear" if self._mesh is None else "sharded"
+        weight = operands(base)[0]
+        if isinstance(base, Int8Linear) or self._mesh is not None or weight.is_meta:
+            what = "sharded" if self._mesh is not None else "on meta" if weight.is_meta else "an Int8Linear"
             raise ValueError(
                 f"LoRALinear: init_lora_weights is 'pissa' and base_layer is {what}, expected a whole float weight to "
                 "take the principal part of: adapt before quantising or sharding"
             )
-        weight = operands(base)[0]
-        if weight.is_meta:
-            raise ValueError("LoRALinear: init_lora_weights is 'pissa' and base_layer is on meta, without values")
         with torch.no_grad():
             left, values, right = torch.linalg.svd(weight.float(), full_matrices=False)
             roots = (values[: self.r] / self.scaling).sqrt()
             self.lora_A.copy_(roots.unsqueeze(1) * right[: self.r])
             self.lora_B.copy_(left[:, : self.r] * roots)
-            self._set_aside("_residual", self._with_delta(-1.0))
+            self.base_layer = with_weight(base, self._summed(-1.0))
 
     @classmethod
     def from_float(cls, module: torch.nn.Module, config: LoRA | None = None) -> LoRALinear:
-        """A LoRALinear around ``module``, in its mode.
+        """A LoRALinear around ``module``, which may also be an Int8Linear, in its mode.
 
         Raises:
             TypeError, ValueError: as the constructor does.
         """
-        self = cls.prepared(module, config)
-        self.settle()
-        return self
-
-    @classmethod
-    def prepared(
-        cls,
-        base: torch.nn.Module,
-        config: LoRA | None = None,
-        adapter: tuple[torch.nn.Parameter, torch.nn.Parameter] | None = None,
-        scaling: float | None = None,
-    ) -> LoRALinear:
-        """The layer with the base still as it was, until :meth:`settle`.
-
-        Args:
-            base: as for the constructor.
-            config: of the adapter.
-            adapter: lora_A and lora_B to go on with, instead of new ones.
-            scaling: another one than the configuration's.
-        """
         config = config or LoRA()
         self = cls.__new__(cls)
         torch.nn.Module.__init__(self)
+        self._set_form(module, config)
+        self._set_adapter(config)
+        self._freeze()
+        return self.train(module.training)
+
+    @classmethod
+    def around(
+        cls,
+        base: torch.nn.Module,
+        config: LoRA,
+        lora_A: torch.nn.Parameter,
+        lora_B: torch.nn.Parameter,
+        scaling: float | None = None,
+    ) -> LoRALinear:
+        """A LoRALinear of an adapter that exists: it goes on with the very parameters.
+
+        Args:
+            base: as for the constructor.
+            config: what the adapter is.
+            lora_A, lora_B: its factors, [R, K] and [N, R].
+            scaling: another one than the configuration's.
+        """
+        self = cls.__new__(cls)
+        torch.nn.Module.__init__(self)
         self._set_form(base, config)
-        if adapter is None:
-            self._set_adapter(config)
-        else:
-            self.lora_A, self.lora_B = adapter
+        self.lora_A, self.lora_B = lora_A, lora_B
         self.scaling = self.scaling if scaling is None else scaling
-        self.train(base.training)
-        return self
+        self._freeze()
+        return self.train(base.training)
 
-    def settle(self) -> Callable[[], None]:
-        """Freeze the base, and give it the residual where the adapter took the principal part; returns the way
-        back."""
-        base, residual = self.base_layer, self._residual
-        flags = [(tensor, tensor.requires_grad) for tensor in base.parameters(recurse=False)]
-        weight = base._parameters.get("weight")
-
-        def unsettle() -> None:
-            if residual is not None:
-                base._parameters["weight"] = weight
-            for tensor, flag in flags:
-                tensor.requires_grad_(flag)
-
-        if residual is not None:
-            base._parameters["weight"] = residual
-            self._set_aside("_residual", None)
-        for tensor, _ in flags:
+    def _freeze(self) -> None:
+        for tensor in self.base_layer.parameters(recurse=False):
             tensor.requires_grad_(False)
-        return unsettle
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._unmerged is not None:
@@ -261,8 +240,8 @@ class LoRALinear(torch.nn.Module):
     def merge(self) -> None:
         """Add the adapter to the base weight, in fp32 and rounded once; the layer then costs what its base costs.
 
-        The base gets a new weight parameter and the old one is kept aside, so :meth:`unmerge` gives the same bits and
-        the same object back, and a layer that the weight is tied to does not change.
+        A copy of the base that holds the sum takes its place and the base is kept aside, so :meth:`unmerge` brings the
+        same bits and the same module back, and a layer that the weight is tied to does not change.
 
         Raises:
             RuntimeError: merged already, or a base that is int8 or sharded.
@@ -275,23 +254,22 @@ class LoRALinear(torch.nn.Module):
                 "LoRALinear.merge: base_layer is an Int8Linear, whose weight would be rounded to int8 once more: merge "
                 "before the base is swapped to Int8, or take the float layer that to_float() gives"
             )
-        merged = self._with_delta(1.0)
-        self._set_aside("_unmerged", self.base_layer._parameters["weight"])
-        self.base_layer._parameters["weight"] = merged
+        base = self.base_layer
+        self.base_layer = with_weight(base, self._summed(1.0))
+        self._set_aside(base)
 
     def unmerge(self) -> None:
-        """Give the base the weight that it had before :meth:`merge`, bit for bit.
+        """Bring back the base that there was before :meth:`merge`, bit for bit; it follows the layer's device, dtype
+        and mode.
 
         Raises:
             RuntimeError: not merged.
         """
         if self._unmerged is None:
             raise RuntimeError("LoRALinear.unmerge: the adapter is not merged, expected merge() first")
-        merged, before = self.base_layer._parameters["weight"], self._unmerged
-        assert merged is not None
-        before.data = before.data.to(merged.device, merged.dtype)
-        self.base_layer._parameters["weight"] = before
-        self._set_aside("_unmerged", None)
+        weight = operands(self.base_layer)[0]
+        self.base_layer = self._unmerged.to(weight.device, weight.dtype).train(self.training)
+        self._set_aside(None)
 
     def _check_whole(self, call: str) -> None:
         if is_sharded(self.base_layer) or type(self.lora_A).__name__ == "DTensor":
@@ -303,12 +281,12 @@ class LoRALinear(torch.nn.Module):
     def _delta(self) -> torch.Tensor:
         return self.scaling * (self.lora_B.detach().float() @ self.lora_A.detach().float())
 
-    def _with_delta(self, sign: float) -> torch.nn.Parameter:
-        """The float base's weight with the adapter added or taken away, in the base's own layout."""
+    def _summed(self, sign: float) -> torch.Tensor:
+        """The float base's weight with the adapter added or taken away, as the base holds it."""
         weight = self.base_layer._parameters["weight"]
         assert weight is not None
         delta = self._delta() if isinstance(self.base_layer, torch.nn.Linear) else self._delta().t()
-        return torch.nn.Parameter((weight.detach().float() + sign * delta).to(weight.dtype), requires_grad=False)
+        return (weight.detach().float() + sign * delta).to(weight.dtype)
 
     def to_float(self) -> torch.nn.Module:
         """The plain nn.Linear with the adapter in its weight, rounded to the base's dtype. An int8 base is
@@ -326,6 +304,17 @@ class LoRALinear(torch.nn.Module):
         linear.weight = torch.nn.Parameter(weight.clone(memory_format=torch.contiguous_format), requires_grad=False)
         linear.bias = self.base_layer.bias  # type: ignore[assignment]
         return linear.train(self.training)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the base computes in."""
+        return dtype_of(self.base_layer)
+
+    @property
+    def summary(self) -> str:
+        """What a report calls it."""
+        on = " on Int8Linear" if isinstance(self.base_layer, Int8Linear) else ""
+        return f"LoRALinear r={self.r}{on}"
 
     def extra_repr(self) -> str:
         merged = ", merged" if self.merged else ""
@@ -369,19 +358,3 @@ class LoRALinear(torch.nn.Module):
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
-
-
-def settled(config: LoRA, **known: Any) -> LoRA:
-    """``config`` with what is known of an adapter that exists.
-
-    Raises:
-        ValueError: an option that was given says something else.
-    """
-    for name, value in known.items():
-        given = getattr(config, name)
-        if given is not None and given != value:
-            raise ValueError(
-                f"LoRALinear.from_float: the configuration has {name} {given!r}, the adapter that is there {value!r}; "
-                "leave the option out to take the adapter's"
-            )
-    return replace(config, **known)
