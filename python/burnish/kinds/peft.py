@@ -111,7 +111,7 @@ def shield(model: torch.nn.Module) -> Callable[[torch.nn.Module, Config | None],
         if id(module) in parts:
             return "it is part of an adapter of peft's"
         if layers and config == LoRA() and not is_layer(module):
-            return "peft gave it no adapter, and LoRA() takes peft's over; LoRA(r=...) would give it one"
+            return "peft gave it no adapter; LoRA(r=...) would"
         return None
 
     return reason
