@@ -25,7 +25,7 @@ from burnish import measure as timing
 from burnish import rules as patterns
 from burnish.configs import Config, Keep
 from burnish.errors import SwapError
-from burnish.kinds import Kept, Request
+from burnish.kinds import Kept, Request, peft
 from burnish.layers import Layer, keep_ties, rows_of, survey
 from burnish.nn import Fused
 from burnish.report import Report, Slot, model_bytes
@@ -69,7 +69,7 @@ def swap_(
     compiled = patterns.parse(rules)
     layers = survey(model)
     _refuse_root(model, compiled)
-    _decide(layers, compiled, filter_fn)
+    _decide(layers, compiled, filter_fn, peft.shield(model))
     keep_ties(layers)
     _find_fusions(layers)
     if measure is not None:
@@ -120,7 +120,12 @@ def _refuse_root(model: torch.nn.Module, compiled: Sequence[patterns.Rule]) -> N
             )
 
 
-def _decide(layers: Sequence[Layer], compiled: Sequence[patterns.Rule], filter_fn: FilterFn | None) -> None:
+def _decide(
+    layers: Sequence[Layer],
+    compiled: Sequence[patterns.Rule],
+    filter_fn: FilterFn | None,
+    shield: Callable[[torch.nn.Module, Config | None], str | None],
+) -> None:
     """Give each layer its configuration, or the reason to keep it."""
     targets = [
         patterns.Target(tuple(layer.fqns), type(layer.module).__name__, kinds.takers(layer.module)) for layer in layers
@@ -129,7 +134,7 @@ def _decide(layers: Sequence[Layer], compiled: Sequence[patterns.Rule], filter_f
     asked = accepted = 0
     for layer, target, rule in zip(layers, targets, decided, strict=True):
         layer.config = rule.config if rule else None
-        layer.reason = _reason(layer, target, rule)
+        layer.reason = _reason(layer, target, rule) or shield(layer.module, layer.config)
         if layer.reason is None and filter_fn is not None:
             asked += 1
             accepted += (wanted := bool(filter_fn(layer.module, layer.fqn)))

@@ -2,5 +2,6 @@
 
 from burnish.nn.fused import Fused
 from burnish.nn.int8_linear import Int8Linear
+from burnish.nn.lora_linear import LoRALinear
 
-__all__ = ["Fused", "Int8Linear"]
+__all__ = ["Fused", "Int8Linear", "LoRALinear"]

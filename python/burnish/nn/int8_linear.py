@@ -189,7 +189,7 @@ class Int8Linear(torch.nn.Module):
             buffers["weight_scale"],  # type: ignore[arg-type]
             self._parameters["bias"],
             self.activation,
-            _autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None,
+            autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None,
         )
 
     def extra_repr(self) -> str:
@@ -315,7 +315,7 @@ class Int8Linear(torch.nn.Module):
         return wrong
 
 
-def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast gives a linear layer's result on x's device; None where it is off or does not exist."""
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
