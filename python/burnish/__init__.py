@@ -12,7 +12,7 @@ _native.load()  # before the schemas below are defined, so that a mismatch is an
 
 from burnish import nn, ops  # noqa: E402
 from burnish.checkpoint import load, save  # noqa: E402
-from burnish.configs import Int8, Keep  # noqa: E402
+from burnish.configs import Int8, Keep, LowRank  # noqa: E402
 from burnish.dispatch import explain, use_backend  # noqa: E402
 from burnish.errors import BackendError, CheckpointError, SwapError  # noqa: E402
 from burnish.native import get_include  # noqa: E402
@@ -26,6 +26,7 @@ __all__ = [
     "CheckpointError",
     "Int8",
     "Keep",
+    "LowRank",
     "Report",
     "SwapError",
     "explain",
