@@ -220,7 +220,7 @@ BAD_MODELS = {
         "the model has Int8Linear at 'head', the checkpoint has a layer there that was not",
     ),
     "no layer": (_without_mlp, "the checkpoint has a layer at 'mlp.0', the model has none there"),
-    "other layer": (_other_layer, "has an Int8Linear at 'mlp.0', the model a Bilinear"),
+    "other layer": (_other_layer, "has Int8Linear at 'mlp.0', the model a Bilinear"),
     "other activation": (_other_activation, "has fused a gelu at 'mlp.1', the model has ReLU there"),
     "no bias": (_unbiased, "'mlp.0' has bias False in the model, True in the checkpoint"),
     "parametrized": (_parametrized, "'mlp.0' cannot be exchanged: it is parametrized"),

@@ -32,10 +32,9 @@ from typing import Any
 
 import torch
 
-from burnish import configs, durable, eligible, fuse
+from burnish import configs, durable, fuse, kinds
 from burnish.errors import CheckpointError
-from burnish.nn import Fused, Int8Linear
-from burnish.nn.int8_linear import float_weight
+from burnish.nn import Fused
 from burnish.report import Slot
 from burnish.swap import adopt
 
@@ -110,20 +109,12 @@ def _recipe(model: torch.nn.Module) -> dict[str, Any]:
     layers: dict[str, Any] = {}
     fused: dict[str, Any] = {}
     for fqn, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Int8Linear):
-            layers[fqn] = {"kind": "Int8Linear", "config": module.config.to_dict(), **_form(module)}
+        kind = kinds.made_by(module)
+        if kind is not None:
+            layers[fqn] = {"kind": type(module).__name__, "config": module.config.to_dict(), **kind.form(module)}
         elif isinstance(module, Fused):
             fused[fqn] = {"activation": module.activation, "into": module.into}
     return {"layers": layers, "fused": fused}
-
-
-def _form(module: Int8Linear) -> dict[str, Any]:
-    return {
-        "in_features": module.in_features,
-        "out_features": module.out_features,
-        "bias": module.bias is not None,
-        "activation": module.activation,
-    }
 
 
 def load(
@@ -187,14 +178,15 @@ def _read_tensors(payload: Path, tied: Mapping[str, str]) -> dict[str, torch.Ten
 
 def _slots(model: torch.nn.Module, layers: Mapping[str, Any], fused: Mapping[str, Any]) -> list[Slot]:
     """What has to be exchanged to make the model as it was saved; empty for a model that is so already."""
-    slots = []
+    slots: list[Slot] = []
     built: dict[int, torch.nn.Module] = {}
+    new: dict[str, torch.nn.Module] = {}
     for fqn, entry in layers.items():
-        slot = _place(model, fqn)
-        slot = _exchanged(slot, built.setdefault(id(slot.before), _built(slot.before, fqn, entry)))
-        slots.append(slot)
+        slot = _place(model, fqn, new)
+        new[fqn] = built.setdefault(id(slot.before), _built(slot.before, fqn, entry))
+        slots.append(_exchanged(slot, new[fqn]))
     for fqn, entry in fused.items():
-        slot = _place(model, fqn)
+        slot = _place(model, fqn, new)
         found = slot.before
         name = found.activation if isinstance(found, Fused) else fuse.activation_name(found)
         if name != entry["activation"]:
@@ -207,7 +199,7 @@ def _slots(model: torch.nn.Module, layers: Mapping[str, Any], fused: Mapping[str
         )
         slots.append(_exchanged(slot, stand_in))
     for fqn, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Int8Linear | Fused) and fqn not in layers and fqn not in fused:
+        if (isinstance(module, Fused) or kinds.made_by(module)) and fqn not in layers and fqn not in fused:
             raise CheckpointError(
                 f"load: the model has {type(module).__name__} at {fqn!r}, the checkpoint has a layer there that was "
                 "not swapped"
@@ -215,10 +207,14 @@ def _slots(model: torch.nn.Module, layers: Mapping[str, Any], fused: Mapping[str
     return [slot for slot in slots if slot.before is not slot.after]
 
 
-def _place(model: torch.nn.Module, fqn: str) -> Slot:
+def _place(model: torch.nn.Module, fqn: str, new: Mapping[str, torch.nn.Module]) -> Slot:
+    """Where a layer goes; ``new`` are the layers that will be there by then, and may hold this one."""
     parent_fqn, _, child = fqn.rpartition(".")
     try:
-        parent = model.get_submodule(parent_fqn)
+        parent, at = model, ""
+        for name in parent_fqn.split(".") if parent_fqn else ():
+            at = f"{at}.{name}" if at else name
+            parent = new.get(at) or parent.get_submodule(name)
         found = parent.get_submodule(child)
     except AttributeError:
         raise CheckpointError(f"load: the checkpoint has a layer at {fqn!r}, the model has none there") from None
@@ -231,34 +227,27 @@ def _exchanged(slot: Slot, after: torch.nn.Module) -> Slot:
 
 def _built(found: torch.nn.Module, fqn: str, entry: Mapping[str, Any]) -> torch.nn.Module:
     """The layer that the recipe has at ``fqn``, without values: what the model has there, if that is it."""
-    if entry["kind"] != "Int8Linear":
-        raise CheckpointError(f"load: {fqn!r} is a {entry['kind']}, which this burnish does not know")
-    wanted = {name: entry[name] for name in ("in_features", "out_features", "bias", "activation")}
-    config = configs.Int8.from_dict(entry["config"])
-    assert isinstance(config, configs.Int8)
-    weight = float_weight(found)
-    if isinstance(found, Int8Linear):
-        has = _form(found)
-    elif weight is not None:
-        has = {
-            **dict(zip(("out_features", "in_features"), weight.shape, strict=True)),
-            "activation": wanted["activation"],
-        }
-        has["bias"] = getattr(found, "bias", None) is not None
-    else:
-        raise CheckpointError(f"load: the checkpoint has an Int8Linear at {fqn!r}, the model a {type(found).__name__}")
-    for name, value in wanted.items():
-        if has[name] != value:
-            raise CheckpointError(f"load: {fqn!r} has {name} {has[name]} in the model, {value} in the checkpoint")
-    if isinstance(found, Int8Linear):
+    name = entry["kind"]
+    kind = kinds.named(name)
+    if kind is None:
+        raise CheckpointError(f"load: {fqn!r} is a {name}, which this burnish does not know")
+    config = configs.from_dict(entry["config"])
+    form = {key: value for key, value in entry.items() if key not in ("kind", "config")}
+    if type(found) in kind.made:
+        has = {"kind": type(found).__name__, **kind.form(found)}
+        for key, value in {"kind": name, **form}.items():
+            if has[key] != value:
+                raise CheckpointError(f"load: {fqn!r} has {key} {has[key]} in the model, {value} in the checkpoint")
         return found
-    reason = eligible.objection(found, [])
+    if not kind.candidate(found):
+        raise CheckpointError(f"load: the checkpoint has {name} at {fqn!r}, the model a {type(found).__name__}")
+    reason = kind.objection(found, [])
     if reason or not fqn:
         raise CheckpointError(f"load: {fqn!r} cannot be exchanged: {reason or 'it is the model itself'}")
-    assert weight is not None
-    made = Int8Linear(device="meta", dtype=weight.dtype, **wanted)
-    made.bias = found.bias  # type: ignore[assignment]
-    made.config = config
+    try:
+        made = kind.rebuild(found, config, form)
+    except kinds.Misfit as error:
+        raise CheckpointError(f"load: {fqn!r} has {error}") from error
     adopt(made, found)
     return made.train(found.training)
 
@@ -305,9 +294,8 @@ def _restore(
     module._parameters.update(parameters)
     module._buffers.clear()
     module._buffers.update(buffers)
-    if isinstance(module, Int8Linear):
-        assert dtype is not None
-        module.dtype = dtype
+    if "dtype" in vars(module):
+        vars(module)["dtype"] = dtype
 
 
 def _placed(

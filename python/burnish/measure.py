@@ -1,8 +1,8 @@
-"""Is an int8 layer faster than what it replaces? Times both, at the rows the model runs, on this machine.
+"""Is a layer faster than what it replaces? Times both, on inputs of the size the model gives them, on this machine.
 
-Layers of one shape, dtype and row count are timed together: each round takes the next layer of the group, first as it
-was (with the activation that would be fused), then in int8, so that the weights of a deep model come from memory as
-they do in the model, and both see the same noise. The result is the median of the rounds.
+Layers that are alike are timed together: each round takes the next layer of the group, first as it was (with the
+activation that would be fused), then in its new form, so that the weights of a deep model come from memory as they do
+in the model, and both see the same noise. The result is the median of the rounds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _WARMUP = 3
 
 @dataclass(frozen=True)
 class Times:
-    """Median microseconds of a layer as it was and in int8, at ``rows`` rows."""
+    """Median microseconds of a layer as it was and in its new form, at ``rows`` rows; of a convolution, images."""
 
     rows: int
     before_us: float
@@ -33,30 +33,36 @@ class Times:
 
 @dataclass(frozen=True)
 class Contest:
-    """One layer to time: both versions, and the input they get."""
+    """One layer to time: both versions, what they are (layers of one ``kind`` are timed together), their input."""
 
     before: Call
     after: Call
-    shape: tuple[Any, ...]
-    rows: int
-    width: int
+    kind: tuple[Any, ...]
+    shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
 
-def rows_of(
+def shapes_of(
     model: torch.nn.Module, modules: Sequence[torch.nn.Module], measure: int | tuple[Any, ...] | Mapping[str, Any]
-) -> dict[int, int]:
-    """The rows each module gets, by ``id``: the number given, or what one forward pass on the example shows.
+) -> dict[int, tuple[int, ...]]:
+    """The shape of each module's input, by ``id``: the number of rows given, or what one forward pass on the example
+    shows; of linear layers as ``(rows, width)``.
 
-    The pass runs in eval mode without gradients; modules it does not call are absent from the result.
+    The pass runs in eval mode without gradients. Modules that it does not call, or calls with nothing, are absent.
     """
     if isinstance(measure, int):
-        return {id(module): measure for module in modules}
-    rows: dict[int, int] = {}
+        return {id(module): (measure, _width(module)) for module in modules}
+    shapes: dict[int, tuple[int, ...]] = {}
 
     def record(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        rows[id(module)] = args[0].numel() // max(args[0].shape[-1], 1)
+        x = args[0]
+        if isinstance(module, torch.nn.modules.conv._ConvNd):
+            shape = tuple(x.shape)
+        else:
+            shape = (x.numel() // max(x.shape[-1], 1), x.shape[-1])
+        if shape[0]:
+            shapes[id(module)] = shape
 
     handles = [module.register_forward_pre_hook(record) for module in modules]
     try:
@@ -68,7 +74,13 @@ def rows_of(
     finally:
         for handle in handles:
             handle.remove()
-    return rows
+    return shapes
+
+
+def _width(module: torch.nn.Module) -> int:
+    """Inputs of a linear layer; transformers' Conv1D names them differently."""
+    width: int = module.in_features if isinstance(module, torch.nn.Linear) else module.nx  # type: ignore[assignment]
+    return width
 
 
 @contextmanager
@@ -87,7 +99,7 @@ def times(contests: Sequence[Contest]) -> list[Times]:
     """The times of each contest, in their order."""
     groups: dict[Any, list[int]] = defaultdict(list)
     for index, contest in enumerate(contests):
-        groups[contest.shape, contest.rows, contest.dtype, contest.device].append(index)
+        groups[contest.kind, contest.shape, contest.dtype, contest.device].append(index)
     results: dict[int, Times] = {}
     for members in groups.values():
         measured = _race([contests[index] for index in members])
@@ -97,7 +109,7 @@ def times(contests: Sequence[Contest]) -> list[Times]:
 
 def _race(group: Sequence[Contest]) -> Times:
     first = group[0]
-    x = torch.randn(first.rows, first.width, device=first.device).to(first.dtype)
+    x = torch.randn(first.shape, device=first.device).to(first.dtype)
     wait = torch.cuda.synchronize if first.device.type == "cuda" else lambda: None
     before: list[float] = []
     after: list[float] = []
@@ -110,7 +122,7 @@ def _race(group: Sequence[Contest]) -> Times:
             contest = group[len(before) % len(group)]
             before.append(_clock(contest.before, x, wait))
             after.append(_clock(contest.after, x, wait))
-    return Times(first.rows, 1e6 * statistics.median(before), 1e6 * statistics.median(after))
+    return Times(first.shape[0], 1e6 * statistics.median(before), 1e6 * statistics.median(after))
 
 
 def _clock(call: Call, x: torch.Tensor, wait: Callable[[], None]) -> float:

@@ -14,6 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -66,13 +67,22 @@ class Report:
         rows: a row for each layer that has tensors, in the model's order.
         slots: what was exchanged.
         bytes_before, bytes_after: of all parameters and buffers of the model.
+        frozen: parameters of the model that the swap froze.
     """
 
-    def __init__(self, rows: Sequence[Row], slots: Sequence[Slot], bytes_before: int, bytes_after: int) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        slots: Sequence[Slot],
+        bytes_before: int,
+        bytes_after: int,
+        frozen: Sequence[torch.nn.Parameter] = (),
+    ) -> None:
         self.rows = tuple(rows)
         self.bytes_before = bytes_before
         self.bytes_after = bytes_after
         self._slots = tuple(slots)
+        self._frozen = tuple(frozen)
         self._spent: str | None = None
 
     @property
@@ -118,21 +128,25 @@ class Report:
                 "nothing was changed"
             )
         for slot in self._slots:  # first what can fail
-            scale, weight = getattr(slot.after, "weight_scale", None), getattr(slot.before, "weight", None)
-            if scale is not None and weight is not None and weight.device != scale.device:
-                slot.before.to(scale.device)
+            before, after = (next(module.parameters(), None) for module in (slot.before, slot.after))
+            after = next(slot.after.buffers(), None) if after is None else after
+            if before is not None and after is not None and before.device != after.device:
+                slot.before.to(after.device)
             dtype = getattr(slot.after, "dtype", None)
-            if dtype is not None and weight is not None and weight.dtype != dtype:
+            if dtype is not None and before is not None and before.dtype != dtype:
                 slot.before.to(dtype)
         for slot in self._slots:
             slot.before.training = slot.after.training
             slot.put(slot.before)
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
         self.release()
         self._spent = "reverted"
 
     def release(self) -> None:
         """Forget the original modules, which frees their memory; :meth:`revert` is then no longer possible."""
         self._slots = ()
+        self._frozen = ()
         self._spent = "released"
 
     def __str__(self) -> str:

@@ -32,11 +32,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Target:
-    """A module that rules may name: its fqns, and whether it is of a kind that can be swapped."""
+    """A module that rules may name: its fqns, its class's name, and the configurations that can be for it."""
 
     fqns: tuple[str, ...]
-    kind: str
-    swappable: bool
+    cls: str
+    takers: frozenset[type[Config]]
 
 
 def parse(rules: Any) -> tuple[Rule, ...]:
@@ -89,7 +89,7 @@ def decide(rules: Sequence[Rule], targets: Sequence[Target]) -> list[Rule | None
     for target in targets:
         rule = next((rule for rule in rules if any(rule.regex.fullmatch(fqn) for fqn in target.fqns)), None)
         decided.append(rule)
-        if rule is not None and (target.swappable or isinstance(rule.config, Keep)):
+        if rule is not None and (type(rule.config) in target.takers or isinstance(rule.config, Keep)):
             used.add(rule.pattern)
     for rule in rules:
         if rule.pattern not in used:
@@ -99,11 +99,11 @@ def decide(rules: Sequence[Rule], targets: Sequence[Target]) -> list[Rule | None
 
 def _unused(rule: Rule, rules: Sequence[Rule], targets: Sequence[Target]) -> str:
     """Why a rule decides nothing."""
-    layers = [fqn for target in targets if target.swappable for fqn in target.fqns]
+    layers = [fqn for target in targets if _takes(rule, target) for fqn in target.fqns]
     if not layers:
-        return "swap_: the model has no layer that can be swapped (nn.Linear or transformers' Conv1D)"
+        return f"swap_: the model has no layer that can be swapped by {type(rule.config).__name__}"
     matched = [target for target in targets if any(rule.regex.fullmatch(fqn) for fqn in target.fqns)]
-    taken = [target for target in matched if target.swappable]
+    taken = [target for target in matched if _takes(rule, target)]
     if taken:
         fqn = taken[0].fqns[0]
         earlier = next(other.pattern for other in rules if other.regex.fullmatch(fqn))
@@ -114,12 +114,16 @@ def _unused(rule: Rule, rules: Sequence[Rule], targets: Sequence[Target]) -> str
     near = _near(rule.pattern, layers)
     hint = f"; layers that come near: {', '.join(near)}"
     if matched:
-        only = f"{matched[0].kind} {matched[0].fqns[0]!r}"
+        only = f"{matched[0].cls} {matched[0].fqns[0]!r}"
         inside = f"{matched[0].fqns[0]}." if matched[0].fqns[0] else ""
         if any(fqn.startswith(inside) for fqn in layers):
             hint = f"; for the layers inside it write {inside + '*'!r}"
         return f"swap_: rule {rule.pattern!r} matches no layer that can be swapped, only e.g. {only}{hint}"
     return f"swap_: rule {rule.pattern!r} matches nothing{hint}"
+
+
+def _takes(rule: Rule, target: Target) -> bool:
+    return type(rule.config) in target.takers or (isinstance(rule.config, Keep) and bool(target.takers))
 
 
 def _near(pattern: str, fqns: Sequence[str], count: int = 3) -> list[str]:

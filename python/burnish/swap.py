@@ -8,26 +8,27 @@
 A swap happens as a whole or not at all: everything is decided and built before the first module is exchanged, and an
 error leaves the model as it was. Layers that share a weight go together and share it afterwards. A layer stays what it
 was, and the report says why, where a rule or ``filter_fn`` wants that, where something reads or computes its weight
-directly, and, with ``measure``, where int8 would not be faster.
+directly, and, with ``measure``, where the new layer would not be faster.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
-from burnish import eligible, fuse
+from burnish import fuse, kinds
 from burnish import measure as timing
 from burnish import rules as patterns
-from burnish.configs import Config, Int8, Keep
+from burnish.configs import Config, Keep
 from burnish.errors import SwapError
-from burnish.nn import Fused, Int8Linear
-from burnish.nn.int8_linear import float_weight
+from burnish.kinds import Kept, Kind, Request
+from burnish.nn import Fused
 from burnish.registry import dtype_name
 from burnish.report import Report, Row, Slot, model_bytes, tensor_bytes
 
@@ -50,9 +51,12 @@ class _Layer:
     config: Config | None = None
     reason: str | None = None
     fusion: fuse.Fusion | None = None
-    made: Int8Linear | None = None
+    shape: tuple[int, ...] | None = None
+    made: torch.nn.Module | None = None
     tied: str | None = None
     times: timing.Times | None = None
+    #: the layer it is a part of, which is swapped as a whole
+    whole: _Layer | None = None
 
     @property
     def fqn(self) -> str:
@@ -61,7 +65,19 @@ class _Layer:
     @property
     def going(self) -> bool:
         """Whether it is to be swapped, as far as is known yet."""
-        return isinstance(self.config, Int8) and self.reason is None
+        return self.kind is not None and self.reason is None
+
+    @property
+    def kind(self) -> Kind | None:
+        return kinds.of(self.config)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Its own, and its parts' where it is swapped as a whole."""
+        if self.going or kinds.made_by(self.module):
+            return [*self.module.parameters(), *self.module.buffers()]
+        own = (*self.module._parameters.values(), *self.module._buffers.values())
+        return [tensor for tensor in own if tensor is not None]
 
 
 def swap_(
@@ -78,33 +94,52 @@ def swap_(
         rules: a configuration for every layer, or an ordered mapping from patterns over fqns (globs, or regular
             expressions after ``re:``) to configurations. The first match decides; :class:`burnish.Keep` keeps.
         filter_fn: asked ``(module, fqn)`` for each layer that the rules would swap; false keeps it.
-        measure: time each layer against its int8 form on this machine and keep it where it wins. Either the number of
-            rows (batch times tokens) that layers see, or the model's arguments (a tensor, a tuple, or a mapping for
-            keywords) for one forward pass that shows the rows of each.
+        measure: time each layer against its new form on this machine and keep it where it wins. Either the number of
+            rows (batch times tokens) that linear layers see, or the model's arguments (a tensor, a tuple, or a mapping
+            for keywords) for one forward pass that shows the input of each.
 
     Returns:
         The :class:`burnish.Report`. It holds the original modules for ``revert()`` until ``release()`` or its end.
 
     Raises:
-        SwapError: a rule that decides nothing, a weight that cannot be quantised, a model that is itself a linear
-            layer or is wrapped for distributed training. The model is unchanged.
+        SwapError: a rule that decides nothing, a weight that cannot be converted, a model that is itself a layer to
+            swap or is wrapped for distributed training. The model is unchanged.
         TypeError: an argument of the wrong type.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"swap_: model is a {type(model).__name__}, expected an nn.Module")
     compiled = patterns.parse(rules)
     layers = _survey(model)
+    _refuse_root(model, compiled)
     _decide(layers, compiled, filter_fn)
     _keep_ties(layers)
     _find_fusions(layers)
-    _convert(layers)
     if measure is not None:
-        _measure(model, layers, _checked_measure(measure))
-        _keep_ties(layers)
+        _look(model, layers, _checked_measure(measure))
     before = model_bytes(model)
-    rows = _rows(layers)
-    slots = _exchange(layers)
-    return Report(rows, slots, before, model_bytes(model))
+    with _trainable_again(model) as frozen:
+        _convert(layers)
+        _keep_ties(layers)
+        if measure is not None:
+            _measure(layers)
+            _keep_ties(layers)
+        rows = _rows(layers)
+        slots = _exchange(layers)
+    return Report(rows, slots, before, model_bytes(model), frozen)
+
+
+@contextmanager
+def _trainable_again(model: torch.nn.Module) -> Iterator[list[torch.nn.Parameter]]:
+    """Gives the parameters that were frozen inside, once it is over; they are trainable again where it fails."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    frozen: list[torch.nn.Parameter] = []
+    try:
+        yield frozen
+    except BaseException:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        raise
+    frozen += [parameter for parameter in trainable if not parameter.requires_grad]
 
 
 def _checked_measure(value: Any) -> int | tuple[Any, ...] | Mapping[str, Any]:
@@ -132,41 +167,60 @@ def _survey(model: torch.nn.Module) -> list[_Layer]:
         for name, child in layer.module._modules.items():
             if child is not None:
                 layers[id(child)].places.append((layer.module, layer.fqn, name))
-    root = layers[id(model)]
-    if eligible.is_candidate(model):
-        raise SwapError(
-            f"swap_: the model itself is a {type(model).__name__}, which cannot be exchanged in place: use "
-            "burnish.nn.Int8Linear.from_float(model)"
-        )
-    root.places.clear()
+    layers[id(model)].places.clear()
     return list(layers.values())
+
+
+def _refuse_root(model: torch.nn.Module, compiled: Sequence[patterns.Rule]) -> None:
+    for kind in (kinds.of(rule.config) for rule in compiled):
+        if kind is not None and kind.config in kinds.takers(model):
+            raise SwapError(
+                f"swap_: the model itself is a {type(model).__name__}, which cannot be exchanged in place: use "
+                f"burnish.nn.{kind.made[0].__name__}.from_float(model)"
+            )
 
 
 def _decide(layers: Sequence[_Layer], compiled: Sequence[patterns.Rule], filter_fn: FilterFn | None) -> None:
     """Give each layer its configuration, or the reason to keep it."""
     targets = [
-        patterns.Target(tuple(layer.fqns), type(layer.module).__name__, eligible.is_candidate(layer.module))
-        for layer in layers
+        patterns.Target(tuple(layer.fqns), type(layer.module).__name__, kinds.takers(layer.module)) for layer in layers
     ]
     decided = patterns.decide(compiled, targets)
     asked = accepted = 0
     for layer, target, rule in zip(layers, targets, decided, strict=True):
         layer.config = rule.config if rule else None
-        if isinstance(layer.config, Keep):
-            assert rule is not None
-            layer.reason = f"kept by rule {rule.pattern!r}"
-        elif not target.swappable:
-            layer.reason = "no int8 form"
-        elif rule is None:
-            layer.reason = "no rule matches it"
-        else:
-            layer.reason = eligible.objection(layer.module, [parent for parent, _, _ in layer.places])
-            if layer.reason is None and filter_fn is not None:
-                asked += 1
-                accepted += (wanted := bool(filter_fn(layer.module, layer.fqn)))
-                layer.reason = None if wanted else "filter_fn said no"
+        layer.reason = _reason(layer, target, rule)
+        if layer.reason is None and filter_fn is not None:
+            asked += 1
+            accepted += (wanted := bool(filter_fn(layer.module, layer.fqn)))
+            layer.reason = None if wanted else "filter_fn said no"
     if asked and not accepted:
         raise SwapError(f"swap_: filter_fn accepts none of the {asked} layers that could be swapped")
+    _join_parts(layers)
+
+
+def _reason(layer: _Layer, target: patterns.Target, rule: patterns.Rule | None) -> str | None:
+    """Why the rule does not swap the layer; None if it does."""
+    if rule is None:
+        return "no rule matches it"
+    if layer.kind is None:
+        return f"kept by rule {rule.pattern!r}"
+    if layer.kind.config not in target.takers:
+        return f"no {layer.kind.noun} form"
+    if not layer.kind.candidate(layer.module):
+        return "already swapped"
+    return layer.kind.objection(layer.module, [parent for parent, _, _ in layer.places])
+
+
+def _join_parts(layers: Sequence[_Layer]) -> None:
+    """Let the modules inside a layer that goes go with it, or stay with one that was swapped before."""
+    by_module = {id(layer.module): layer for layer in layers}
+    for layer in layers:
+        if layer.whole is None and (layer.going or kinds.made_by(layer.module)):
+            for part in layer.module.modules():
+                if part is not layer.module and not by_module[id(part)].whole:
+                    by_module[id(part)].whole = layer
+                    by_module[id(part)].reason = f"part of {layer.fqn!r}"
 
 
 def _keep_ties(layers: Sequence[_Layer]) -> None:
@@ -180,24 +234,34 @@ def _keep_ties(layers: Sequence[_Layer]) -> None:
     while changed:
         changed = False
         for layer in layers:
-            if not layer.going:
+            if layer.kind is None or not layer.going or not layer.kind.weights:
                 continue
             for other in owners[id(layer.module._parameters["weight"])]:
-                if other is not layer and (not other.going or _kind(other) != _kind(layer)):
-                    what = "is kept" if not other.going else "holds it transposed"
-                    layer.reason = f"its weight is tied to {type(other.module).__name__} {other.fqn!r}, which {what}"
+                obstacle = _obstacle(layer, other)
+                if obstacle is not None:
+                    layer.reason = (
+                        f"its weight is tied to {type(other.module).__name__} {other.fqn!r}, which {obstacle}"
+                    )
                     changed = True
                     break
 
 
-def _kind(layer: _Layer) -> bool:
-    return isinstance(layer.module, torch.nn.Linear)
+def _obstacle(layer: _Layer, other: _Layer) -> str | None:
+    """What ``other`` does with a weight of both that keeps ``layer`` from giving it up."""
+    if other is layer:
+        return None
+    if not other.going:
+        return "is kept"
+    if other.config != layer.config:
+        return "becomes something else"
+    transposed = isinstance(other.module, torch.nn.Linear) != isinstance(layer.module, torch.nn.Linear)
+    return "holds it transposed" if transposed else None
 
 
 def _find_fusions(layers: Sequence[_Layer]) -> None:
     kept = {id(layer.module) for layer in layers if isinstance(layer.config, Keep)}
     for layer in layers:
-        if layer.going and layer.config.fuse_activation and len(layer.places) == 1:  # type: ignore[union-attr]
+        if layer.going and getattr(layer.config, "fuse_activation", False) and len(layer.places) == 1:
             parent, parent_fqn, child = layer.places[0]
             fusion = fuse.find(parent, child, parent_fqn)
             if fusion and id(parent._modules[fusion.child]) not in kept:
@@ -205,24 +269,38 @@ def _find_fusions(layers: Sequence[_Layer]) -> None:
 
 
 def _convert(layers: Sequence[_Layer]) -> None:
-    """Build the int8 layers; those that share a weight share the packed one."""
+    """Build the new layers; those that share a weight share what stands for it."""
     first: dict[int, _Layer] = {}
     for layer in layers:
-        if not layer.going:
+        if layer.kind is None or not layer.going:
             continue
+        assert layer.config is not None
         activation = layer.fusion.activation if layer.fusion else "none"
+        request = Request(layer.module, layer.config, layer.fqn, activation, shape=layer.shape)
         try:
-            made = Int8Linear.from_float(layer.module, layer.config, activation=activation)  # type: ignore[arg-type]
+            made = layer.kind.convert(request)
+        except Kept as kept:
+            layer.reason = str(kept)
+            continue
         except (TypeError, ValueError) as error:
-            reason = str(error).removeprefix("Int8Linear.from_float: ")
+            reason = str(error).removeprefix(f"{layer.kind.made[0].__name__}.from_float: ")
             raise SwapError(f"swap_: layer {layer.fqn!r}: {reason}") from error
-        holder = first.setdefault(id(layer.module._parameters["weight"]), layer)
-        if holder is not layer:
-            assert holder.made is not None
-            made._buffers.update(holder.made._buffers)
-            layer.tied = holder.fqn
+        if layer.kind.weights:
+            holder = first.setdefault(id(layer.module._parameters["weight"]), layer)
+            if holder is not layer:
+                assert holder.made is not None
+                _share(made, holder.made, layer.kind.weights)
+                layer.tied = holder.fqn
         adopt(made, layer.module)
         layer.made = made
+
+
+def _share(made: torch.nn.Module, holder: torch.nn.Module, weights: Sequence[str]) -> None:
+    for name in weights:
+        if name in holder._buffers:
+            made._buffers[name] = holder._buffers[name]
+        else:
+            made._parameters[name] = holder._parameters[name]
 
 
 def adopt(made: torch.nn.Module, original: torch.nn.Module) -> None:
@@ -234,33 +312,42 @@ def adopt(made: torch.nn.Module, original: torch.nn.Module) -> None:
         vars(made).setdefault(name, value)
 
 
-def _measure(
-    model: torch.nn.Module, layers: Sequence[_Layer], value: int | tuple[Any, ...] | Mapping[str, Any]
-) -> None:
+def _look(model: torch.nn.Module, layers: Sequence[_Layer], value: int | tuple[Any, ...] | Mapping[str, Any]) -> None:
+    """Learn the shapes of the layers' inputs."""
     going = [layer for layer in layers if layer.going]
-    rows = timing.rows_of(model, [layer.module for layer in going], value)
-    timed = [layer for layer in going if rows.get(id(layer.module))]
-    for layer, times in zip(timed, timing.times([_contest(layer, rows) for layer in timed]), strict=True):
+    if isinstance(value, int):
+        for layer in going:
+            if isinstance(layer.module, torch.nn.modules.conv._ConvNd):
+                raise SwapError(
+                    f"swap_: measure is a number of rows and layer {layer.fqn!r} is a convolution: pass the model's "
+                    "arguments instead"
+                )
+    shapes = timing.shapes_of(model, [layer.module for layer in going], value)
+    for layer in going:
+        layer.shape = shapes.get(id(layer.module))
+
+
+def _measure(layers: Sequence[_Layer]) -> None:
+    timed = [layer for layer in layers if layer.kind and layer.going and layer.shape and layer.kind.races(layer.module)]
+    for layer, times in zip(timed, timing.times([_contest(layer) for layer in timed]), strict=True):
         layer.times = times
         if times.after_us >= times.before_us:
-            layer.reason = "int8 is not faster here"
+            assert layer.kind is not None
+            layer.reason = f"{layer.kind.noun} is not faster here"
 
 
-def _contest(layer: _Layer, rows: Mapping[int, int]) -> timing.Contest:
-    weight = float_weight(layer.module)
-    assert weight is not None
+def _contest(layer: _Layer) -> timing.Contest:
     assert layer.made is not None
+    assert layer.shape is not None
+    weight = next(layer.module.parameters())
     if weight.is_meta:
         raise SwapError(f"swap_: layer {layer.fqn!r} is on the meta device and cannot be measured")
     before: timing.Call = layer.module.forward
     if layer.fusion is not None:
         curve: Any = layer.fusion.parent._modules[layer.fusion.child]
         before = partial(_in_turn, before, curve)
-    made = layer.made
-    shape = (*weight.shape, made.bias is not None, made.activation, type(layer.module).__name__)
-    return timing.Contest(
-        before, made.forward, shape, rows[id(layer.module)], weight.shape[1], weight.dtype, weight.device
-    )
+    kind = (repr(layer.module), repr(layer.made))
+    return timing.Contest(before, layer.made.forward, kind, layer.shape, weight.dtype, weight.device)
 
 
 def _in_turn(linear: timing.Call, curve: timing.Call, x: torch.Tensor) -> Any:
@@ -295,34 +382,34 @@ def _exchange(layers: Sequence[_Layer]) -> list[Slot]:
 
 def _rows(layers: Sequence[_Layer]) -> list[Row]:
     rows = []
-    counted: set[int] = set()
+    counted_before: set[int] = set()
+    counted_after: set[int] = set()
     for layer in layers:
-        module = layer.module
-        own = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
-        if not own and not eligible.is_candidate(module):
+        tensors = layer.tensors
+        if layer.whole is not None or not (tensors or kinds.takers(layer.module)):
             continue
-        before = _bytes(own, counted)
-        weight = module._parameters.get("weight")
         made = layer.made if layer.going else None
-        after = before
-        if made is not None:
-            after = _bytes([tensor for tensor in (*made._buffers.values(), made.bias) if tensor is not None], counted)
-            after += made.bias.nbytes if made.bias is not None and before else 0
+        weight = layer.module._parameters.get("weight")
         rows.append(
             Row(
                 fqn=layer.fqn,
-                was=_described(module),
-                became=_became(made),
+                was=_described(layer.module),
+                became=None if made is None else str(made.summary),
                 reason=layer.reason,
-                bytes_before=before,
-                bytes_after=after,
+                bytes_before=_bytes(tensors, counted_before),
+                bytes_after=_bytes([*made.parameters(), *made.buffers()] if made else tensors, counted_after),
                 fused=layer.fusion.fqn if made is not None and layer.fusion else None,
                 tied=layer.tied if made is not None else None,
-                frozen=made is not None and weight is not None and weight.requires_grad,
+                frozen=made is not None and weight is not None and weight.requires_grad and not _trains(made),
                 times=layer.times,
             )
         )
     return rows
+
+
+def _trains(made: torch.nn.Module) -> bool:
+    """Whether what stands for the weight can be trained."""
+    return any(parameter.requires_grad for name, parameter in made.named_parameters() if name != "bias")
 
 
 def _bytes(tensors: Sequence[torch.Tensor], counted: set[int]) -> int:
@@ -333,17 +420,17 @@ def _bytes(tensors: Sequence[torch.Tensor], counted: set[int]) -> int:
 
 
 def _described(module: torch.nn.Module) -> str:
+    """A layer in a few words: its class, sizes and dtype."""
     name = type(module).__name__
+    if kinds.made_by(module) is not None:
+        return f"{name} {module.in_features}->{module.out_features}" if hasattr(module, "in_features") else name
     weight = module._parameters.get("weight")
-    if isinstance(module, Int8Linear):
-        return f"{name} {module.in_features}->{module.out_features}"
-    if not eligible.is_candidate(module) or weight is None or torch.nn.parameter.is_lazy(weight) or weight.dim() != 2:
+    if not kinds.takers(module) or weight is None or torch.nn.parameter.is_lazy(weight) or weight.dim() < 2:
         return name
-    outputs, inputs = weight.shape if isinstance(module, torch.nn.Linear) else weight.shape[::-1]
-    return f"{name} {inputs}->{outputs} {dtype_name(weight.dtype)}"
-
-
-def _became(made: Int8Linear | None) -> str | None:
-    if made is None:
-        return None
-    return "Int8Linear" if made.activation == "none" else f"Int8Linear + {made.activation}"
+    outputs, inputs, *kernel = weight.shape
+    if isinstance(module, torch.nn.modules.conv._ConvNd):
+        inputs *= module.groups
+    elif not isinstance(module, torch.nn.Linear):
+        outputs, inputs = inputs, outputs  # transformers' Conv1D
+    size = f" {'x'.join(map(str, kernel))}" if kernel else ""
+    return f"{name} {inputs}->{outputs}{size} {dtype_name(weight.dtype)}"

@@ -205,6 +205,11 @@ class Int8Linear(torch.nn.Module):
         return "rows" if self.weight_packed.dtype == torch.int8 else "vnni"
 
     @property
+    def summary(self) -> str:
+        """What a report calls it."""
+        return "Int8Linear" if self.activation == "none" else f"Int8Linear + {self.activation}"
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors in memory, padding included."""
         tensors = (self.weight_packed, self.weight_scale, self.bias)

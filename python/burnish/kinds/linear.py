@@ -1,17 +1,18 @@
-"""What can be swapped for an int8 layer, and in words why the rest cannot.
+"""Linear layers of any make: which can be converted, and in words why the rest cannot.
 
 Nothing here changes a module. A reason is a clause that finishes the sentence "kept, because ...".
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.nn.utils import parametrize
 
-from burnish.nn.int8_linear import Int8Linear, float_weight, is_conv1d
-from burnish.ops.int8_linear import MAX_K
+from burnish.kinds.kind import Misfit
+from burnish.nn.int8_linear import float_weight, is_conv1d
 from burnish.registry import dtype_name
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
@@ -19,22 +20,34 @@ _HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_ho
 
 
 def is_candidate(module: torch.nn.Module) -> bool:
-    """Whether a rule for linear layers speaks of this module: a linear layer of any make, already swapped or not."""
-    return isinstance(module, torch.nn.Linear | Int8Linear) or is_conv1d(module)
+    """Whether a rule for linear layers speaks of this module: a float linear layer of any make."""
+    return isinstance(module, torch.nn.Linear) or is_conv1d(module)
 
 
-def objection(module: torch.nn.Module, parents: list[torch.nn.Module]) -> str | None:
-    """Why a linear layer cannot become an int8 one; None if it can.
+def objection(module: torch.nn.Module, parents: list[torch.nn.Module], noun: str) -> str | None:
+    """Why a float linear layer cannot be converted; None if it can.
 
     Args:
-        module: the layer; any other module is refused as unsupported.
+        module: the layer.
         parents: the modules it is a child of.
+        noun: what it would become, in a word.
     """
-    if isinstance(module, Int8Linear):
-        return "already swapped"
-    if not is_candidate(module):
-        return "no int8 form"
-    return _by_class(module) or _by_parents(module, parents) or _by_tensors(module)
+    return _by_class(module) or _by_parents(module, parents) or _by_tensors(module, noun)
+
+
+def check_form(found: torch.nn.Module, form: Mapping[str, Any]) -> torch.Tensor:
+    """The weight ``[N, K]`` of a float layer that a checkpoint's layer of this form replaced.
+
+    Raises:
+        Misfit: it has other sizes.
+    """
+    weight = float_weight(found)
+    assert weight is not None
+    has = {**dict(zip(("out_features", "in_features"), weight.shape, strict=True)), "bias": found.bias is not None}
+    for name, value in has.items():
+        if form[name] != value:
+            raise Misfit(f"{name} {value} in the model, {form[name]} in the checkpoint")
+    return weight
 
 
 def _by_class(module: torch.nn.Module) -> str | None:
@@ -68,7 +81,7 @@ def _by_parents(module: torch.nn.Module, parents: list[torch.nn.Module]) -> str 
     return None
 
 
-def _by_tensors(module: torch.nn.Module) -> str | None:
+def _by_tensors(module: torch.nn.Module, noun: str) -> str | None:
     for name in ("weight", "bias"):
         if name not in module._parameters:
             if f"{name}_mask" in module._buffers:
@@ -82,7 +95,7 @@ def _by_tensors(module: torch.nn.Module) -> str | None:
         if tensor.layout != torch.strided:
             return f"its {name} is {str(tensor.layout).removeprefix('torch.')}, not dense"
         if tensor.dtype not in _FLOATING:
-            return f"its {name} is {dtype_name(tensor.dtype)}; int8 has kernels for fp32, bf16 and fp16"
+            return f"its {name} is {dtype_name(tensor.dtype)}; {noun} has kernels for fp32, bf16 and fp16"
     others = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"}
     if others:
         return f"it holds more than a linear layer does: {', '.join(sorted(others))}"
@@ -90,8 +103,4 @@ def _by_tensors(module: torch.nn.Module) -> str | None:
         return f"its weight has {module.weight.dim()} dimensions, not two"  # type: ignore[operator]
     weight = float_weight(module)
     assert weight is not None
-    if weight.shape[0] == 0:
-        return "it has no outputs"
-    if weight.shape[1] > MAX_K:
-        return f"it has {weight.shape[1]} inputs; int32 sums are exact up to {MAX_K}"
-    return None
+    return "it has no outputs" if weight.shape[0] == 0 else None
