@@ -10,7 +10,8 @@ from burnish import native as _native
 
 _native.load()  # before the schemas below are defined, so that a mismatch is an exception here
 
-from burnish import nn, ops  # noqa: E402
+from burnish import factorize, nn, ops  # noqa: E402
+from burnish.calibration import Calibration, calibrate  # noqa: E402
 from burnish.checkpoint import load, save  # noqa: E402
 from burnish.configs import Int8, Keep, LowRank  # noqa: E402
 from burnish.dispatch import explain, use_backend  # noqa: E402
@@ -23,13 +24,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "Calibration",
     "CheckpointError",
     "Int8",
     "Keep",
     "LowRank",
     "Report",
     "SwapError",
+    "calibrate",
     "explain",
+    "factorize",
     "get_include",
     "load",
     "nn",

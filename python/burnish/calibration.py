@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from burnish.measure import eval_mode
+from burnish.measure import call, eval_mode
 from burnish.nn.int8_linear import is_conv1d
 from burnish.schemes import Geometry
 
@@ -113,7 +113,7 @@ def calibrate(
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if torch.device("meta") in devices:
         raise ValueError("calibrate: the model is on the meta device and has no values")
-    seen = {id(module): _Sums() for module in layers.values()}
+    seen = {id(module): _Sums(isinstance(module, torch.nn.Conv2d)) for module in layers.values()}
     count = 0
     with ExitStack() as undo:
         for module in {id(module): module for module in layers.values()}.values():
@@ -121,9 +121,9 @@ def calibrate(
             undo.callback(module.register_forward_pre_hook(record, with_kwargs=True).remove)
         undo.enter_context(eval_mode(model))
         undo.enter_context(torch.no_grad())
-        for count, batch in enumerate(_shown(batches) if progress else batches, 1):  # noqa: B007
+        for count, batch in enumerate(_shown(batches) if progress else batches, 1):
             _check_device(batch, devices, count)
-            _call(model, batch)
+            call(model, batch)
     if not count:
         raise ValueError("calibrate: batches is empty, expected at least one batch")
     inputs = {key: sums.inputs() for key, sums in seen.items() if sums.rows}
@@ -171,19 +171,11 @@ def _named(devices: set[torch.device]) -> str:
     return " or ".join(sorted(map(str, devices)))
 
 
-def _call(model: torch.nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, tuple | list):
-        model(*batch)
-    else:
-        model(batch)
-
-
 class _Sums:
-    """The sum of x x^T so far."""
+    """The sum of x x^T so far, ``[G, K, K]``; of a layer that knows no groups, ``[K, K]`` in the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, grouped: bool) -> None:
+        self.grouped = grouped
         self.total: Tensor | None = None
         self.rows = 0
 
@@ -197,7 +189,8 @@ class _Sums:
 
     def inputs(self) -> Inputs:
         assert self.total is not None
-        return Inputs(self.total.div_(self.rows), self.rows)
+        mean = self.total.div_(self.rows)
+        return Inputs(mean if self.grouped else mean[0], self.rows)
 
 
 def _record(sums: _Sums, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
