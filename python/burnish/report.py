@@ -127,8 +127,8 @@ class Report:
                 "nothing was changed"
             )
         for slot in self._slots:  # first what can fail
-            before, after = (next(module.parameters(), None) for module in (slot.before, slot.after))
-            after = next(slot.after.buffers(), None) if after is None else after
+            before = next(slot.before.parameters(), None)
+            after = next(iter([*slot.after.buffers(), *slot.after.parameters()]), None)
             if before is not None and after is not None and before.device != after.device:
                 slot.before.to(after.device)
             dtype = getattr(slot.after, "dtype", None)

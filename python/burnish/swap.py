@@ -14,10 +14,8 @@ directly, and, with ``measure``, where the new layer would not be faster.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,10 +27,10 @@ from burnish import rules as patterns
 from burnish.calibration import Calibration, Inputs
 from burnish.configs import Config, Keep
 from burnish.errors import SwapError
-from burnish.kinds import Kept, Kind, Request
+from burnish.kinds import Kept, Request
+from burnish.layers import Layer, keep_ties, rows_of, survey
 from burnish.nn import Fused
-from burnish.registry import dtype_name
-from burnish.report import Report, Row, Slot, model_bytes, tensor_bytes
+from burnish.report import Report, Slot, model_bytes
 
 FilterFn = Callable[[torch.nn.Module, str], bool]
 
@@ -40,46 +38,6 @@ _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
 )  # fmt: skip
-
-
-@dataclass
-class _Layer:
-    """A module of the model on its way through the swap."""
-
-    module: torch.nn.Module
-    #: where it hangs: parent, the parent's fqn, name of the child
-    places: list[tuple[torch.nn.Module, str, str]] = field(default_factory=list)
-    fqns: list[str] = field(default_factory=list)
-    config: Config | None = None
-    reason: str | None = None
-    fusion: fuse.Fusion | None = None
-    shape: tuple[int, ...] | None = None
-    made: torch.nn.Module | None = None
-    tied: str | None = None
-    times: timing.Times | None = None
-    #: the layer it is a part of, which is swapped as a whole
-    whole: _Layer | None = None
-
-    @property
-    def fqn(self) -> str:
-        return self.fqns[0]
-
-    @property
-    def going(self) -> bool:
-        """Whether it is to be swapped, as far as is known yet."""
-        return self.kind is not None and self.reason is None
-
-    @property
-    def kind(self) -> Kind | None:
-        return kinds.of(self.config)
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """Its own, and its parts' where it is swapped as a whole."""
-        if self.going or kinds.made_by(self.module):
-            return [*self.module.parameters(), *self.module.buffers()]
-        own = (*self.module._parameters.values(), *self.module._buffers.values())
-        return [tensor for tensor in own if tensor is not None]
 
 
 def swap_(
@@ -117,21 +75,21 @@ def swap_(
             f"swap_: calibration is a {type(calibration).__name__}, expected the result of burnish.calibrate"
         )
     compiled = patterns.parse(rules)
-    layers = _survey(model)
+    layers = survey(model)
     _refuse_root(model, compiled)
     _decide(layers, compiled, filter_fn)
-    _keep_ties(layers)
+    keep_ties(layers)
     _find_fusions(layers)
     if measure is not None:
         _look(model, layers, _checked_measure(measure))
     before = model_bytes(model)
     with _trainable_again(model) as frozen:
         _convert(layers, calibration or {})
-        _keep_ties(layers)
+        keep_ties(layers)
         if measure is not None:
             _measure(layers)
-            _keep_ties(layers)
-        rows = _rows(layers)
+            keep_ties(layers)
+        rows = rows_of(layers)
         slots = _exchange(layers)
     return Report(rows, slots, before, model_bytes(model), frozen)
 
@@ -161,24 +119,6 @@ def _checked_measure(value: Any) -> int | tuple[Any, ...] | Mapping[str, Any]:
     )
 
 
-def _survey(model: torch.nn.Module) -> list[_Layer]:
-    """Every module once, with all its names and places."""
-    layers: dict[int, _Layer] = {}
-    for fqn, module in model.named_modules(remove_duplicate=False):
-        layer = layers.setdefault(id(module), _Layer(module))
-        layer.fqns.append(fqn)
-        if isinstance(module, torch.nn.parallel.DistributedDataParallel) or "FullyShardedDataParallel" in [
-            cls.__name__ for cls in type(module).__mro__
-        ]:
-            raise SwapError(f"swap_: {fqn or 'the model'} is wrapped in {type(module).__name__}: swap before wrapping")
-    for layer in list(layers.values()):
-        for name, child in layer.module._modules.items():
-            if child is not None:
-                layers[id(child)].places.append((layer.module, layer.fqn, name))
-    layers[id(model)].places.clear()
-    return list(layers.values())
-
-
 def _refuse_root(model: torch.nn.Module, compiled: Sequence[patterns.Rule]) -> None:
     for kind in (kinds.of(rule.config) for rule in compiled):
         if kind is not None and kind.config in kinds.takers(model):
@@ -188,7 +128,7 @@ def _refuse_root(model: torch.nn.Module, compiled: Sequence[patterns.Rule]) -> N
             )
 
 
-def _decide(layers: Sequence[_Layer], compiled: Sequence[patterns.Rule], filter_fn: FilterFn | None) -> None:
+def _decide(layers: Sequence[Layer], compiled: Sequence[patterns.Rule], filter_fn: FilterFn | None) -> None:
     """Give each layer its configuration, or the reason to keep it."""
     targets = [
         patterns.Target(tuple(layer.fqns), type(layer.module).__name__, kinds.takers(layer.module)) for layer in layers
@@ -207,7 +147,7 @@ def _decide(layers: Sequence[_Layer], compiled: Sequence[patterns.Rule], filter_
     _join_parts(layers)
 
 
-def _reason(layer: _Layer, target: patterns.Target, rule: patterns.Rule | None) -> str | None:
+def _reason(layer: Layer, target: patterns.Target, rule: patterns.Rule | None) -> str | None:
     """Why the rule does not swap the layer; None if it does."""
     if rule is None:
         return "no rule matches it"
@@ -220,7 +160,7 @@ def _reason(layer: _Layer, target: patterns.Target, rule: patterns.Rule | None) 
     return layer.kind.objection(layer.module, [parent for parent, _, _ in layer.places])
 
 
-def _join_parts(layers: Sequence[_Layer]) -> None:
+def _join_parts(layers: Sequence[Layer]) -> None:
     """Let the modules inside a layer that goes go with it, or stay with one that was swapped before."""
     by_module = {id(layer.module): layer for layer in layers}
     for layer in layers:
@@ -231,44 +171,7 @@ def _join_parts(layers: Sequence[_Layer]) -> None:
                     by_module[id(part)].reason = f"part of {layer.fqn!r}"
 
 
-def _keep_ties(layers: Sequence[_Layer]) -> None:
-    """Keep every layer that shares its weight with one that is kept."""
-    owners: dict[int, list[_Layer]] = defaultdict(list)
-    for layer in layers:
-        for parameter in layer.module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)].append(layer)
-    changed = True
-    while changed:
-        changed = False
-        for layer in layers:
-            if layer.kind is None or not layer.going or not layer.kind.weights:
-                continue
-            for other in owners[id(layer.module._parameters["weight"])]:
-                obstacle = _obstacle(layer, other)
-                if obstacle is not None:
-                    layer.reason = (
-                        f"its weight is tied to {type(other.module).__name__} {other.fqn!r}, which {obstacle}"
-                    )
-                    changed = True
-                    break
-
-
-def _obstacle(layer: _Layer, other: _Layer) -> str | None:
-    """What ``other`` does with a weight of both that keeps ``layer`` from giving it up."""
-    if other is layer:
-        return None
-    if not other.going:
-        return "is kept"
-    if other.config != layer.config:
-        return "becomes something else"
-    if getattr(other.module, "groups", 1) != getattr(layer.module, "groups", 1):
-        return "splits it into other groups"
-    transposed = isinstance(other.module, torch.nn.Linear) != isinstance(layer.module, torch.nn.Linear)
-    return "holds it transposed" if transposed else None
-
-
-def _find_fusions(layers: Sequence[_Layer]) -> None:
+def _find_fusions(layers: Sequence[Layer]) -> None:
     kept = {id(layer.module) for layer in layers if isinstance(layer.config, Keep)}
     for layer in layers:
         if layer.going and getattr(layer.config, "fuse_activation", False) and len(layer.places) == 1:
@@ -278,9 +181,9 @@ def _find_fusions(layers: Sequence[_Layer]) -> None:
                 layer.fusion = fusion
 
 
-def _convert(layers: Sequence[_Layer], calibration: Mapping[str, Inputs]) -> None:
+def _convert(layers: Sequence[Layer], calibration: Mapping[str, Inputs]) -> None:
     """Build the new layers; those that share a weight share what stands for it."""
-    first: dict[int, _Layer] = {}
+    first: dict[int, Layer] = {}
     for layer in layers:
         if layer.kind is None or not layer.going:
             continue
@@ -324,7 +227,7 @@ def adopt(made: torch.nn.Module, original: torch.nn.Module) -> None:
         vars(made).setdefault(name, value)
 
 
-def _look(model: torch.nn.Module, layers: Sequence[_Layer], value: int | tuple[Any, ...] | Mapping[str, Any]) -> None:
+def _look(model: torch.nn.Module, layers: Sequence[Layer], value: int | tuple[Any, ...] | Mapping[str, Any]) -> None:
     """Learn the shapes of the layers' inputs."""
     going = [layer for layer in layers if layer.going]
     if isinstance(value, int):
@@ -339,7 +242,7 @@ def _look(model: torch.nn.Module, layers: Sequence[_Layer], value: int | tuple[A
         layer.shape = shapes.get(id(layer.module))
 
 
-def _measure(layers: Sequence[_Layer]) -> None:
+def _measure(layers: Sequence[Layer]) -> None:
     timed = [layer for layer in layers if layer.kind and layer.going and layer.shape and layer.kind.races(layer.module)]
     for layer, times in zip(timed, timing.times([_contest(layer) for layer in timed]), strict=True):
         layer.times = times
@@ -348,7 +251,7 @@ def _measure(layers: Sequence[_Layer]) -> None:
             layer.reason = f"{layer.kind.noun} is not faster here"
 
 
-def _contest(layer: _Layer) -> timing.Contest:
+def _contest(layer: Layer) -> timing.Contest:
     assert layer.made is not None
     assert layer.shape is not None
     weight = next(layer.module.parameters())
@@ -366,7 +269,7 @@ def _in_turn(linear: timing.Call, curve: timing.Call, x: torch.Tensor) -> Any:
     return curve(linear(x))
 
 
-def _exchange(layers: Sequence[_Layer]) -> list[Slot]:
+def _exchange(layers: Sequence[Layer]) -> list[Slot]:
     """Put the new modules into the model; on any interruption, the old ones back."""
     slots = []
     for layer in layers:
@@ -390,59 +293,3 @@ def _exchange(layers: Sequence[_Layer]) -> list[Slot]:
             slot.put(slot.before)
         raise
     return slots
-
-
-def _rows(layers: Sequence[_Layer]) -> list[Row]:
-    rows = []
-    counted_before: set[int] = set()
-    counted_after: set[int] = set()
-    for layer in layers:
-        tensors = layer.tensors
-        if layer.whole is not None or not (tensors or kinds.takers(layer.module)):
-            continue
-        made = layer.made if layer.going else None
-        weight = layer.module._parameters.get("weight")
-        rows.append(
-            Row(
-                fqn=layer.fqn,
-                was=_described(layer.module),
-                became=None if made is None else str(made.summary),
-                reason=layer.reason,
-                bytes_before=_bytes(tensors, counted_before),
-                bytes_after=_bytes([*made.parameters(), *made.buffers()] if made else tensors, counted_after),
-                fused=layer.fusion.fqn if made is not None and layer.fusion else None,
-                tied=layer.tied if made is not None else None,
-                frozen=made is not None and weight is not None and weight.requires_grad and not _trains(made),
-                times=layer.times,
-            )
-        )
-    return rows
-
-
-def _trains(made: torch.nn.Module) -> bool:
-    """Whether what stands for the weight can be trained."""
-    return any(parameter.requires_grad for name, parameter in made.named_parameters() if name != "bias")
-
-
-def _bytes(tensors: Sequence[torch.Tensor], counted: set[int]) -> int:
-    """Their bytes, without those counted before."""
-    new = {id(tensor): tensor for tensor in tensors if id(tensor) not in counted}
-    counted.update(new)
-    return sum(map(tensor_bytes, new.values()))
-
-
-def _described(module: torch.nn.Module) -> str:
-    """A layer in a few words: its class, sizes and dtype."""
-    name = type(module).__name__
-    if kinds.made_by(module) is not None:
-        return f"{name} {module.in_features}->{module.out_features}" if hasattr(module, "in_features") else name
-    weight = module._parameters.get("weight")
-    if not kinds.takers(module) or weight is None or torch.nn.parameter.is_lazy(weight) or weight.dim() < 2:
-        return name
-    outputs, inputs, *kernel = weight.shape
-    if isinstance(module, torch.nn.modules.conv._ConvNd):
-        inputs *= module.groups
-    elif not isinstance(module, torch.nn.Linear):
-        outputs, inputs = inputs, outputs  # transformers' Conv1D
-    size = f" {'x'.join(map(str, kernel))}" if kernel else ""
-    return f"{name} {inputs}->{outputs}{size} {dtype_name(weight.dtype)}"
