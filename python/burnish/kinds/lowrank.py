@@ -134,7 +134,7 @@ def _candidates(module: torch.nn.Module, config: LowRank) -> Sequence[int]:
 
 def _faster(module: torch.nn.Module, config: LowRank, rank: int, shape: tuple[int, ...]) -> bool:
     weight = _weight(module)
-    made = _blank(module, rank, config.conv, weight.device).requires_grad_(weight.requires_grad)
+    made = _blank(module, rank, config.conv, weight.device)
     contest = measure.Contest(module.forward, made.forward, (rank,), shape, weight.dtype, weight.device)
     times = measure.times([contest])[0]
     return times.after_us <= _MARGIN * times.before_us
@@ -145,10 +145,13 @@ def _blank(
 ) -> LowRankLinear | LowRankConv2d:
     """A layer in the place of ``module``, of that rank, with values of its own."""
     weight, bias = _weight(module), module.bias is not None
-    if not isinstance(module, torch.nn.Conv2d):
-        return LowRankLinear(weight.shape[1], weight.shape[0], bias, device, weight.dtype, rank=rank)
-    walk: dict[str, Any] = {name: getattr(module, name) for name in _WALK}
-    return LowRankConv2d(**walk, bias=bias, device=device, dtype=weight.dtype, rank=rank, scheme=scheme)
+    made: LowRankLinear | LowRankConv2d
+    if isinstance(module, torch.nn.Conv2d):
+        walk: dict[str, Any] = {name: getattr(module, name) for name in _WALK}
+        made = LowRankConv2d(**walk, bias=bias, device=device, dtype=weight.dtype, rank=rank, scheme=scheme)
+    else:
+        made = LowRankLinear(weight.shape[1], weight.shape[0], bias, device, weight.dtype, rank=rank)
+    return made.requires_grad_(weight.requires_grad)
 
 
 def form(module: torch.nn.Module) -> dict[str, Any]:
