@@ -170,6 +170,9 @@ def _walk_of(module: torch.nn.Module) -> dict[str, Any]:
 
 def rebuild(found: torch.nn.Module, config: Config, form: Mapping[str, Any]) -> LowRankLinear | LowRankConv2d:
     assert isinstance(config, LowRank)
+    if isinstance(found, torch.nn.Conv2d) != ("scheme" in form):
+        was = "LowRankConv2d" if "scheme" in form else "LowRankLinear"
+        raise Misfit(f"kind {type(found).__name__} in the model, {was} in the checkpoint")
     if isinstance(found, torch.nn.Conv2d):
         for name, value in {**_walk_of(found), "bias": found.bias is not None}.items():
             if form[name] != value:
