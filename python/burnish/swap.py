@@ -4,6 +4,7 @@
     report = burnish.swap_(model, {"*.attention.*": burnish.Int8(), "lm_head": burnish.Keep()})
     report = burnish.swap_(model, burnish.Int8(), filter_fn=lambda module, fqn: module.in_features >= 256)
     report = burnish.swap_(model, burnish.Int8(), measure=(example_input,))
+    report = burnish.swap_(model, burnish.LowRank(energy=0.95, method="activation"), calibration=calibration)
 
 A swap happens as a whole or not at all: everything is decided and built before the first module is exchanged, and an
 error leaves the model as it was. Layers that share a weight go together and share it afterwards. A layer stays what it
@@ -23,9 +24,10 @@ import torch
 from burnish import fuse, kinds
 from burnish import measure as timing
 from burnish import rules as patterns
+from burnish.calibration import Calibration, Inputs
 from burnish.configs import Config, Keep
 from burnish.errors import SwapError
-from burnish.kinds import Kept, Request
+from burnish.kinds import Kept, Request, peft
 from burnish.layers import Layer, keep_ties, rows_of, survey
 from burnish.nn import Fused
 from burnish.report import Report, Slot, model_bytes
@@ -44,6 +46,7 @@ def swap_(
     *,
     filter_fn: FilterFn | None = None,
     measure: int | torch.Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
 ) -> Report:
     """Exchange layers of ``model``, in place, for what the rules say; see the module for the ways to call it.
 
@@ -55,6 +58,7 @@ def swap_(
         measure: time each layer against its new form on this machine and keep it where it wins. Either the number of
             rows (batch times tokens) that linear layers see, or the model's arguments (a tensor, a tuple, or a mapping
             for keywords) for one forward pass that shows the input of each.
+        calibration: what :func:`burnish.calibrate` found on this model, for configurations that look at inputs.
 
     Returns:
         The :class:`burnish.Report`. It holds the original modules for ``revert()`` until ``release()`` or its end.
@@ -66,17 +70,21 @@ def swap_(
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"swap_: model is a {type(model).__name__}, expected an nn.Module")
+    if not isinstance(calibration, Calibration | None):
+        raise TypeError(
+            f"swap_: calibration is a {type(calibration).__name__}, expected the result of burnish.calibrate"
+        )
     compiled = patterns.parse(rules)
     layers = survey(model)
     _refuse_root(model, compiled)
-    _decide(layers, compiled, filter_fn)
+    _decide(layers, compiled, filter_fn, peft.shield(model))
     keep_ties(layers)
     _find_fusions(layers)
     if measure is not None:
         _look(model, layers, _checked_measure(measure))
     before = model_bytes(model)
     with _trainable_again(model) as frozen:
-        _convert(layers)
+        _convert(layers, calibration or {})
         keep_ties(layers)
         if measure is not None:
             _measure(layers)
@@ -120,7 +128,12 @@ def _refuse_root(model: torch.nn.Module, compiled: Sequence[patterns.Rule]) -> N
             )
 
 
-def _decide(layers: Sequence[Layer], compiled: Sequence[patterns.Rule], filter_fn: FilterFn | None) -> None:
+def _decide(
+    layers: Sequence[Layer],
+    compiled: Sequence[patterns.Rule],
+    filter_fn: FilterFn | None,
+    shield: Callable[[torch.nn.Module, Config | None], str | None],
+) -> None:
     """Give each layer its configuration, or the reason to keep it."""
     targets = [
         patterns.Target(tuple(layer.fqns), type(layer.module).__name__, kinds.takers(layer.module)) for layer in layers
@@ -129,7 +142,7 @@ def _decide(layers: Sequence[Layer], compiled: Sequence[patterns.Rule], filter_f
     asked = accepted = 0
     for layer, target, rule in zip(layers, targets, decided, strict=True):
         layer.config = rule.config if rule else None
-        layer.reason = _reason(layer, target, rule)
+        layer.reason = _reason(layer, target, rule) or shield(layer.module, layer.config)
         if layer.reason is None and filter_fn is not None:
             asked += 1
             accepted += (wanted := bool(filter_fn(layer.module, layer.fqn)))
@@ -173,7 +186,7 @@ def _find_fusions(layers: Sequence[Layer]) -> None:
                 layer.fusion = fusion
 
 
-def _convert(layers: Sequence[Layer]) -> None:
+def _convert(layers: Sequence[Layer], calibration: Mapping[str, Inputs]) -> None:
     """Build the new layers; those that share a weight share what stands for it."""
     first: dict[int, Layer] = {}
     for layer in layers:
@@ -181,7 +194,9 @@ def _convert(layers: Sequence[Layer]) -> None:
             continue
         assert layer.config is not None
         activation = layer.fusion.activation if layer.fusion else "none"
-        request = Request(layer.module, layer.config, layer.fqn, activation, shape=layer.shape)
+        inputs = calibration.get(layer.fqn)
+        moment = None if inputs is None else inputs.moment
+        request = Request(layer.module, layer.config, layer.fqn, activation, moment, layer.shape)
         try:
             made = layer.kind.convert(request)
         except Kept as kept:
@@ -204,7 +219,7 @@ def _share(made: torch.nn.Module, holder: torch.nn.Module, weights: Sequence[str
     for name in weights:
         if name in holder._buffers:
             made._buffers[name] = holder._buffers[name]
-        else:
+        elif name in holder._parameters:
             made._parameters[name] = holder._parameters[name]
 
 
