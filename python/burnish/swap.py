@@ -84,7 +84,7 @@ def swap_(
         _look(model, layers, _checked_measure(measure))
     before = model_bytes(model)
     with _trainable_again(model) as frozen:
-        _convert(layers, calibration or {})
+        _convert(layers, calibration or {}, _mesh(model))
         keep_ties(layers)
         if measure is not None:
             _measure(layers)
@@ -142,7 +142,7 @@ def _decide(
     asked = accepted = 0
     for layer, target, rule in zip(layers, targets, decided, strict=True):
         layer.config = rule.config if rule else None
-        layer.reason = _reason(layer, target, rule) or shield(layer.module, layer.config)
+        layer.reason = shield(layer.module, layer.config) or _reason(layer, target, rule)
         if layer.reason is None and filter_fn is not None:
             asked += 1
             accepted += (wanted := bool(filter_fn(layer.module, layer.fqn)))
@@ -186,7 +186,12 @@ def _find_fusions(layers: Sequence[Layer]) -> None:
                 layer.fusion = fusion
 
 
-def _convert(layers: Sequence[Layer], calibration: Mapping[str, Inputs]) -> None:
+def _mesh(model: torch.nn.Module) -> Any:
+    """The device mesh that FSDP2 has sharded the model over; None for a model that is whole."""
+    return next((getattr(p, "device_mesh", None) for p in model.parameters() if type(p).__name__ == "DTensor"), None)
+
+
+def _convert(layers: Sequence[Layer], calibration: Mapping[str, Inputs], mesh: Any) -> None:
     """Build the new layers; those that share a weight share what stands for it."""
     first: dict[int, Layer] = {}
     for layer in layers:
@@ -196,7 +201,7 @@ def _convert(layers: Sequence[Layer], calibration: Mapping[str, Inputs]) -> None
         activation = layer.fusion.activation if layer.fusion else "none"
         inputs = calibration.get(layer.fqn)
         moment = None if inputs is None else inputs.moment
-        request = Request(layer.module, layer.config, layer.fqn, activation, moment, layer.shape)
+        request = Request(layer.module, layer.config, layer.fqn, activation, moment, layer.shape, mesh)
         try:
             made = layer.kind.convert(request)
         except Kept as kept:

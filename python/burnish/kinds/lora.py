@@ -45,19 +45,25 @@ def objection(module: torch.nn.Module, parents: list[torch.nn.Module]) -> str | 
 def convert(request: Request) -> LoRALinear:
     assert isinstance(request.config, LoRA)
     if not peft.is_layer(request.module):
-        return LoRALinear.from_float(request.module, request.config)
+        return LoRALinear.from_float(request.module, request.config, request.mesh)
     found = peft.adapter(request.module)
     known = {name: getattr(found, name) for name in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
     known["dtype"] = dtype_name(found.lora_A.dtype)
     _check_agreement(request.config, known)
-    made = LoRALinear.around(found.base, replace(request.config, **known), found.lora_A, found.lora_B, found.scaling)
+    made = LoRALinear.around(
+        found.base, replace(request.config, **known), found.lora_A, found.lora_B, found.scaling, request.mesh
+    )
     return made.train(request.module.training)
 
 
 def _check_agreement(config: LoRA, known: Mapping[str, Any]) -> None:
     """Raise ValueError where an option that was given says something else than the adapter that is there."""
-    started = {"init_lora_weights": None if config.init_lora_weights == "default" else "what it has now"}
-    for name, value in {**known, **{key: value for key, value in started.items() if value}}.items():
+    if config.init_lora_weights != "default":
+        raise ValueError(
+            f"LoRALinear.from_float: the configuration has init_lora_weights {config.init_lora_weights!r}, and the "
+            "layer has an adapter that has begun already"
+        )
+    for name, value in known.items():
         given = getattr(config, name)
         if given is not None and given != value:
             raise ValueError(

@@ -14,7 +14,9 @@ import torch
 
 from burnish.checks import FLOATING
 from burnish.configs import Config, LoRA
+from burnish.kinds import linear
 from burnish.nn.base_layer import refusal
+from burnish.nn.int8_linear import Int8Linear
 from burnish.registry import dtype_name
 
 _LAYERS = "peft.tuners.lora.layer"
@@ -106,11 +108,13 @@ def shield(model: torch.nn.Module) -> Callable[[torch.nn.Module, Config | None],
     adapter of peft's, or ``LoRA()``, which takes peft's adapters over, finds none on it."""
     layers = [module for module in model.modules() if is_layer(module)]
     parts = {id(part) for layer in layers for part in _parts(layer)}
+    bases = {id(layer.base_layer) for layer in layers}
 
     def reason(module: torch.nn.Module, config: Config | None) -> str | None:
         if id(module) in parts:
             return "it is part of an adapter of peft's"
-        if layers and config == LoRA() and not is_layer(module):
+        plain = linear.is_candidate(module) or isinstance(module, Int8Linear)
+        if layers and config == LoRA() and plain and id(module) not in bases:
             return "peft gave it no adapter; LoRA(r=...) would"
         return None
 

@@ -73,6 +73,7 @@ class LoRALinear(torch.nn.Module):
     base_layer: torch.nn.Module
     lora_A: torch.nn.Parameter
     lora_B: torch.nn.Parameter
+    _mesh: Any
     _unmerged: torch.nn.Module | None
 
     def __init__(
@@ -94,7 +95,7 @@ class LoRALinear(torch.nn.Module):
         self._set_adapter(config)
         self._freeze()
 
-    def _set_form(self, base: torch.nn.Module, config: LoRA) -> None:
+    def _set_form(self, base: torch.nn.Module, config: LoRA, mesh: Any = None) -> None:
         """Check and set what is not the adapter's tensors; freezes the base."""
         reason = refusal(base)
         if reason is not None:
@@ -108,7 +109,7 @@ class LoRALinear(torch.nn.Module):
         self.r, self.lora_alpha, self.lora_dropout = config.r, config.lora_alpha, config.lora_dropout
         self.scaling = config.scaling
         self.base_layer = base
-        self._mesh: Any = operands(base)[0].device_mesh if is_sharded(base) else None  # type: ignore[attr-defined]
+        self._mesh = operands(base)[0].device_mesh if is_sharded(base) else mesh  # type: ignore[attr-defined]
         self._set_aside(None)
 
     def _set_aside(self, base: torch.nn.Module | None) -> None:
@@ -156,8 +157,13 @@ class LoRALinear(torch.nn.Module):
             self.base_layer = with_weight(base, self._summed(-1.0))
 
     @classmethod
-    def from_float(cls, module: torch.nn.Module, config: LoRA | None = None) -> LoRALinear:
+    def from_float(cls, module: torch.nn.Module, config: LoRA | None = None, mesh: Any = None) -> LoRALinear:
         """A LoRALinear around ``module``, which may also be an Int8Linear, in its mode.
+
+        Args:
+            module: as for the constructor.
+            config: the default is ``LoRA()``.
+            mesh: the device mesh that the model around it is sharded over, if it is.
 
         Raises:
             TypeError, ValueError: as the constructor does.
@@ -165,7 +171,7 @@ class LoRALinear(torch.nn.Module):
         config = config or LoRA()
         self = cls.__new__(cls)
         torch.nn.Module.__init__(self)
-        self._set_form(module, config)
+        self._set_form(module, config, mesh)
         self._set_adapter(config)
         self._freeze()
         return self.train(module.training)
@@ -178,6 +184,7 @@ class LoRALinear(torch.nn.Module):
         lora_A: torch.nn.Parameter,
         lora_B: torch.nn.Parameter,
         scaling: float | None = None,
+        mesh: Any = None,
     ) -> LoRALinear:
         """A LoRALinear of an adapter that exists: it goes on with the very parameters.
 
@@ -186,12 +193,15 @@ class LoRALinear(torch.nn.Module):
             config: what the adapter is.
             lora_A, lora_B: its factors, [R, K] and [N, R].
             scaling: another one than the configuration's.
+            mesh: as for :meth:`from_float`.
         """
         self = cls.__new__(cls)
         torch.nn.Module.__init__(self)
-        self._set_form(base, config)
+        self._set_form(base, config, mesh)
         self.lora_A, self.lora_B = lora_A, lora_B
         self.scaling = self.scaling if scaling is None else scaling
+        if self._mesh is not None:
+            spread(self._mesh, lora_A.detach(), lora_B.detach())
         self._freeze()
         return self.train(base.training)
 
