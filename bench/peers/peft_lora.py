@@ -30,7 +30,8 @@ def make(op: str, args: tuple) -> Callable[[], torch.Tensor]:
     layer = Linear(base, "default", config, r=rank, lora_alpha=scale * rank)
     layer.lora_A["default"].weight = torch.nn.Parameter(A)
     layer.lora_B["default"].weight = torch.nn.Parameter(B)
-    return layer.eval()
+    layer.eval()
+    return lambda: layer(x)
 
 
 PEER = Peer("peft", peft.__version__, supports, make)
