@@ -93,6 +93,16 @@ def test_patches_of_a_convolution_give_its_outputs(options: dict, monkeypatch: p
     torch.testing.assert_close(calibrate(nn.Sequential(conv), [x, x[0]])["0"].moment, taken.moment)
 
 
+def test_empty_batches_and_layers_without_inputs_add_nothing() -> None:
+    x = torch.randn(5, 6)
+    calibration = calibrate(Watched(), [x[:0], x])
+    assert calibration["first"].rows == 5
+    torch.testing.assert_close(calibration["first"].moment, moment(x))
+    images = torch.randn(2, 4, 5, 5)
+    assert calibrate(nn.Sequential(nn.Conv2d(4, 2, 3)), [images[:0], images])["0"].rows == 18
+    assert not calibrate(nn.Sequential(nn.Linear(0, 3)), [x[:, :0]])["0"].moment.numel()
+
+
 def test_layers_that_no_batch_reaches_are_absent_and_shared_ones_are_there_twice() -> None:
     model = nn.ModuleDict({"used": nn.Linear(6, 6), "idle": nn.Linear(6, 6)})
     model["again"] = model["used"]

@@ -70,6 +70,16 @@ def test_revert_puts_the_very_modules_back() -> None:
         assert torch.equal(model(x), expected)
 
 
+def test_revert_follows_dtype_and_mode() -> None:
+    model, plain = Vision(), Vision()
+    report = swap_(model, LowRank(rank=3))
+    for net in (model, plain):
+        net.bfloat16().eval()
+    report.revert()
+    assert torch.equal(model(IMAGES.bfloat16()), plain(IMAGES.bfloat16()))
+    assert not any(module.training for module in model.modules())
+
+
 def test_budgets_choose_the_rank_of_each_layer() -> None:
     model, plain = Model(), Model()
     swap_(model, LowRank(max_error=0.6))
@@ -79,7 +89,9 @@ def test_budgets_choose_the_rank_of_each_layer() -> None:
             ranks.add(layer.rank)
             weight = plain.get_submodule(fqn).weight.double()
             singular = torch.linalg.svdvals(weight).square()
-            errors = [float((singular[rank:].sum() / singular.sum()).sqrt()) for rank in (layer.rank - 1, layer.rank)]
+            errors = [
+                float((singular[rank:].sum() / singular.sum()).sqrt().detach()) for rank in (layer.rank - 1, layer.rank)
+            ]
             assert errors[1] <= 0.6 < errors[0]
             missed = (layer.to_float().weight.double() - weight).norm() / weight.norm()
             assert float(missed) == pytest.approx(errors[1], abs=1e-5)

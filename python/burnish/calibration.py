@@ -7,12 +7,12 @@
     calibration["blocks.0.mlp.0"].diagonal    # E[x^2], fp32 [K]
     calibration["blocks.0.mlp.0"].rows        # how many x that is the mean of
 
-==============================  ==================================  ======================
-layer                           a row x is                          moment
-==============================  ==================================  ======================
-nn.Linear, transformers' Conv1D  a token's features                  [K, K]
-nn.Conv2d                       a patch, as F.unfold makes it       [G, K, K], K = C / G kh kw
-==============================  ==================================  ======================
+===============================  =============================  ==============================
+layer                            a row x is                     moment
+===============================  =============================  ==============================
+nn.Linear, transformers' Conv1D  a token's features             [K, K]
+nn.Conv2d                        a patch, as F.unfold makes it  [G, K, K], K = C / G kh kw
+===============================  =============================  ==============================
 
 Batches stream: nothing of them is kept. The memory is 4 K^2 bytes a layer (64 MiB for K = 4096), as much again for the
 layer that runs, and for a convolution 64 MiB for unfolded patches; where that is too much, calibrate part of the layers
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from burnish.measure import call, eval_mode
 from burnish.nn.int8_linear import is_conv1d
+from burnish.ops.lowrank_linear import as_rows
 from burnish.schemes import Geometry
 
 #: values that are unfolded or converted to fp32 at a time
@@ -201,8 +202,7 @@ def _record(sums: _Sums, module: torch.nn.Module, args: tuple[Any, ...], kwargs:
             for patches in _patches(module, x):
                 sums.add(patches)
         else:
-            rows = x.reshape(-1, x.shape[-1])
-            for part in rows.split(max(1, _CHUNK // max(1, x.shape[-1]))):
+            for part in as_rows(x).split(max(1, _CHUNK // max(1, x.shape[-1]))):
                 sums.add(part.unsqueeze(0))
 
 
@@ -211,6 +211,6 @@ def _patches(conv: torch.nn.Conv2d, x: Tensor) -> Iterator[Tensor]:
     geometry = Geometry.of(conv)
     images = F.pad(x if x.dim() == 4 else x.unsqueeze(0), geometry.padding, geometry.mode)
     taps = conv.kernel_size[0] * conv.kernel_size[1]
-    for part in images.split(max(1, _CHUNK // max(1, images[0].numel() * taps))):
+    for part in images.split(max(1, _CHUNK // max(1, images.shape[1:].numel() * taps))):
         unfolded = F.unfold(part.float(), conv.kernel_size, geometry.dilation, 0, geometry.stride)  # [b, C taps, L]
         yield unfolded.unflatten(1, (conv.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)

@@ -107,7 +107,8 @@ def _automatic(request: Request, config: LowRank) -> int:
         _found[key] = _largest(request, config, shape)
     rank = _found[key]
     if rank is None:
-        raise Kept(f"no rank with fewer weights is faster than the dense layer at {shape[0]} rows")
+        unit = "images" if isinstance(module, torch.nn.Conv2d) else "rows"
+        raise Kept(f"no rank with fewer weights is faster than the dense layer at {shape[0]} {unit}")
     return rank
 
 
