@@ -231,8 +231,8 @@ OTHER_MODELS = {
         "head.lora_A.weight' is missing: the model has that layer",
     ),
     "rank": (lambda: trained({"up": LoRA(r=4, lora_alpha=6), "*.down": LoRA(r=2)}), r"\(4, 48\), expected|has r 2"),
-    "scaling": (lambda: trained(use_rslora=True), "'inner.down' has scaling 3.0 in the model, 1.5 in the file"),
-    "dtype": (lambda: trained(dtype="bf16"), "'inner.down' has dtype 'bf16' in the model, 'fp32' in the file"),
+    "scaling": (lambda: trained(use_rslora=True), "' has scaling 3.0 in the model, 1.5 in the file"),
+    "dtype": (lambda: trained(dtype="bf16"), "' has dtype 'bf16' in the model, 'fp32' in the file"),
     "init": (
         lambda: trained(init_lora_weights="pissa"),
         "has init_lora_weights 'pissa' in the model, 'default' in the",
