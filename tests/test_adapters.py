@@ -341,6 +341,7 @@ sys.path.insert(0, sys.argv[2])
 from test_adapters import trained
 torch.set_num_threads(1)
 net = trained()
+assert not {"peft", "transformers"} & sys.modules.keys()
 for number in range(1, 10**9):
     with torch.no_grad():
         for parameter in burnish.trainable_only(net):
@@ -350,7 +351,7 @@ for number in range(1, 10**9):
 """
 
 
-def test_killed_while_saving_the_adapter_loads(tmp_path: Path) -> None:
+def test_killed_while_saving_the_adapter_loads_and_peft_is_not_needed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _FOREVER, str(tmp_path), str(Path(__file__).parent)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
