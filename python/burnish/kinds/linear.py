@@ -24,18 +24,16 @@ def is_candidate(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear) or is_conv1d(module)
 
 
-def objection(
-    module: torch.nn.Module, parents: list[torch.nn.Module], noun: str, *, sharded: bool = False
-) -> str | None:
+def objection(module: torch.nn.Module, parents: list[torch.nn.Module], noun: str, *, keeps: bool = False) -> str | None:
     """Why a float layer cannot be converted; None if it can.
 
     Args:
         module: a linear layer or an nn.Conv2d.
         parents: the modules it is a child of.
         noun: what it would become, in a word.
-        sharded: whether it may be one that FSDP2 has sharded.
+        keeps: whether the new layer goes on using this one, so that FSDP2 may have sharded it and may have hooks on it.
     """
-    return _by_class(module) or _by_parents(module, parents) or _by_tensors(module, noun, sharded)
+    return _by_class(module, keeps) or _by_parents(module, parents) or _by_tensors(module, noun, keeps)
 
 
 def check_form(found: torch.nn.Module, form: Mapping[str, Any]) -> torch.Tensor:
@@ -53,7 +51,7 @@ def check_form(found: torch.nn.Module, form: Mapping[str, Any]) -> torch.Tensor:
     return weight
 
 
-def _by_class(module: torch.nn.Module) -> str | None:
+def _by_class(module: torch.nn.Module, keeps: bool) -> str | None:
     cls = type(module)
     if "forward" in vars(module):
         return "its forward was replaced on the instance (offloading hooks do that)"
@@ -66,7 +64,7 @@ def _by_class(module: torch.nn.Module) -> str | None:
         return f"{cls.__name__} is a subclass of {original.__name__} with its own forward"
     if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return "it is lazy and has no shape yet: run one batch first"
-    if any(getattr(module, name, None) for name in _HOOKS):
+    if not keeps and any(getattr(module, name, None) for name in _HOOKS):
         return "it has state_dict hooks, which expect a float weight"
     return None
 
@@ -88,7 +86,7 @@ def _by_parents(module: torch.nn.Module, parents: list[torch.nn.Module]) -> str 
     return None
 
 
-def _by_tensors(module: torch.nn.Module, noun: str, sharded: bool) -> str | None:
+def _by_tensors(module: torch.nn.Module, noun: str, keeps: bool) -> str | None:
     for name in ("weight", "bias"):
         if name not in module._parameters:
             if f"{name}_mask" in module._buffers:
@@ -97,7 +95,7 @@ def _by_tensors(module: torch.nn.Module, noun: str, sharded: bool) -> str | None
         tensor = module._parameters[name]
         if tensor is None:
             continue
-        if type(tensor) is not torch.nn.Parameter and not (sharded and type(tensor).__name__ == "DTensor"):
+        if type(tensor) is not torch.nn.Parameter and not (keeps and type(tensor).__name__ == "DTensor"):
             return f"its {name} is a {type(tensor).__name__}, not a plain parameter: swap before sharding or wrapping"
         if tensor.layout != torch.strided:
             return f"its {name} is {str(tensor.layout).removeprefix('torch.')}, not dense"

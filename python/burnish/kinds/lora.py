@@ -39,7 +39,7 @@ def objection(module: torch.nn.Module, parents: list[torch.nn.Module]) -> str | 
     if isinstance(module, Int8Linear):
         reason = refusal(module)
         return None if reason is None else f"it is {reason}"
-    return linear.objection(module, parents, NOUN, sharded=True)
+    return linear.objection(module, parents, NOUN, keeps=True)
 
 
 def convert(request: Request) -> LoRALinear:

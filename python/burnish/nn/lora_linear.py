@@ -222,7 +222,7 @@ class LoRALinear(torch.nn.Module):
             )
         if self._mesh is not None:
             A, B = averaged(self._mesh, A, B)
-            weight = weight.detach()  # made before it was frozen
+            weight, bias = weight.detach(), None if bias is None else bias.detach()  # FSDP2 made them before the freeze
         if torch._C._is_any_autocast_enabled():
             dtype = autocast_dtype(x)
             if dtype is not None and x.dtype in FLOATING:
