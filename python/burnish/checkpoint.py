@@ -146,6 +146,7 @@ def load(
                 f"burnish reads up to format {FORMAT}"
             )
         model = _model(model)
+        undo.callback(_unfreeze, [parameter for parameter in model.parameters() if parameter.requires_grad])
         try:
             tensors = _read_tensors(durable.checked_payload(folder, recipe["payload"]), recipe["tied"])
             slots = _slots(model, recipe["layers"], recipe["fused"])
@@ -179,11 +180,11 @@ def _read_tensors(payload: Path, tied: Mapping[str, str]) -> dict[str, torch.Ten
 def _slots(model: torch.nn.Module, layers: Mapping[str, Any], fused: Mapping[str, Any]) -> list[Slot]:
     """What has to be exchanged to make the model as it was saved; empty for a model that is so already."""
     slots: list[Slot] = []
-    built: dict[int, torch.nn.Module] = {}
+    built: dict[tuple[int, str], torch.nn.Module] = {}
     new: dict[str, torch.nn.Module] = {}
     for fqn, entry in layers.items():
         slot = _place(model, fqn, new)
-        new[fqn] = built.setdefault(id(slot.before), _built(slot.before, fqn, entry))
+        new[fqn] = built.setdefault((id(slot.before), entry["kind"]), _built(slot.before, fqn, entry))
         slots.append(_exchanged(slot, new[fqn]))
     for fqn, entry in fused.items():
         slot = _place(model, fqn, new)
@@ -268,6 +269,8 @@ def _fill(
         )
     }
     for slot in slots:
+        tensor = next(iter((*slot.before.parameters(), *slot.before.buffers())), None)
+        homes.update({} if tensor is None else {slot.fqn: tensor.device})
         undo.callback(slot.put, slot.before)
         slot.put(slot.after)
     before: dict[tuple[torch.nn.Module, str], torch.nn.Parameter] = {}
@@ -285,6 +288,11 @@ def _fill(
                 f"load: {name!r} is not in the checkpoint and has no value: build the model on a real device"
             )
     _keep_identity(before, undo)
+
+
+def _unfreeze(parameters: list[torch.nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(True)
 
 
 def _restore(
@@ -316,14 +324,22 @@ def _placed(
     placed: dict[str, torch.Tensor] = {}
     made: dict[Any, torch.Tensor] = {}
     for key, tensor in tensors.items():
-        home = torch.device(device) if device is not None else homes.get(key, homes.get(key + "_scale"))
-        home = home if home is not None and home.type != "meta" else torch.device("cpu")
+        home = torch.device(device) if device is not None else _home(key, homes)
         known = (id(tensor), home, key in parameters)
         if known not in made:
             moved = tensor.to(home)
             made[known] = torch.nn.Parameter(moved, requires_grad=False) if key in parameters else moved
         placed[key] = made[known]
     return placed
+
+
+def _home(key: str, homes: Mapping[str, torch.device]) -> torch.device:
+    """Where the model has the tensor, or the layer whose place it is in; the CPU for what is on meta or nowhere."""
+    home = homes.get(key, homes.get(key + "_scale"))
+    while home is None and key:
+        key = key.rpartition(".")[0]
+        home = homes.get(key)
+    return home if home is not None and home.type != "meta" else torch.device("cpu")
 
 
 def _keep_identity(before: Mapping[tuple[torch.nn.Module, str], torch.nn.Parameter], undo: ExitStack) -> None:

@@ -1,6 +1,7 @@
 """What a layer is swapped for: frozen, comparable configurations that travel in reports and checkpoints.
 
     Int8()     int8 weights and activations: burnish.nn.Int8Linear
+    LoRA(r=8)  a frozen layer with a trainable low-rank adapter: burnish.nn.LoRALinear
     LowRank()  two thin factors: burnish.nn.LowRankLinear and LowRankConv2d
     Keep()     leave the layer as it is
 
@@ -10,9 +11,12 @@ and refuses what it does not know, so that an old burnish never misreads a newer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,79 @@ class Int8(Config):
     def __post_init__(self) -> None:
         if not isinstance(self.fuse_activation, bool):
             raise TypeError(f"Int8: fuse_activation is {self.fuse_activation!r}, expected True or False")
+
+
+_ADAPTER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoRA(Config):
+    """A frozen layer with a trainable low-rank adapter beside it, in peft's words.
+
+    None stands for the default or, where the layer has an adapter of peft's already, for what that adapter has.
+
+    Args:
+        r: the rank; 8 by default. At most the smaller of a layer's two sizes.
+        lora_alpha: the adapter counts ``lora_alpha / r`` times; 8 by default.
+        lora_dropout: the probability of dropping an element of the adapter's input in training; 0 by default.
+        use_rslora: divide lora_alpha by sqrt(r) instead; False by default.
+        init_lora_weights: ``default`` (lora_A drawn, lora_B zero) or ``pissa`` (the weight's principal part).
+        dtype: of the adapter, ``fp32``, ``bf16`` or ``fp16``; by default the layer's.
+    """
+
+    r: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float | None = None
+    use_rslora: bool | None = None
+    init_lora_weights: str = "default"
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.r is not None:
+            if not isinstance(self.r, int) or isinstance(self.r, bool):
+                raise TypeError(f"LoRA: r is {self.r!r}, expected an integer of at least 1, or None for 8")
+            if self.r < 1:
+                raise ValueError(f"LoRA: r is {self.r}, expected an integer of at least 1, or None for 8")
+        _check_number("lora_alpha", self.lora_alpha, "a finite number above 0", lambda v: 0 < v < math.inf)
+        _check_number("lora_dropout", self.lora_dropout, "a probability from 0 to 1", lambda v: 0 <= v <= 1)
+        if self.use_rslora is not None and not isinstance(self.use_rslora, bool):
+            raise TypeError(f"LoRA: use_rslora is {self.use_rslora!r}, expected True or False")
+        if self.init_lora_weights not in ("default", "pissa"):
+            raise ValueError(f"LoRA: init_lora_weights is {self.init_lora_weights!r}, expected 'default' or 'pissa'")
+        if self.dtype is not None and self.dtype not in _ADAPTER_DTYPES:
+            raise ValueError(f"LoRA: dtype is {self.dtype!r}, expected one of: {', '.join(_ADAPTER_DTYPES)}")
+
+    def resolved(self) -> LoRA:
+        """The same with each default in its place; the dtype stays None for the layer's."""
+        return replace(
+            self,
+            r=8 if self.r is None else self.r,
+            lora_alpha=8 if self.lora_alpha is None else self.lora_alpha,
+            lora_dropout=0.0 if self.lora_dropout is None else self.lora_dropout,
+            use_rslora=bool(self.use_rslora),
+        )
+
+    @property
+    def scaling(self) -> float:
+        """What the adapter's product is multiplied by."""
+        known = self.resolved()
+        assert known.r is not None
+        assert known.lora_alpha is not None
+        return known.lora_alpha / (math.sqrt(known.r) if known.use_rslora else known.r)
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """``dtype`` as torch's."""
+        return None if self.dtype is None else _ADAPTER_DTYPES[self.dtype]
+
+
+def _check_number(name: str, value: Any, expected: str, allowed: Callable[[float], bool]) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"LoRA: {name} is {value!r}, expected {expected}")
+    if not allowed(value):
+        raise ValueError(f"LoRA: {name} is {value!r}, expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -107,7 +184,7 @@ class Keep(Config):
     """Leave the layers that a rule matches as they are."""
 
 
-_CONFIGS: dict[str, type[Config]] = {cls.__name__: cls for cls in (Int8, LowRank, Keep)}
+_CONFIGS: dict[str, type[Config]] = {cls.__name__: cls for cls in (Int8, LoRA, LowRank, Keep)}
 
 
 def from_dict(data: Mapping[str, Any]) -> Config:

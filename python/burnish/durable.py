@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,9 @@ def _locked(descriptor: int, *, write: bool) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def commit(folder: Path, name: str, recipe: dict[str, Any], write_payload: Callable[[Path], None]) -> None:
-    """Make ``recipe`` (as ``name``) and the payload that ``write_payload`` writes the content of the folder.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written; what was there still is.
-    """
+@contextlib.contextmanager
+def _staging(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """A folder inside ``folder`` to prepare files in, and whether nobody else writes meanwhile."""
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(os.open(folder, os.O_RDONLY), write=True) as alone:
         if alone:
@@ -57,23 +54,49 @@ def commit(folder: Path, name: str, recipe: dict[str, Any], write_payload: Calla
         stage = folder / f".burnish-{os.getpid()}"
         try:
             stage.mkdir(exist_ok=True)
-            staged = stage / "payload"
-            write_payload(staged)
-            _flush(staged)
-            digest = sha256(staged)
-            payload = folder / f"model-{digest[:16]}.safetensors"
-            recipe = {**recipe, "payload": {"file": payload.name, "sha256": digest, "bytes": staged.stat().st_size}}
-            text = stage / name
-            text.write_bytes(_encode(recipe))
-            _flush(text)
-            os.replace(staged, payload)
-            _flush(folder)
-            os.replace(text, folder / name)
-            _flush(folder)
+            yield stage, alone
         finally:
             shutil.rmtree(stage, ignore_errors=True)
+
+
+def commit(folder: Path, name: str, recipe: dict[str, Any], write_payload: Callable[[Path], None]) -> None:
+    """Make ``recipe`` (as ``name``) and the payload that ``write_payload`` writes the content of the folder.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; what was there still is.
+    """
+    with _staging(folder) as (stage, alone):
+        staged = stage / "payload"
+        write_payload(staged)
+        _flush(staged)
+        digest = sha256(staged)
+        payload = folder / f"model-{digest[:16]}.safetensors"
+        recipe = {**recipe, "payload": {"file": payload.name, "sha256": digest, "bytes": staged.stat().st_size}}
+        text = stage / name
+        text.write_bytes(_encode(recipe))
+        _flush(text)
+        os.replace(staged, payload)
+        _flush(folder)
+        os.replace(text, folder / name)
+        _flush(folder)
         if alone:
             _sweep(folder, lambda found: _PAYLOAD.fullmatch(found) if found != payload.name else None)
+
+
+def replace(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -> None:
+    """Put files of fixed names into the folder: all are written and flushed before the first is renamed, and renamed
+    in the order given. Only one rename can happen at a time: files that belong together must be able to tell.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    with _staging(folder) as (stage, _):
+        for name, write in writers.items():
+            write(stage / name)
+            _flush(stage / name)
+        for name in writers:
+            os.replace(stage / name, folder / name)
+            _flush(folder)
 
 
 def _sweep(folder: Path, wanted: Callable[[str], object]) -> None:
@@ -110,20 +133,20 @@ def _dump(value: Any) -> bytes:
 
 
 @contextlib.contextmanager
-def reading(folder: Path) -> Iterator[None]:
-    """Hold the folder's shared lock.
+def reading(folder: Path, call: str = "load", writer: str = "burnish.save") -> Iterator[None]:
+    """Hold the folder's shared lock; ``call`` and ``writer`` are for messages.
 
     Raises:
         CheckpointError: there is no such folder, or it cannot be read.
     """
     if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"load: {folder} is a file, expected the folder that burnish.save wrote")
+        raise CheckpointError(f"{call}: {folder} is a file, expected the folder that {writer} wrote")
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
-        raise CheckpointError(f"load: {folder} does not exist") from None
+        raise CheckpointError(f"{call}: {folder} does not exist") from None
     except OSError as error:
-        raise CheckpointError(f"load: {folder} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{call}: {folder} cannot be read: {error.strerror}") from error
     with _locked(descriptor, write=False):
         yield
 

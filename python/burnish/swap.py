@@ -27,7 +27,7 @@ from burnish import rules as patterns
 from burnish.calibration import Calibration, Inputs
 from burnish.configs import Config, Keep
 from burnish.errors import SwapError
-from burnish.kinds import Kept, Request
+from burnish.kinds import Kept, Request, peft
 from burnish.layers import Layer, keep_ties, rows_of, survey
 from burnish.nn import Fused
 from burnish.report import Report, Slot, model_bytes
@@ -77,14 +77,14 @@ def swap_(
     compiled = patterns.parse(rules)
     layers = survey(model)
     _refuse_root(model, compiled)
-    _decide(layers, compiled, filter_fn)
+    _decide(layers, compiled, filter_fn, peft.shield(model))
     keep_ties(layers)
     _find_fusions(layers)
     if measure is not None:
         _look(model, layers, _checked_measure(measure))
     before = model_bytes(model)
     with _trainable_again(model) as frozen:
-        _convert(layers, calibration or {})
+        _convert(layers, calibration or {}, _mesh(model))
         keep_ties(layers)
         if measure is not None:
             _measure(layers)
@@ -128,7 +128,12 @@ def _refuse_root(model: torch.nn.Module, compiled: Sequence[patterns.Rule]) -> N
             )
 
 
-def _decide(layers: Sequence[Layer], compiled: Sequence[patterns.Rule], filter_fn: FilterFn | None) -> None:
+def _decide(
+    layers: Sequence[Layer],
+    compiled: Sequence[patterns.Rule],
+    filter_fn: FilterFn | None,
+    shield: Callable[[torch.nn.Module, Config | None], str | None],
+) -> None:
     """Give each layer its configuration, or the reason to keep it."""
     targets = [
         patterns.Target(tuple(layer.fqns), type(layer.module).__name__, kinds.takers(layer.module)) for layer in layers
@@ -137,7 +142,7 @@ def _decide(layers: Sequence[Layer], compiled: Sequence[patterns.Rule], filter_f
     asked = accepted = 0
     for layer, target, rule in zip(layers, targets, decided, strict=True):
         layer.config = rule.config if rule else None
-        layer.reason = _reason(layer, target, rule)
+        layer.reason = shield(layer.module, layer.config) or _reason(layer, target, rule)
         if layer.reason is None and filter_fn is not None:
             asked += 1
             accepted += (wanted := bool(filter_fn(layer.module, layer.fqn)))
@@ -181,7 +186,12 @@ def _find_fusions(layers: Sequence[Layer]) -> None:
                 layer.fusion = fusion
 
 
-def _convert(layers: Sequence[Layer], calibration: Mapping[str, Inputs]) -> None:
+def _mesh(model: torch.nn.Module) -> Any:
+    """The device mesh that FSDP2 has sharded the model over; None for a model that is whole."""
+    return next((getattr(p, "device_mesh", None) for p in model.parameters() if type(p).__name__ == "DTensor"), None)
+
+
+def _convert(layers: Sequence[Layer], calibration: Mapping[str, Inputs], mesh: Any) -> None:
     """Build the new layers; those that share a weight share what stands for it."""
     first: dict[int, Layer] = {}
     for layer in layers:
@@ -191,7 +201,7 @@ def _convert(layers: Sequence[Layer], calibration: Mapping[str, Inputs]) -> None
         activation = layer.fusion.activation if layer.fusion else "none"
         inputs = calibration.get(layer.fqn)
         moment = None if inputs is None else inputs.moment
-        request = Request(layer.module, layer.config, layer.fqn, activation, moment, layer.shape)
+        request = Request(layer.module, layer.config, layer.fqn, activation, moment, layer.shape, mesh)
         try:
             made = layer.kind.convert(request)
         except Kept as kept:

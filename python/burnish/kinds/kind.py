@@ -24,7 +24,8 @@ class Request:
     """One layer on its way through a swap.
 
     ``activation`` is what it shall compute after its product, for kinds that fuse; ``moment`` the calibrated second
-    moment of its inputs; ``shape`` that of its input, where the swap is to measure.
+    moment of its inputs; ``shape`` that of its input, where the swap is to measure; ``mesh`` the
+    device mesh that the model is sharded over, if it is.
     """
 
     module: torch.nn.Module
@@ -33,6 +34,7 @@ class Request:
     activation: str = "none"
     moment: torch.Tensor | None = None
     shape: tuple[int, ...] | None = None
+    mesh: Any = None
 
 
 @dataclass(frozen=True)

@@ -24,15 +24,18 @@ def is_candidate(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear) or is_conv1d(module)
 
 
-def objection(module: torch.nn.Module, parents: list[torch.nn.Module], noun: str) -> str | None:
+def objection(
+    module: torch.nn.Module, parents: list[torch.nn.Module], noun: str, *, sharded: bool = False
+) -> str | None:
     """Why a float layer cannot be converted; None if it can.
 
     Args:
         module: a linear layer or an nn.Conv2d.
         parents: the modules it is a child of.
         noun: what it would become, in a word.
+        sharded: whether it may be one that FSDP2 has sharded.
     """
-    return _by_class(module) or _by_parents(module, parents) or _by_tensors(module, noun)
+    return _by_class(module) or _by_parents(module, parents) or _by_tensors(module, noun, sharded)
 
 
 def check_form(found: torch.nn.Module, form: Mapping[str, Any]) -> torch.Tensor:
@@ -85,7 +88,7 @@ def _by_parents(module: torch.nn.Module, parents: list[torch.nn.Module]) -> str 
     return None
 
 
-def _by_tensors(module: torch.nn.Module, noun: str) -> str | None:
+def _by_tensors(module: torch.nn.Module, noun: str, sharded: bool) -> str | None:
     for name in ("weight", "bias"):
         if name not in module._parameters:
             if f"{name}_mask" in module._buffers:
@@ -94,7 +97,7 @@ def _by_tensors(module: torch.nn.Module, noun: str) -> str | None:
         tensor = module._parameters[name]
         if tensor is None:
             continue
-        if type(tensor) is not torch.nn.Parameter:
+        if type(tensor) is not torch.nn.Parameter and not (sharded and type(tensor).__name__ == "DTensor"):
             return f"its {name} is a {type(tensor).__name__}, not a plain parameter: swap before sharding or wrapping"
         if tensor.layout != torch.strided:
             return f"its {name} is {str(tensor.layout).removeprefix('torch.')}, not dense"

@@ -2,7 +2,8 @@
 
 from burnish.nn.fused import Fused
 from burnish.nn.int8_linear import Int8Linear
+from burnish.nn.lora_linear import LoRALinear
 from burnish.nn.lowrank_conv2d import LowRankConv2d
 from burnish.nn.lowrank_linear import LowRankLinear
 
-__all__ = ["Fused", "Int8Linear", "LowRankConv2d", "LowRankLinear"]
+__all__ = ["Fused", "Int8Linear", "LoRALinear", "LowRankConv2d", "LowRankLinear"]
