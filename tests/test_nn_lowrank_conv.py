@@ -116,6 +116,17 @@ def test_pointwise_of_channels_last_images_is_one_fused_call(monkeypatch: pytest
         assert calls == ([(2, 6, 5, 8)] if expected else [])
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 6, 5), (2, 8, 1, 1), (0, 8, 3, 3)])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_images_that_lie_in_both_formats(scheme: str, shape: tuple) -> None:
+    conv = nn.Conv2d(shape[1], 4, 1)
+    layer = LowRankConv2d.from_float(conv, LowRank(rank=min(4, shape[1]), conv=scheme))
+    x = torch.randn(shape)
+    torch.testing.assert_close(layer(x), conv(x), rtol=1e-5, atol=1e-6)
+    assert layer(x).is_contiguous()
+    assert layer(x).stride() == conv(x).stride()
+
+
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_autocast_gives_the_dtype_that_conv2d_gives(scheme: str, kernel: tuple) -> None:

@@ -185,7 +185,7 @@ class _Sums:
         x = groups.float()
         if self.total is None:
             self.total = x.new_zeros(x.shape[0], x.shape[2], x.shape[2])
-        self.total.baddbmm_(x.mT, x)
+        self.total.baddbmm_(x.mT, x)  # in place, which autocast leaves in fp32
         self.rows += x.shape[1]
 
     def inputs(self) -> Inputs:
@@ -197,13 +197,12 @@ class _Sums:
 def _record(sums: _Sums, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A forward pre-hook: add the rows of the layer's input."""
     x = args[0] if args else next(iter(kwargs.values()))
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        if isinstance(module, torch.nn.Conv2d):
-            for patches in _patches(module, x):
-                sums.add(patches)
-        else:
-            for part in as_rows(x).split(max(1, _CHUNK // max(1, x.shape[-1]))):
-                sums.add(part.unsqueeze(0))
+    if isinstance(module, torch.nn.Conv2d):
+        for patches in _patches(module, x):
+            sums.add(patches)
+    else:
+        for part in as_rows(x).split(max(1, _CHUNK // max(1, x.shape[-1]))):
+            sums.add(part.unsqueeze(0))
 
 
 def _patches(conv: torch.nn.Conv2d, x: Tensor) -> Iterator[Tensor]:

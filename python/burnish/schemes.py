@@ -167,6 +167,4 @@ def _pointwise(x: Tensor, A: Tensor, B: Tensor, groups: int) -> bool:
     """Whether x's pixels are rows of memory and the factors matrices over them."""
     if groups != 1 or x.dim() != 4 or A.shape[2] * B.shape[3] * A.shape[3] != 1:
         return False
-    return x.is_contiguous(memory_format=torch.channels_last) and (
-        not x.is_contiguous() or x.shape[2] * x.shape[3] == 1
-    )
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
