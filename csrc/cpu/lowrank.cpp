@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kGatherRows = 256;  // rows of dy that are read at a time, from L2 the second time
 constexpr int64_t kGatherParts = 16;  // of the columns of dy, at most
 constexpr int64_t kPartialBytes = int64_t{4} << 20;
+constexpr int64_t kWideRows = 256;  // of a block, which repay packing factors of any rank
 
 }  // namespace
 
@@ -129,19 +130,23 @@ Projection project_down(const Kernels& level, const Operand& x, const Factors& f
   return made;
 }
 
-// Both products for a narrow pair of factors: each thread takes rows of its own from x to y and packs the factors for
-// itself, which costs less than to wait for the others in between.
-void narrow_rows(const Kernels& level, const Operand& x, const Factors& factors, const Sink& y) {
+// Both products a block of rows at a time, from x to y: each thread packs the factors for its own blocks, which for at
+// least `few` rows costs less than to wait for the others in between.
+void blocks_of_rows(const Kernels& level, const Operand& x, const Factors& factors, int64_t few, const Sink& y) {
   const int64_t K = x.rows.width, N = factors.outputs(), R = factors.rank();
-  parallel_for(0, x.rows.count, kNarrowRows, [&](int64_t begin, int64_t end) {
+  parallel_for(0, x.rows.count, few, [&](int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
-    const int64_t rows = end - begin;
-    scratch.reserve(Block::bytes(rows, R, Format::kFloat) + Projection::bytes(rows, R, x.matrix.format, false));
-    const Block sums = Block::take(scratch, rows, R, Format::kFloat);
-    const Projection s = Projection::take(scratch, rows, R, x.matrix.format, false);
-    add_products(level, {{x.matrix.at(begin, 0), {factors.A.matrix, false}, K}}, rows, {0, R}, sums.sums(false));
-    round_projection(level, sums, 1, rows, R, factors.factor, s);
-    add_products(level, {{s.rows.matrix(), {factors.B.matrix, false}, R}}, rows, {0, N}, y.at(begin, 0));
+    const int64_t pieces = std::max<int64_t>(1, (end - begin) / kWideRows), most = (end - begin) / pieces + 1;
+    scratch.reserve(Block::bytes(most, R, Format::kFloat) + Projection::bytes(most, R, x.matrix.format, false));
+    const Block sums = Block::take(scratch, most, R, Format::kFloat);
+    const Projection s = Projection::take(scratch, most, R, x.matrix.format, false);
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const int64_t row = begin + (end - begin) * piece / pieces;
+      const int64_t rows = begin + (end - begin) * (piece + 1) / pieces - row;
+      add_products(level, {{x.matrix.at(row, 0), {factors.A.matrix, false}, K}}, rows, {0, R}, sums.sums(false));
+      round_projection(level, sums, 1, rows, R, factors.factor, s);
+      add_products(level, {{s.rows.matrix(), {factors.B.matrix, false}, R}}, rows, {0, N}, y.at(row, 0));
+    }
   });
 }
 
@@ -157,9 +162,10 @@ Tensor lowrank_forward(const Tensor& x, const Factors& factors, const Base* base
   floats.reserve(Scratch::bytes<float>(N));
   const float* offset = bias.has_value() ? as_floats(*bias, floats.take<float>(N)) : nullptr;
   const Sink y{nullptr, 0, false, made.mutable_data_ptr(), N, from.matrix.format, offset};
-  if (base == nullptr && factors.mask() == nullptr && R <= kNarrow && M >= 2 * kNarrowRows &&
+  const int64_t block = R <= kNarrow ? kNarrowRows : kWideRows;
+  if (base == nullptr && factors.mask() == nullptr && M >= 2 * block &&
       level.product_format(from.matrix.format) == from.matrix.format) {
-    narrow_rows(level, from, factors, y);
+    blocks_of_rows(level, from, factors, block, y);
     return made;
   }
   const bool few = M <= kFewRows && factors.mask() == nullptr;
