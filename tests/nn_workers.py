@@ -13,7 +13,7 @@ from typing import Any
 import burnish
 import torch
 import torch.distributed as dist
-from burnish.nn import Int8Linear
+from burnish.nn import Int8Linear, LowRankConv2d, LowRankLinear
 from torch import nn
 
 STEPS, ROWS = 4, 8
@@ -23,6 +23,18 @@ def model() -> nn.Module:
     """Frozen int8 layers with trainable biases around a trainable float layer."""
     torch.manual_seed(0)
     return nn.Sequential(Int8Linear(24, 33, activation="gelu"), nn.Linear(33, 16), Int8Linear(16, 5, activation="silu"))
+
+
+def lowrank_model() -> nn.Module:
+    """Trainable factors, some with fewer rows than there are processes."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        LowRankLinear(24, 36, rank=5),
+        nn.Unflatten(1, (4, 3, 3)),
+        LowRankConv2d(4, 7, 3, padding=1, rank=3, scheme="tucker2"),
+        nn.Flatten(),
+        LowRankLinear(63, 5, rank=1),
+    )
 
 
 def train(net: nn.Module, rank: int = 0, ranks: int = 1) -> None:
@@ -36,11 +48,20 @@ def train(net: nn.Module, rank: int = 0, ranks: int = 1) -> None:
         optimizer.step()
 
 
+#: what the processes train, one after the other
+MODELS = {"int8": model, "lowrank": lowrank_model}
+
+
 def distributed(rank: int, kind: str, folder: str) -> None:
-    """One of two processes: trains under DDP or FSDP2, and rank 0 stores the gathered state dict."""
+    """One of two processes: trains each model under DDP or FSDP2, and rank 0 stores the gathered state dicts."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    net: Any = model()
+    for name, make in MODELS.items():
+        _distributed(rank, kind, make(), f"{folder}/{name}")
+    dist.destroy_process_group()
+
+
+def _distributed(rank: int, kind: str, net: Any, path: str) -> None:
     if kind == "ddp":
         net = nn.parallel.DistributedDataParallel(net)
     else:
@@ -58,18 +79,17 @@ def distributed(rank: int, kind: str, folder: str) -> None:
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(net, options=whole)
     if rank == 0:
-        torch.save(state, f"{folder}/state.pt")
+        torch.save(state, f"{path}-state.pt")
     dist.barrier()
     # and back in: what was gathered loads into the sharded model
-    loaded = torch.load(f"{folder}/state.pt", weights_only=True)
+    loaded = torch.load(f"{path}-state.pt", weights_only=True)
     with torch.no_grad():
         for tensor in (*net.parameters(), *net.buffers()):
             tensor.zero_()
     set_model_state_dict(net, loaded, options=StateDictOptions(full_state_dict=True))
     again = get_model_state_dict(net, options=whole)
     if rank == 0:
-        torch.save(again, f"{folder}/again.pt")
-    dist.destroy_process_group()
+        torch.save(again, f"{path}-again.pt")
 
 
 def numbered(number: int) -> nn.Module:

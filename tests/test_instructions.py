@@ -196,6 +196,7 @@ def test_atomics(run: Run) -> None:
         assert got[[0, 1, 12]].tolist() == [total % 2**32] * 3
         assert got[2:4].view(np.uint64)[0] == total
         assert got[4:5].view(np.float32)[0] == (a % 1024).sum()
+        assert got[[17, 18]].tolist() == [0, (a % 1024).sum()]  # bits of subnormal floats
         assert signed(got)[5:7].tolist() == [max(0, signed(a).max()), signed(a).min()]
         assert got[[7, 8, 13, 14]].tolist() == [a.max(), a.min()] * 2
         assert got[[10, 11, 15, 16]].tolist() == [2 * threads, threads, threads * (threads + 1) // 2, 2 * threads]

@@ -50,6 +50,14 @@ def test_no_native_source_without_a_record(folder: str, pattern: str) -> None:
     assert not orphans(files, INFRASTRUCTURE[folder])
 
 
+def test_every_cuda_source_runs_on_the_cpu() -> None:
+    """What no record calls native is compiled, but neither emulated nor counted."""
+    native = {spec.name for spec in OURS.values() if any(impl.backend == "native" for impl in spec.impls)}
+    stems = {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")}
+    assert stems
+    assert not {stem for stem in stems if not any(f"{stem}_".startswith(f"{name}_") for name in native)}
+
+
 def test_no_triton_source_without_a_record() -> None:
     files = [path for path in (ROOT / "kernels").glob("*/*.py") if path.parent.name not in SHARED_FAMILIES]
     assert files

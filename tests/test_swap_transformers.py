@@ -134,6 +134,21 @@ def test_vit_swaps_and_runs() -> None:
 
 
 @pytest.mark.parametrize("make", [bert, gpt2, llama])
+def test_low_rank_layers_that_know_the_inputs_come_closer(make, tmp_path: Path) -> None:
+    expected = output(make())
+    calibration = burnish.calibrate(make(), [{"input_ids": IDS}])
+    missed = []
+    for method in ("svd", "activation"):
+        model = make()
+        report = burnish.swap_(model, burnish.LowRank(rank=24, method=method), calibration=calibration)
+        assert {row.became for row in report.swapped} == {"LowRankLinear r=24"}
+        missed.append(float((output(model) - expected).norm() / expected.norm()))
+    assert missed[1] < 0.8 * missed[0]
+    burnish.save(model, tmp_path)
+    assert torch.equal(output(burnish.load(make, tmp_path)), output(model))
+
+
+@pytest.mark.parametrize("make", [bert, gpt2, llama])
 def test_save_and_load(make, tmp_path: Path) -> None:
     model = make()
     burnish.swap_(model, burnish.Int8())

@@ -10,10 +10,11 @@ from burnish import native as _native
 
 _native.load()  # before the schemas below are defined, so that a mismatch is an exception here
 
-from burnish import nn, ops  # noqa: E402
+from burnish import factorize, nn, ops  # noqa: E402
 from burnish.adapters import adapter_state_dict, load_adapter, save_adapter, trainable_only  # noqa: E402
+from burnish.calibration import Calibration, calibrate  # noqa: E402
 from burnish.checkpoint import load, save  # noqa: E402
-from burnish.configs import Int8, Keep, LoRA  # noqa: E402
+from burnish.configs import Int8, Keep, LoRA, LowRank  # noqa: E402
 from burnish.dispatch import explain, use_backend  # noqa: E402
 from burnish.errors import BackendError, CheckpointError, SwapError  # noqa: E402
 from burnish.native import get_include  # noqa: E402
@@ -25,14 +26,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "Calibration",
     "CheckpointError",
     "Int8",
     "Keep",
     "LoRA",
+    "LowRank",
     "Report",
     "SwapError",
     "adapter_state_dict",
+    "calibrate",
     "explain",
+    "factorize",
     "get_include",
     "load",
     "load_adapter",

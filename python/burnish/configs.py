@@ -2,6 +2,7 @@
 
     Int8()     int8 weights and activations: burnish.nn.Int8Linear
     LoRA(r=8)  a frozen layer with a trainable low-rank adapter: burnish.nn.LoRALinear
+    LowRank()  two thin factors: burnish.nn.LowRankLinear and LowRankConv2d
     Keep()     leave the layer as it is
 
 ``to_dict`` gives plain JSON values with the configuration's name and format version; :func:`from_dict` is the way back
@@ -131,11 +132,59 @@ def _check_number(name: str, value: Any, expected: str, allowed: Callable[[float
 
 
 @dataclass(frozen=True)
+class LowRank(Config):
+    """A weight as a product of thin factors: linear layers and 2-d convolutions. Give exactly one of the first three.
+
+    Args:
+        rank: the rank, or ``"auto"``: the largest at which the layer is faster than the dense one on this machine, at
+            the rows that ``swap_(measure=...)`` tells. Of a convolution, the rank of each group.
+        energy: the smallest rank that keeps this share of the squared singular values, 0 < energy <= 1.
+        max_error: the smallest rank with at most this relative error, 0 < max_error < 1.
+        method: ``svd`` comes closest to the weight; ``activation`` to the outputs, for the inputs of a calibration
+            (:func:`burnish.calibrate`), and measures energy and error on them.
+        conv: how convolutions are taken apart: ``channel`` (the kernel to R channels, then 1 x 1), ``spatial`` (k x 1,
+            then 1 x k) or ``tucker2`` (1 x 1, the kernel between R channels, 1 x 1). ``activation`` needs ``channel``.
+    """
+
+    rank: int | str | None = None
+    energy: float | None = None
+    max_error: float | None = None
+    method: str = "svd"
+    conv: str = "channel"
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("rank", "energy", "max_error") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"LowRank: {' and '.join(given) or 'nothing'} given, expected exactly one of rank, energy and max_error"
+            )
+        if self.rank is not None and self.rank != "auto":
+            if not isinstance(self.rank, int) or isinstance(self.rank, bool):
+                raise TypeError(f"LowRank: rank is {self.rank!r}, expected an integer of at least 1 or 'auto'")
+            if self.rank < 1:
+                raise ValueError(f"LowRank: rank is {self.rank}, expected an integer of at least 1 or 'auto'")
+        for name, allowed in (("energy", "0 < energy <= 1"), ("max_error", "0 < max_error < 1")):
+            share = getattr(self, name)
+            if share is not None and (not isinstance(share, int | float) or isinstance(share, bool)):
+                raise TypeError(f"LowRank: {name} is {share!r}, expected a number with {allowed}")
+            if share is not None and not (0 < share < 1 or (name == "energy" and share == 1)):
+                raise ValueError(f"LowRank: {name} is {share!r}, expected {allowed}")
+        for name, choices in (("method", ("svd", "activation")), ("conv", ("channel", "spatial", "tucker2"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"LowRank: {name} is {getattr(self, name)!r}, expected one of: {', '.join(choices)}")
+        if self.method == "activation" and self.conv != "channel":
+            raise ValueError(
+                f"LowRank: method is 'activation' and conv is {self.conv!r}: only conv='channel' sees whole patches, "
+                "whose moments a calibration knows"
+            )
+
+
+@dataclass(frozen=True)
 class Keep(Config):
     """Leave the layers that a rule matches as they are."""
 
 
-_CONFIGS: dict[str, type[Config]] = {cls.__name__: cls for cls in (Int8, LoRA, Keep)}
+_CONFIGS: dict[str, type[Config]] = {cls.__name__: cls for cls in (Int8, LoRA, LowRank, Keep)}
 
 
 def from_dict(data: Mapping[str, Any]) -> Config:

@@ -109,6 +109,8 @@ def _obstacle(layer: Layer, other: Layer) -> str | None:
         return "is kept"
     if other.config != layer.config:
         return "becomes something else"
+    if getattr(other.module, "groups", 1) != getattr(layer.module, "groups", 1):
+        return "splits it into other groups"
     transposed = isinstance(other.module, torch.nn.Linear) != isinstance(layer.module, torch.nn.Linear)
     return "holds it transposed" if transposed else None
 

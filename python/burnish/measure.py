@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -66,11 +66,8 @@ def shapes_of(
 
     handles = [module.register_forward_pre_hook(record) for module in modules]
     try:
-        with _eval_mode(model), torch.no_grad():
-            if isinstance(measure, Mapping):
-                model(**measure)
-            else:
-                model(*measure)
+        with eval_mode(model), torch.no_grad():
+            call(model, measure)
     finally:
         for handle in handles:
             handle.remove()
@@ -83,8 +80,16 @@ def _width(module: torch.nn.Module) -> int:
     return width
 
 
+def call(model: torch.nn.Module, arguments: Any) -> Any:
+    """``model`` on what stands for its arguments: a mapping of keywords, a tuple or list, or the only one."""
+    if isinstance(arguments, Mapping):
+        return model(**arguments)
+    return model(*arguments) if isinstance(arguments, tuple | list) else model(arguments)
+
+
 @contextmanager
-def _eval_mode(model: torch.nn.Module) -> Any:
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """The model in eval mode; each of its modules is in its own again afterwards."""
     training = [(module, module.training) for module in model.modules()]
     for module, _ in training:
         module.training = False

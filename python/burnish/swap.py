@@ -4,6 +4,7 @@
     report = burnish.swap_(model, {"*.attention.*": burnish.Int8(), "lm_head": burnish.Keep()})
     report = burnish.swap_(model, burnish.Int8(), filter_fn=lambda module, fqn: module.in_features >= 256)
     report = burnish.swap_(model, burnish.Int8(), measure=(example_input,))
+    report = burnish.swap_(model, burnish.LowRank(energy=0.95, method="activation"), calibration=calibration)
 
 A swap happens as a whole or not at all: everything is decided and built before the first module is exchanged, and an
 error leaves the model as it was. Layers that share a weight go together and share it afterwards. A layer stays what it
@@ -23,6 +24,7 @@ import torch
 from burnish import fuse, kinds
 from burnish import measure as timing
 from burnish import rules as patterns
+from burnish.calibration import Calibration, Inputs
 from burnish.configs import Config, Keep
 from burnish.errors import SwapError
 from burnish.kinds import Kept, Request, peft
@@ -44,6 +46,7 @@ def swap_(
     *,
     filter_fn: FilterFn | None = None,
     measure: int | torch.Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
 ) -> Report:
     """Exchange layers of ``model``, in place, for what the rules say; see the module for the ways to call it.
 
@@ -55,6 +58,7 @@ def swap_(
         measure: time each layer against its new form on this machine and keep it where it wins. Either the number of
             rows (batch times tokens) that linear layers see, or the model's arguments (a tensor, a tuple, or a mapping
             for keywords) for one forward pass that shows the input of each.
+        calibration: what :func:`burnish.calibrate` found on this model, for configurations that look at inputs.
 
     Returns:
         The :class:`burnish.Report`. It holds the original modules for ``revert()`` until ``release()`` or its end.
@@ -66,6 +70,10 @@ def swap_(
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"swap_: model is a {type(model).__name__}, expected an nn.Module")
+    if not isinstance(calibration, Calibration | None):
+        raise TypeError(
+            f"swap_: calibration is a {type(calibration).__name__}, expected the result of burnish.calibrate"
+        )
     compiled = patterns.parse(rules)
     layers = survey(model)
     _refuse_root(model, compiled)
@@ -76,7 +84,7 @@ def swap_(
         _look(model, layers, _checked_measure(measure))
     before = model_bytes(model)
     with _trainable_again(model) as frozen:
-        _convert(layers, _mesh(model))
+        _convert(layers, calibration or {}, _mesh(model))
         keep_ties(layers)
         if measure is not None:
             _measure(layers)
@@ -183,7 +191,7 @@ def _mesh(model: torch.nn.Module) -> Any:
     return next((getattr(p, "device_mesh", None) for p in model.parameters() if type(p).__name__ == "DTensor"), None)
 
 
-def _convert(layers: Sequence[Layer], mesh: Any) -> None:
+def _convert(layers: Sequence[Layer], calibration: Mapping[str, Inputs], mesh: Any) -> None:
     """Build the new layers; those that share a weight share what stands for it."""
     first: dict[int, Layer] = {}
     for layer in layers:
@@ -191,7 +199,9 @@ def _convert(layers: Sequence[Layer], mesh: Any) -> None:
             continue
         assert layer.config is not None
         activation = layer.fusion.activation if layer.fusion else "none"
-        request = Request(layer.module, layer.config, layer.fqn, activation, shape=layer.shape, mesh=mesh)
+        inputs = calibration.get(layer.fqn)
+        moment = None if inputs is None else inputs.moment
+        request = Request(layer.module, layer.config, layer.fqn, activation, moment, layer.shape, mesh)
         try:
             made = layer.kind.convert(request)
         except Kept as kept:
@@ -214,7 +224,7 @@ def _share(made: torch.nn.Module, holder: torch.nn.Module, weights: Sequence[str
     for name in weights:
         if name in holder._buffers:
             made._buffers[name] = holder._buffers[name]
-        else:
+        elif name in holder._parameters:
             made._parameters[name] = holder._parameters[name]
 
 

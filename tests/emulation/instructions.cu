@@ -145,7 +145,8 @@ __device__ void count_by_exchange(uint32_t* counter) {
 
 // y: add int32, uint32, 64 bits, float; max and min int32, uint32; exchange; a count by compare and exchange; a count;
 // then, by way of shared memory, add, max, min, exchange (the sum of what went in) and the count by compare and
-// exchange; from kCounts on what the count returned, then what the exchange did.
+// exchange; the sum of subnormal floats in global memory, then in shared memory; from kCounts on what the count
+// returned, then what the exchange did.
 struct Atomics {
   static constexpr int kCounts = 20;
   static __device__ void run(const Data& d, int thread) {
@@ -164,13 +165,16 @@ struct Atomics {
     store(d.y + kCounts + threads + thread, atomic_exchange(d.y + 9, static_cast<uint32_t>(thread + 1)));
     count_by_exchange(d.y + 10);
     store(d.y + kCounts + thread, atomic_add(d.y + 11, 1u));
-    if (threadIdx.x < 5) store(shared + threadIdx.x, threadIdx.x == 2 ? 0xffffffffu : 0u);
+    const auto subnormal = as<float>(word % 1024);
+    atomic_add(reinterpret_cast<float*>(d.y + 17), subnormal);
+    if (threadIdx.x < 6) store(shared + threadIdx.x, threadIdx.x == 2 ? 0xffffffffu : 0u);
     __syncthreads();
     atomic_add(shared, word);
     atomic_max(shared + 1, word);
     atomic_min(shared + 2, word);
     atomic_add(d.y + 15, atomic_exchange(shared + 3, static_cast<uint32_t>(thread + 1)));
     count_by_exchange(shared + 4);
+    atomic_add(reinterpret_cast<float*>(shared + 5), subnormal);
     __syncthreads();
     if (threadIdx.x != 0) return;
     atomic_add(d.y + 12, load(shared));
@@ -178,6 +182,7 @@ struct Atomics {
     atomic_min(d.y + 14, load(shared + 2));
     atomic_add(d.y + 15, load(shared + 3));
     atomic_add(d.y + 16, load(shared + 4));
+    atomic_add(d.y + 18, load(shared + 5));
   }
 };
 

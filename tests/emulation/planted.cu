@@ -20,16 +20,28 @@ enum class Bug : int {
   kSharedOverrun,
   kGlobalOverrun,
   kUnaligned,
+  kRawOverrun,
+  kRawUnaligned,
   kDivergentBarrier,
+  kSkippedBarrier,
+  kUnequalBarriers,
   kEarlyReturn,
   kMissingLane,
   kMaskWithoutSource,
   kLostUpdate,
   kNoTicket,
+  kNoBarrierBeforeTicket,
   kWrongFragmentLane,
+  kSplitProduct,
+  kMatrixFromGlobal,
   kNoDependencyWait,
   kEndlessWait,
+  kEndlessLoad,
   kNotModelled,
+  kStreamFromShared,
+  kCopyFromShared,
+  kRemoteGlobal,
+  kGridBarrierAlone,
 };
 
 constexpr int kThreads = 64;
@@ -47,9 +59,17 @@ __global__ void reverse_kernel(const int32_t* x, int32_t* y, Bug bug) {
     if (bug != Bug::kNoBarrierBeforeRead) __syncthreads();
     if (bug == Bug::kEarlyReturn && i == 7) return;
     store(y + r * kThreads + i, load(row + kThreads - 1 - i));
-    if (bug == Bug::kDivergentBarrier && i >= 32) continue;
-    if (bug != Bug::kNoBarrierAfterRead) __syncthreads();
+    if (bug == Bug::kSkippedBarrier && i >= 32) continue;
+    if (bug == Bug::kDivergentBarrier && i >= 32) {
+      __syncthreads();
+    } else if (bug == Bug::kUnequalBarriers) {
+      barrier_sync(1, i < 32 ? 64 : 32);
+    } else if (bug != Bug::kNoBarrierAfterRead) {
+      __syncthreads();
+    }
   }
+  if (bug == Bug::kRawOverrun && i == 63) row[i + 1] = 0;
+  if (bug == Bug::kRawUnaligned) *reinterpret_cast<Bytes16*>(y + 1) = Bytes16{};
 }
 
 // y = x, 16 bytes a thread and round, by way of two stages of asynchronous copies.
@@ -68,12 +88,21 @@ __global__ void copy_kernel(const Bytes16* x, Bytes16* y, Bug bug) {
   }
 }
 
+// What no instruction does.
+__device__ void misuse(uint32_t* shared, uint32_t* global, Bug bug) {
+  if (bug == Bug::kNotModelled) __shfl_xor_sync(kFullWarp, 0, 1);
+  if (bug == Bug::kStreamFromShared) load_streaming(shared);
+  if (bug == Bug::kCopyFromShared) copy_async<4>(shared, shared + 1, true);
+  if (bug == Bug::kRemoteGlobal) load_remote(global, 0);
+  if (bug == Bug::kGridBarrierAlone) grid_barrier(global);
+}
+
 // Every thread reads 16 bytes; the largest word of its warp goes to each, by shuffles, by one instruction, and by
 // shared memory.
 __global__ void largest_kernel(const uint32_t* x, uint32_t* y, Bug bug) {
   uint32_t* words = shared_memory<uint32_t>();
   const int i = static_cast<int>(threadIdx.x);
-  if (bug == Bug::kNotModelled) __shfl_xor_sync(kFullWarp, i, 1);
+  misuse(words, y, bug);
   const Bytes16 mine = load_streaming(x + i * 4 + (bug == Bug::kUnaligned ? 1 : 0));
   uint32_t largest = 0;
   for (const uint32_t word : mine.word) largest = word > largest ? word : largest;
@@ -104,6 +133,12 @@ __global__ void count_kernel(uint32_t* counter, Bug bug) {
     while (atomic_max(counter, 0u) < 10000) {
     }
   }
+  if (bug == Bug::kEndlessLoad && threadIdx.x == 0) {
+    uint32_t* flag = shared_memory<uint32_t>();
+    store(flag, 0u);
+    while (load(flag) == 0) {
+    }
+  }
 }
 
 // y[0] = the sum of x over eight blocks, added by the block that comes last. scratch: eight sums, then the ticket.
@@ -112,7 +147,7 @@ __global__ void sum_kernel(const int32_t* x, int32_t* y, int32_t* scratch, Bug b
   const int i = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
   const int32_t sum = reduce_add(kFullWarp, load(x + i));
   if (threadIdx.x % 32 == 0) atomic_add(scratch + blockIdx.x, sum);
-  __syncthreads();
+  if (bug != Bug::kNoBarrierBeforeTicket) __syncthreads();
   if (threadIdx.x == 0) {
     auto* ticket = reinterpret_cast<uint32_t*>(scratch + 8);
     store(last, static_cast<int32_t>(bug == Bug::kNoTicket ? atomic_add(ticket, 1u) : draw_ticket(ticket)));
@@ -167,15 +202,22 @@ __global__ void gemm_kernel(const bf16* a, const bf16* b, float* y, int n, int k
       uint32_t left[4][4], right[2][4];
       for (int i = 0; i < 4; ++i) {
         const int half = bug == Bug::kWrongFragmentLane ? lane % 2 : lane / 16;
-        load_matrix(left[i], slot(step % 2, 0, warp / 4 * 64 + i * 16 + lane % 16, part * 2 + half));
+        const Bytes16* from = slot(step % 2, 0, warp / 4 * 64 + i * 16 + lane % 16, part * 2 + half);
+        load_matrix(left[i], bug == Bug::kMatrixFromGlobal ? static_cast<const void*>(a) : from);
       }
       for (int j = 0; j < 2; ++j) {
         const int r = warp % 4 * 32 + j * 16 + lane / 16 * 8 + lane % 8;
         load_matrix(right[j], slot(step % 2, 1, r, part * 2 + lane / 8 % 2));
       }
       for (int i = 0; i < 4; ++i) {
-        for (int j = 0; j < 4; ++j)
-          mma<bf16>(sum[i][j], left[i], {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]});
+        for (int j = 0; j < 4; ++j) {
+          const uint32_t columns[2] = {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]};
+          if (bug == Bug::kSplitProduct && lane < 16) {
+            mma<bf16>(sum[i][j], left[i], columns);
+          } else {
+            mma<bf16>(sum[i][j], left[i], columns);
+          }
+        }
       }
     }
     if (bug != Bug::kNoBarrierAfterRead) __syncthreads();
@@ -218,7 +260,7 @@ void run(const char* name, const Call& c) {
     launch(largest_kernel, dim3(1), dim3(kThreads), kThreads * sizeof(uint32_t), nullptr, c.in<uint32_t>(c.a),
            c.out<uint32_t>(c.y), c.bug);
   } else if (is("count")) {
-    launch(count_kernel, dim3(8), dim3(kThreads), 0, nullptr, c.out<uint32_t>(c.y), c.bug);
+    launch(count_kernel, dim3(8), dim3(kThreads), sizeof(uint32_t), nullptr, c.out<uint32_t>(c.y), c.bug);
   } else if (is("sum")) {
     launch(sum_kernel, dim3(8), dim3(kThreads), sizeof(int32_t), nullptr, c.in<int32_t>(c.a), c.out<int32_t>(c.y),
            c.out<int32_t>(c.scratch), c.bug);
@@ -226,9 +268,10 @@ void run(const char* name, const Call& c) {
     launch(first_kernel, dim3(1), dim3(kThreads), 0, nullptr, c.in<int32_t>(c.a), c.out<int32_t>(c.scratch));
     launch_dependent(second_kernel, dim3(1), dim3(kThreads), 0, nullptr, c.out<int32_t>(c.scratch), c.out<int32_t>(c.y),
                      c.bug);
-  } else {
-    launch(gemm_kernel, dim3(2, 2), dim3(kGemmThreads), 4 * kTile * kWidth * sizeof(bf16), nullptr, c.in<bf16>(c.a),
-           c.in<bf16>(c.b), c.out<float>(c.y), 256, 512, c.bug);
+  } else {  // "gemm", or one tile of it
+    const int tiles = is("gemm") ? 2 : 1, k = is("gemm") ? 512 : 128;
+    launch(gemm_kernel, dim3(tiles, tiles), dim3(kGemmThreads), 4 * kTile * kWidth * sizeof(bf16), nullptr,
+           c.in<bf16>(c.a), c.in<bf16>(c.b), c.out<float>(c.y), tiles * kTile, k, c.bug);
   }
 }
 

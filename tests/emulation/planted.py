@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 HOST = sorted(path for path in (ROOT / "csrc/cuda/host").glob("*.cpp") if path.stem != "control")
 FLAGS = ["-std=c++20", "-O2", "-g", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
-KERNELS = ["reverse", "copy", "largest", "count", "sum", "overlap", "gemm"]
+KERNELS = ["reverse", "copy", "largest", "count", "sum", "overlap", "tile", "gemm"]
 
 
 def build(source: Path, library: Path, *flags: str) -> Path:
@@ -37,12 +37,17 @@ class Planted:
 
     def call(self, kernel: str, bug: int = 0, seed: int = 0) -> tuple[str | None, bool]:
         """One run: the message that stopped it, and whether its result is right."""
+        message, y, expected = self.run(kernel, bug, seed)
+        return message, np.array_equal(y, expected)
+
+    def run(self, kernel: str, bug: int = 0, seed: int = 0) -> tuple[str | None, np.ndarray, np.ndarray]:
+        """One run: the message that stopped it, its result, and the right one."""
         a, b, expected = self._problems[kernel]
         y, scratch = np.zeros_like(expected), np.zeros(64, np.int32)
         message = self._library.run_planted(
             kernel.encode(), bug, ctypes.c_uint64(seed), *map(_data, (a, b, y, scratch))
         )
-        return message and message.decode(), np.array_equal(y, expected)
+        return message and message.decode(), y, expected
 
     def count(self, kernel: str, seed: int = 0) -> str:
         """The counters of one run, as JSON."""
@@ -55,8 +60,9 @@ class Planted:
 def problem(kernel: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What a kernel reads, and what it must give."""
     draw = np.random.default_rng(1)
-    if kernel == "gemm":  # small integers in bf16: every sum is exact
-        a, b = (draw.integers(-2, 3, (256, 512)).astype(np.float32) for _ in range(2))
+    if kernel in ("tile", "gemm"):  # small integers in bf16: every sum is exact
+        size = (256, 512) if kernel == "gemm" else (128, 128)
+        a, b = (draw.integers(-2, 3, size).astype(np.float32) for _ in range(2))
         return *(_on_sector((x.view(np.uint32) >> 16).astype(np.uint16)) for x in (a, b)), a @ b.T
     x = draw.integers(-(2**31), 2**31, {"copy": 1024, "sum": 512}.get(kernel, 256)).astype(np.int32)
     if kernel == "reverse":

@@ -63,7 +63,7 @@ uint64_t bank_conflicts(const Part* from, const Part* to) {
 }
 
 void count_request(Counters& c, const Part* from, const Part* to) {
-  static constexpr const char* kNames[] = {"load", "load", "store", "copy", "atomic", "atomic"};
+  static constexpr const char* kNames[] = {"load", "load", "load", "load", "store", "copy", "atomic", "atomic"};
   const std::string name = (from->shared ? "shared_" : "global_") + std::string(kNames[static_cast<int>(from->kind)]);
   ++c.count[name + "_requests"];
   if (from->shared) {

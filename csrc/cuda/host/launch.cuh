@@ -73,9 +73,9 @@ namespace detail {
 
 template <class... Parameters, class... Arguments>
 void run(void (*kernel)(Parameters...), const Grid& grid, dim3 block, size_t shared_bytes, uint64_t together,
-         bool dependent, Arguments... arguments) {
+         bool cooperative, bool dependent, Arguments... arguments) {
   host::run({grid.size, block, shared_bytes, [&] { kernel(static_cast<Parameters>(arguments)...); },
-             reinterpret_cast<const void*>(kernel), grid.where, together, dependent});
+             reinterpret_cast<const void*>(kernel), grid.where, together, cooperative, dependent});
 }
 
 }  // namespace detail
@@ -83,26 +83,26 @@ void run(void (*kernel)(Parameters...), const Grid& grid, dim3 block, size_t sha
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_bytes, cudaStream_t,
             Arguments... arguments) {
-  detail::run(kernel, grid, block, shared_bytes, 1, false, arguments...);
+  detail::run(kernel, grid, block, shared_bytes, 1, false, false, arguments...);
 }
 
 template <class... Parameters, class... Arguments>
 void launch_dependent(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_bytes, cudaStream_t,
                       Arguments... arguments) {
-  detail::run(kernel, grid, block, shared_bytes, 1, true, arguments...);
+  detail::run(kernel, grid, block, shared_bytes, 1, false, true, arguments...);
 }
 
 template <class... Parameters, class... Arguments>
 void launch_cooperative(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_bytes, cudaStream_t,
                         Arguments... arguments) {
-  detail::run(kernel, grid, block, shared_bytes, uint64_t{grid.size.x} * grid.size.y * grid.size.z, false,
+  detail::run(kernel, grid, block, shared_bytes, uint64_t{grid.size.x} * grid.size.y * grid.size.z, true, false,
               arguments...);
 }
 
 template <class... Parameters, class... Arguments>
 void launch_cluster(void (*kernel)(Parameters...), Grid grid, dim3 block, unsigned cluster, size_t shared_bytes,
                     cudaStream_t, Arguments... arguments) {
-  detail::run(kernel, grid, block, shared_bytes, cluster, false, arguments...);
+  detail::run(kernel, grid, block, shared_bytes, cluster, false, false, arguments...);
 }
 
 template <class... Parameters>

@@ -29,7 +29,8 @@ constexpr unsigned kMaxBlockThreads = 1024;
 constexpr size_t kMaxSharedBytes = 227 << 10;
 constexpr unsigned kMultiprocessors = 132;
 constexpr uint64_t kMaxTogether = 24576;
-constexpr uint64_t kMaxIdle = 1 << 22;  // pauses: longer than any wait for a thread that is going to come
+// longer than any wait for a thread that is going to come
+constexpr uint64_t kMaxIdle = 1 << 22, kMaxIdleEach = 1 << 18;  // pauses, of all threads and for each
 
 thread_local uint32_t runs = 0;
 
@@ -64,6 +65,7 @@ thread_local Stacks stacks;
 
 void enter(unsigned thread) {
   machine->current = thread;
+  machine->streak = 0;
   threadIdx = machine->threads[thread].index;
   blockIdx = machine->blocks[machine->threads[thread].block].index;
 }
@@ -117,15 +119,10 @@ void share_order(const std::vector<unsigned>& came, const std::vector<unsigned>&
   Block& block = machine->blocks[machine->threads[came[0]].block];
   const unsigned first = came[0] / size * size;
   Order all;
-  for (const unsigned i : came) {
-    const Order& mine = machine->threads[i].order;
-    all.acquired = std::max(all.acquired, mine.acquired);
-    all.waited |= mine.waited;
-  }
+  for (const unsigned i : came) join(all, machine->threads[i].order);
   if (waiting.size() == size) {
     block.met = machine->now++;
-    block.order.acquired = std::max(block.order.acquired, all.acquired);
-    block.order.waited |= all.waited;
+    join(block.order, all);
     return;
   }
   all.known.assign(size, 0);
@@ -137,17 +134,52 @@ void share_order(const std::vector<unsigned>& came, const std::vector<unsigned>&
   ++machine->now;
   for (const unsigned i : waiting) {
     Order& mine = machine->threads[i].order;
-    mine.acquired = std::max(mine.acquired, all.acquired);
-    mine.waited |= all.waited;
+    join(mine, all);
     mine.known = all.known;
   }
 }
 
-void release(Meeting& meeting) {
+bool same_place(Where a, Where b) { return a.line() == b.line() && a.column() == b.column(); }
+
+// The current thread comes to a barrier; whether all that it expects have come.
+bool come(Meeting& meeting, unsigned expected, bool wait, unsigned barrier, const char* name, Where where) {
+  Thread& thread = here();
+  meeting.expected = meeting.came.empty() ? expected : meeting.expected;
+  if (meeting.expected != expected) {
+    stop(std::string(name) + " of " + std::to_string(expected) + " threads, where others came to one of " +
+             std::to_string(meeting.expected),
+         where);
+  }
+  meeting.came.push_back(machine->current);
+  meeting.from.push_back(where);
+  if (wait) {
+    thread.state = State::kBarrier;
+    thread.barrier = barrier;
+    thread.name = name;
+    thread.where = where;
+    meeting.waiting.push_back(machine->current);
+  }
+  return meeting.came.size() == expected;
+}
+
+// Lets go on who waits. A barrier is one instruction: for the whole block, or at least for each warp.
+void release(Meeting& meeting, bool uniform, const char* name) {
+  std::vector<unsigned> first(machine->threads.size() / (uniform ? machine->block_threads : kWarp) + 1, ~0u);
+  for (unsigned i = 0; i < meeting.came.size(); ++i) {
+    const unsigned thread = meeting.came[i], block = thread / machine->block_threads;
+    unsigned& other = first[uniform ? block : thread % machine->block_threads / kWarp];
+    if (other == ~0u) other = i;
+    if (same_place(meeting.from[i], meeting.from[other])) continue;
+    stop(std::string(name) + " is divergent: other threads of the " + (uniform ? "block" : "warp") + " came to " +
+             text(same_place(meeting.from[i], meeting.from.back()) ? meeting.from[other] : meeting.from[i]),
+         meeting.from.back());
+  }
   std::vector<unsigned> waiting;
   waiting.swap(meeting.waiting);
   meeting.came.clear();
+  meeting.from.clear();
   machine->idle = 0;
+  count_event("barriers");
   for (const unsigned i : waiting) make_ready(i);
 }
 
@@ -233,55 +265,63 @@ unsigned resident_blocks(dim3 block, size_t shared_bytes) {
   return static_cast<unsigned>(std::min<uint64_t>(each * kMultiprocessors, kMaxTogether / threads));
 }
 
-unsigned cluster_rank() { return here().block; }
+unsigned cluster_rank() { return machine->launch->cooperative ? 0 : here().block; }
 
 unsigned lane() { return in_own_block() % kWarp; }
 
 void pause(Where where) {
-  if (++machine->idle > kMaxIdle) stop("waits in a loop for what no thread does", where);
+  if (++machine->idle > std::max(kMaxIdle, kMaxIdleEach * machine->threads.size())) {
+    stop("waits in a loop for what no thread does", where);
+  }
   machine->ready.push_back(machine->current);
   next();
 }
 
+void progress() { machine->idle = 0; }
+
 void barrier(unsigned id, unsigned count, bool wait, const char* name, Where where) {
-  Thread& thread = here();
   if (id >= kBarriers) stop("there is no barrier " + std::to_string(id), where);
   if (count % kWarp != 0) stop("a barrier takes whole warps, not " + std::to_string(count) + " threads", where);
-  const unsigned expected = count == 0 ? machine->block_threads : count;
   Meeting& meeting = here_block().barriers[id];
-  meeting.came.push_back(machine->current);
-  if (wait) {
-    thread.state = State::kBarrier;
-    thread.barrier = id;
-    thread.name = name;
-    thread.where = where;
-    meeting.waiting.push_back(machine->current);
-  }
-  if (meeting.came.size() == expected) {
+  if (come(meeting, count == 0 ? machine->block_threads : count, wait, id, name, where)) {
     share_order(meeting.came, meeting.waiting);
-    count_event("barriers");
-    release(meeting);
+    release(meeting, count == 0, name);
   }
   if (wait) next();
 }
 
-void barrier_together(const char* name, Where where) {
+void barrier_together(const char* name, bool cooperative, Where where) {
   Machine& m = *machine;
-  Thread& thread = here();
-  thread.state = State::kBarrier;
-  thread.barrier = 0;
-  thread.name = name;
-  thread.where = where;
-  m.everyone.waiting.push_back(m.current);
-  if (m.everyone.waiting.size() == m.threads.size()) {
+  if (m.launch->cooperative != cooperative) {
+    stop(std::string(name) + " in a launch that is " + (cooperative ? "not " : "") + "cooperative", where);
+  }
+  if (come(m.everyone, static_cast<unsigned>(m.threads.size()), true, 0, name, where)) {
+    Order all;
+    for (const Thread& thread : m.threads) join(all, thread.order);
+    for (const Block& block : m.blocks) join(all, block.order);
+    for (Block& block : m.blocks) join(block.order, all);
     m.met = m.now++;
-    count_event("barriers");
-    release(m.everyone);
+    release(m.everyone, true, name);
   }
   next();
 }
 
-bool arrive(const char* name, uint32_t mask, const void* in, void* out, Where where) {
+void join(Order& order, const Order& other) {
+  order.waited |= other.waited;
+  for (const auto& [block, times] : other.seen) {
+    auto& mine = order.seen[block];
+    if (mine == nullptr || mine == times) {
+      mine = times;
+      continue;
+    }
+    std::vector<uint32_t> later(times->size());
+    std::transform(mine->begin(), mine->end(), times->begin(), later.begin(),
+                   [](uint32_t a, uint32_t b) { return std::max(a, b); });
+    mine = std::make_shared<const std::vector<uint32_t>>(std::move(later));
+  }
+}
+
+bool arrive(const char* name, uint32_t mask, const void* in, void* out, Where where, bool aligned) {
   Thread& thread = here();
   const unsigned t = in_own_block(), lane = t % kWarp;
   if ((mask >> lane & 1) == 0) stop(std::string(name) + ": the mask leaves out the lane that calls", where);
@@ -294,8 +334,10 @@ bool arrive(const char* name, uint32_t mask, const void* in, void* out, Where wh
   thread.in = in;
   thread.out = out;
   auto& warp = machine->warps[thread.block * ((machine->block_threads + kWarp - 1) / kWarp) + t / kWarp];
-  auto at = std::find_if(warp.begin(), warp.end(), [&](auto& g) { return g.mask == mask && g.name == name; });
-  if (at == warp.end()) at = warp.insert(at, {name, mask, 0});
+  auto at = std::find_if(warp.begin(), warp.end(), [&](auto& g) {
+    return g.mask == mask && g.name == name && (!aligned || same_place(g.first, where));
+  });
+  if (at == warp.end()) at = warp.insert(at, {name, mask, where, 0});
   if (++at->came == static_cast<unsigned>(__builtin_popcount(mask))) {
     warp.erase(at);
     return true;

@@ -53,8 +53,9 @@ struct Launch {
   std::function<void()> thread;  // the kernel, with its arguments
   const void* kernel;
   Where where;
-  uint64_t together = 1;   // blocks that run at the same time: one, those of a cluster, those of the grid
-  bool dependent = false;  // may have started before the launch before it ended
+  uint64_t together = 1;     // blocks that run at the same time: one, those of a cluster, those of the grid
+  bool cooperative = false;  // those of the grid
+  bool dependent = false;    // may have started before the launch before it ended
 };
 
 // Runs every block of a launch; throws std::runtime_error where the kernel cannot go on.
@@ -73,13 +74,15 @@ unsigned cluster_rank();
 // The thread's number within its warp.
 unsigned lane();
 
-// What an access does. A streaming one goes past the caches that see other threads' stores; a copy stores later; an
-// acquiring one is atomic and lets the thread see what came before it everywhere.
-enum class Access : uint8_t { kLoad, kStreamingLoad, kStore, kCopy, kAtomic, kAcquire };
+// What an access does. A streaming one goes past the caches that see other threads' stores; a copy stores later; a
+// ticket is atomic, publishes what its thread knows and lets it see what those before it published. Streaming and
+// coherent loads and tickets are of global memory, matrix loads of shared memory, the others of either.
+enum class Access : uint8_t { kLoad, kStreamingLoad, kCoherentLoad, kMatrixLoad, kStore, kCopy, kAtomic, kTicket };
 
-// To be called before each access: stops the launch where the access is out of shared memory's bounds, not aligned,
-// reads what nothing has written, or races with another one.
+// To be called before each access: stops the launch where the access is out of shared memory's bounds, in the wrong
+// memory, not aligned, reads what nothing has written, or races with another one.
 void access(Access kind, const void* address, size_t bytes, Where where);
+bool in_shared(const void* address);
 
 // Asynchronous copies of this thread. The bytes arrive at once or not before a wait asks for their group, as the seed
 // has it.
@@ -90,18 +93,20 @@ void copy_wait(unsigned pending, Where where);
 // The launch before this one has ended and its writes are visible.
 void dependency_wait();
 
-// A point at which the hardware might let another thread run.
+// A point at which the hardware might let another thread run; and that memory has changed since the last one.
 void pause(Where where);
+void progress();
 
 // Waits until `count` threads have come to barrier `id` of the block, 0 for all; or only says that it has come.
 void barrier(unsigned id, unsigned count, bool wait, const char* name, Where where);
 
-// Waits for all threads of the blocks that run together.
-void barrier_together(const char* name, Where where);
+// Waits for all threads of the blocks that run together: those of a cooperative launch, or else of a cluster.
+void barrier_together(const char* name, bool cooperative, Where where);
 
-// Comes to a collective of the lanes in `mask`. True in the lane that came last, which finds what every lane brought
-// and takes in `brought` and `takes`, computes, and calls depart. The others return false after that.
-bool arrive(const char* name, uint32_t mask, const void* in, void* out, Where where);
+// Comes to a collective of the lanes in `mask`, an aligned one only with those at the same place. True in the lane that
+// came last, which finds what every lane brought and takes in `brought` and `takes`, computes, and calls depart. The
+// others return false after that.
+bool arrive(const char* name, uint32_t mask, const void* in, void* out, Where where, bool aligned = false);
 void depart(uint32_t mask);
 const void* brought(unsigned lane);
 void* takes(unsigned lane);
@@ -117,9 +122,10 @@ void count_event(const char* name);
 
 // compute(in, out) once for a warp, with pointers to what each lane of `mask` brought and takes, null for the others.
 template <class Out, class In, class Compute>
-Out collective(const char* name, uint32_t mask, const In& in, Where where, const Compute& compute) {
+Out collective(const char* name, uint32_t mask, const In& in, Where where, const Compute& compute,
+               bool aligned = false) {
   Out out{};
-  if (arrive(name, mask, &in, &out, where)) {
+  if (arrive(name, mask, &in, &out, where, aligned)) {
     const In* ins[kWarp];
     Out* outs[kWarp];
     for (unsigned lane = 0; lane < kWarp; ++lane) {

@@ -82,7 +82,7 @@ void product(const char* name, Sum (&sum)[4], const uint32_t (&a)[4], const uint
     multiply(left, right, c, d);
     count_event("mma");
   };
-  const Fragment<Sum> out = collective<Fragment<Sum>>(name, 0xffffffffu, in, where, compute);
+  const Fragment<Sum> out = collective<Fragment<Sum>>(name, 0xffffffffu, in, where, compute, true);
   std::memcpy(sum, out.d, sizeof out.d);
 }
 
@@ -93,7 +93,7 @@ void load_tiles(const char* name, uint32_t (&tile)[Count], const void* row, bool
   struct Out {
     uint32_t word[Count];
   };
-  if (lane() < 8 * Count) access(Access::kLoad, row, 16, where);
+  if (lane() < 8 * Count) access(Access::kMatrixLoad, row, 16, where);
   const auto compute = [&](const void* const* const* rows, Out* const* outs) {
     for (unsigned lane = 0; lane < 32; ++lane) {
       for (unsigned i = 0; i < 2 * Count; ++i) {
@@ -104,7 +104,7 @@ void load_tiles(const char* name, uint32_t (&tile)[Count], const void* row, bool
       }
     }
   };
-  const Out out = collective<Out>(name, 0xffffffffu, row, where, compute);
+  const Out out = collective<Out>(name, 0xffffffffu, row, where, compute, true);
   std::memcpy(tile, out.word, sizeof out.word);
 }
 

@@ -16,6 +16,7 @@
 namespace burnish::host {
 constexpr size_t kWord = 4;
 constexpr size_t kPage = 4096;
+constexpr uint64_t kMaxStreak = 1 << 24;  // accesses of a thread that lets no other run: more than any useful loop has
 
 struct Touch {
   uint32_t time, thread;
@@ -46,6 +47,7 @@ struct Memory {
   std::vector<SharedWord> words;
   size_t block_words = 0;
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages[2];  // written by this launch and by the one before
+  std::unordered_map<const void*, Order> tickets;                 // what those who drew one have published
 };
 
 namespace {
@@ -62,16 +64,40 @@ std::string verb(Access kind) { return writes(kind) ? "writes " : "reads "; }
 
 bool is_atomic(Access kind) { return kind >= Access::kAtomic; }
 
+bool told(const Seen& seen, const Touch& touch) {
+  auto block = seen.upper_bound(touch.thread);
+  if (block == seen.begin()) return false;
+  const uint32_t in_block = touch.thread - (--block)->first;
+  return in_block < block->second->size() && touch.time <= (*block->second)[in_block];
+}
+
 // Whether what `touch` did comes before what this thread does next, in every order the hardware may choose.
 bool ordered(const Touch& touch) {
   const Block& block = here_block();
   const Order& mine = here().order;
-  if (touch.thread == own_number() || touch.time <= std::max(mine.acquired, block.order.acquired)) return true;
+  if (touch.thread == own_number()) return true;
   const bool together = touch.thread - machine->blocks[0].first < machine->threads.size();
   if (together && touch.time <= machine->met) return true;
   const uint32_t in_block = touch.thread - block.first;
-  if (in_block >= machine->block_threads) return false;
-  return touch.time <= block.met || (!mine.known.empty() && touch.time <= mine.known[in_block]);
+  if (in_block < machine->block_threads) {
+    if (touch.time <= block.met || (!mine.known.empty() && touch.time <= mine.known[in_block])) return true;
+  }
+  return told(mine.seen, touch) || told(block.order.seen, touch);
+}
+
+// Publishes what this thread knows, with its own accesses, and takes up what was published before.
+void draw_order(const void* ticket) {
+  Thread& thread = here();
+  const Block& block = here_block();
+  std::vector<uint32_t> times(machine->block_threads, block.met);
+  for (unsigned i = 0; i < thread.order.known.size(); ++i) times[i] = std::max(times[i], thread.order.known[i]);
+  times[in_own_block()] = machine->now++;
+  Order own = thread.order;
+  join(own, block.order);
+  join(own, {false, {{block.first, std::make_shared<const std::vector<uint32_t>>(std::move(times))}}, {}});
+  Order& published = memory().tickets[ticket];
+  join(published, own);
+  join(thread.order, published);
 }
 
 [[noreturn]] void race(const Touch& other, bool other_writes, Access kind, const std::string& place, Where where) {
@@ -190,11 +216,6 @@ void access_global(Access kind, uintptr_t address, size_t bytes, Where where) {
   });
 }
 
-bool in_shared(const void* address) {
-  const auto* byte = static_cast<const unsigned char*>(address);
-  return byte >= memory().shared.data() && byte < memory().shared.data() + memory().shared.size();
-}
-
 void check_aligned(const void* address, size_t bytes, Where where) {
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
     stop("an access of " + std::to_string(bytes) + " bytes is not aligned", where);
@@ -231,6 +252,7 @@ void begin_memory(Machine& machine) {
   m.pages[1].clear();
   if (launch.dependent) m.pages[1].swap(m.pages[0]);
   m.pages[0].clear();
+  m.tickets.clear();
 }
 
 unsigned char* shared_of(unsigned block) { return memory().shared.data() + block * memory().stride + kRedZone; }
@@ -269,26 +291,40 @@ void check_shared(unsigned block) {
 void* shared_memory() { return shared_of(here().block); }
 
 void* in_block(const void* shared, unsigned rank, Where where) {
-  if (rank >= machine->blocks.size()) stop("the cluster has no block " + std::to_string(rank), where);
+  const size_t blocks = machine->launch->cooperative ? 1 : machine->blocks.size();
+  if (rank >= blocks) stop("the cluster has no block " + std::to_string(rank), where);
+  if (!in_shared(shared)) stop("an access to another block's shared memory names an address outside of its own", where);
   return shared_of(rank) + (static_cast<const unsigned char*>(shared) - shared_of(here().block));
 }
 
+bool in_shared(const void* address) {
+  const auto* byte = static_cast<const unsigned char*>(address);
+  return byte >= memory().shared.data() && byte < memory().shared.data() + memory().shared.size();
+}
+
 void access(Access kind, const void* address, size_t bytes, Where where) {
+  if (++machine->streak > kMaxStreak) stop("waits in a loop for what no thread does", where);
   check_aligned(address, bytes, where);
   const bool shared = in_shared(address);
+  const bool global_only = kind == Access::kStreamingLoad || kind == Access::kCoherentLoad || kind == Access::kTicket;
+  if (shared ? global_only : kind == Access::kMatrixLoad) {
+    stop(std::string("an access to ") + (shared ? "global" : "shared") + " memory only names an address " +
+             (shared ? "in shared memory" : "outside of it"),
+         where);
+  }
   if (shared) {
     access_shared(kind, address, bytes, where);
   } else {
     access_global(kind, reinterpret_cast<uintptr_t>(address), bytes, where);
   }
-  if (kind == Access::kAcquire) here().order.acquired = machine->now++;
+  if (kind == Access::kTicket) draw_order(address);
   count_access(kind, shared, address, bytes, where);
 }
 
 void copy_async(void* to, const void* from, unsigned bytes, bool valid, Where where) {
   check_aligned(to, bytes, where);
   check_aligned(from, bytes, where);
-  if (!in_shared(to)) stop("an asynchronous copy goes to shared memory only", where);
+  if (!in_shared(to) || in_shared(from)) stop("an asynchronous copy goes from global to shared memory only", where);
   if (valid) {
     access_global(Access::kLoad, reinterpret_cast<uintptr_t>(from), bytes, where);
     count_access(Access::kLoad, false, from, bytes, where);

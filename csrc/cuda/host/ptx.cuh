@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <bit>
+#include <cfloat>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -15,10 +17,16 @@ namespace burnish {
 
 using host::Where;
 
+// The types that ptx.cuh names; what nvcc would refuse is refused here too.
+template <class T, class... Allowed>
+constexpr bool kOneOf = (std::is_same_v<T, Allowed> || ...);
 template <class T>
-T load(const T* address, Where where = Where::current()) {
+constexpr bool kAtomicInteger = kOneOf<T, int32_t, uint32_t, unsigned long long>;
+
+template <class T>
+T load(const T* address, Where where = Where::current(), host::Access kind = host::Access::kLoad) {
   static_assert(sizeof(T) <= 16 && sizeof(T) == alignof(T), "no single access of this size");
-  host::access(host::Access::kLoad, address, sizeof(T), where);
+  host::access(kind, address, sizeof(T), where);
   return *address;
 }
 
@@ -36,8 +44,9 @@ inline Bytes16 load_streaming(const void* address, Where where = Where::current(
 
 template <class T>
 T load_coherent(const T* address, Where where = Where::current()) {
+  static_assert(kOneOf<T, Bytes16, int32_t, float>, "load_coherent has no such type");
   host::pause(where);
-  return load(address, where);
+  return load(address, where, host::Access::kCoherentLoad);
 }
 
 inline uint64_t evict_first_policy() { return 0; }
@@ -68,47 +77,65 @@ template <class T, class Update>
 T atomic_update(T* address, Where where, const Update& update, host::Access kind = host::Access::kAtomic) {
   host::pause(where);
   host::access(kind, address, sizeof(T), where);
-  const T old = *address;
-  *address = update(old);
+  const T old = *address, now = update(old);
+  if (std::memcmp(&old, &now, sizeof(T)) != 0) host::progress();
+  *address = now;
   return old;
+}
+
+// In global memory subnormal floats count as zeros of their sign, before and after.
+inline float add_floats(float a, float b, bool subnormals) {
+  const auto kept = [=](float x) {
+    return subnormals || std::fabs(x) >= FLT_MIN || x != x ? x : std::copysign(0.f, x);
+  };
+  return kept(kept(a) + kept(b));
 }
 
 template <class T>
 T atomic_add(T* address, std::type_identity_t<T> value, Where where = Where::current()) {
-  using Sum =
-      typename std::conditional_t<std::is_floating_point_v<T>, std::type_identity<T>, std::make_unsigned<T>>::type;
-  return atomic_update(address, where, [=](T old) { return static_cast<T>(Sum(old) + Sum(value)); });
+  static_assert(kAtomicInteger<T> || kOneOf<T, float>, "atomic_add has no such type");
+  return atomic_update(address, where, [=](T old) {
+    if constexpr (std::is_same_v<T, float>) {
+      return add_floats(old, value, host::in_shared(address));
+    } else {
+      return static_cast<T>(std::make_unsigned_t<T>(old) + std::make_unsigned_t<T>(value));
+    }
+  });
 }
 
 template <class T>
 T atomic_max(T* address, std::type_identity_t<T> value, Where where = Where::current()) {
+  static_assert(kAtomicInteger<T>, "atomic_max has no such type");
   return atomic_update(address, where, [=](T old) { return std::max(old, value); });
 }
 
 template <class T>
 T atomic_min(T* address, std::type_identity_t<T> value, Where where = Where::current()) {
+  static_assert(kAtomicInteger<T>, "atomic_min has no such type");
   return atomic_update(address, where, [=](T old) { return std::min(old, value); });
 }
 
 template <class T>
 T atomic_exchange(T* address, std::type_identity_t<T> value, Where where = Where::current()) {
+  static_assert(kAtomicInteger<T>, "atomic_exchange has no such type");
   return atomic_update(address, where, [=](T) { return value; });
 }
 
 template <class T>
 T atomic_compare_exchange(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> value,
                           Where where = Where::current()) {
+  static_assert(kAtomicInteger<T>, "atomic_compare_exchange has no such type");
   return atomic_update(address, where, [=](T old) { return old == expected ? value : old; });
 }
 
 inline uint32_t draw_ticket(uint32_t* counter, Where where = Where::current()) {
-  return atomic_update(counter, where, [](uint32_t old) { return old + 1; }, host::Access::kAcquire);
+  return atomic_update(counter, where, [](uint32_t old) { return old + 1; }, host::Access::kTicket);
 }
 
 // The lane that `source(lane)` names gives its value; a lane outside the warp is the own one.
 template <class T, class Source>
 T shuffle_from(const char* name, uint32_t mask, T value, unsigned by, Where where, const Source& source) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles take 4 or 8 bytes");
+  static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "shuffles take 4 or 8 bytes");
   struct In {
     T value;
     int from;
@@ -175,16 +202,19 @@ inline bool vote_all(uint32_t mask, bool mine, Where where = Where::current()) {
 
 template <class T>
 T reduce_add(uint32_t mask, T value, Where where = Where::current()) {
+  static_assert(kOneOf<T, int32_t, uint32_t>, "reduce_add has no such type");
   return static_cast<T>(reduce("reduce_add", mask, static_cast<uint32_t>(value), where, std::plus<uint32_t>()));
 }
 
 template <class T>
 T reduce_min(uint32_t mask, T value, Where where = Where::current()) {
+  static_assert(kOneOf<T, int32_t, uint32_t>, "reduce_min has no such type");
   return reduce("reduce_min", mask, value, where, [](T a, T b) { return std::min(a, b); });
 }
 
 template <class T>
 T reduce_max(uint32_t mask, T value, Where where = Where::current()) {
+  static_assert(kOneOf<T, int32_t, uint32_t>, "reduce_max has no such type");
   return reduce("reduce_max", mask, value, where, [](T a, T b) { return std::max(a, b); });
 }
 
@@ -210,12 +240,13 @@ inline void barrier_arrive(unsigned barrier, unsigned threads, Where where = Whe
 
 inline void grid_barrier(uint32_t* counter, Where where = Where::current()) {
   host::access(host::Access::kAtomic, counter, sizeof *counter, where);
-  host::barrier_together("grid_barrier", where);
+  if (*counter << 1 != 0) host::stop("grid_barrier: its counter was not zero before the launch", where);
+  host::barrier_together("grid_barrier", true, where);
 }
 
 inline unsigned cluster_rank() { return host::cluster_rank(); }
 
-inline void cluster_barrier(Where where = Where::current()) { host::barrier_together("cluster_barrier", where); }
+inline void cluster_barrier(Where where = Where::current()) { host::barrier_together("cluster_barrier", false, where); }
 
 template <class T>
 T load_remote(const T* shared, unsigned rank, Where where = Where::current()) {

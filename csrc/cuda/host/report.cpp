@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <fstream>
+#include <map>
 #include <sstream>
 #include <stdexcept>
 #include <utility>
@@ -27,6 +28,23 @@ std::string ranges(const std::vector<unsigned>& numbers) {
     i = last + 1;
   }
   return out.str();
+}
+
+// Threads of a block as "warps 1-2, warp 0 lanes 0-6, 8-31".
+std::string warps_and_lanes(const std::vector<unsigned>& threads) {
+  std::map<unsigned, std::vector<unsigned>> lanes;
+  for (const unsigned thread : threads) lanes[thread / kWarp].push_back(thread % kWarp);
+  std::vector<unsigned> whole;
+  std::string parts;
+  for (const auto& [warp, some] : lanes) {
+    if (some.size() == std::min(kWarp, machine->block_threads - warp * kWarp)) {
+      whole.push_back(warp);
+    } else {
+      parts += ", warp " + std::to_string(warp) + (some.size() > 1 ? " lanes " : " lane ") + ranges(some);
+    }
+  }
+  if (!whole.empty()) parts = (whole.size() > 1 ? ", warps " : ", warp ") + ranges(whole) + parts;
+  return parts.substr(2);
 }
 
 template <class T>
@@ -86,9 +104,9 @@ std::string title() {
          text(blockIdx);
 }
 
-// What each thread waits for, threads of the same fate together.
+// What each thread waits for, a block's threads of the same fate together.
 std::string deadlock() {
-  std::vector<std::pair<std::string, std::vector<unsigned>>> fates;
+  std::map<std::pair<unsigned, std::string>, std::vector<unsigned>> fates;
   for (unsigned i = 0; i < machine->threads.size(); ++i) {
     const Thread& thread = machine->threads[i];
     std::ostringstream fate;
@@ -97,19 +115,16 @@ std::string deadlock() {
     } else {
       fate << "wait in " << thread.name << " at " << text(thread.where);
       if (thread.state == State::kBarrier && thread.barrier != 0) fate << ", barrier " << thread.barrier;
-      if (thread.state == State::kCollective) {
-        fate << ", warp " << i % machine->block_threads / kWarp << ", mask 0x" << std::hex << thread.mask;
-      }
+      if (thread.state == State::kCollective) fate << ", mask 0x" << std::hex << thread.mask;
     }
-    const auto same = std::find_if(fates.begin(), fates.end(), [&](auto& f) { return f.first == fate.str(); });
-    if (same != fates.end()) {
-      same->second.push_back(i);
-    } else {
-      fates.emplace_back(fate.str(), std::vector<unsigned>{i});
-    }
+    fates[{thread.block, fate.str()}].push_back(i % machine->block_threads);
   }
-  std::string report = title() + ": deadlock.";
-  for (const auto& [fate, threads] : fates) report += " Threads " + ranges(threads) + " " + fate + ".";
+  std::string report = title() + ": deadlock";
+  for (const auto& [fate, threads] : fates) {
+    const bool one = machine->blocks.size() == 1;
+    report += (one ? "; " : "; block " + text(machine->blocks[fate.first].index) + " ") + warps_and_lanes(threads) +
+              ": " + fate.second;
+  }
   return report;
 }
 

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <exception>
+#include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -23,10 +25,13 @@ struct Copy {
   uint64_t group;
 };
 
+// Of blocks, by their first thread's number: up to which time the accesses of each of its threads are ordered.
+using Seen = std::map<uint32_t, std::shared_ptr<const std::vector<uint32_t>>>;
+
 // What a thread knows: the accesses that are ordered before its next one. The clock ticks whenever threads meet.
 struct Order {
-  uint32_t acquired = 0;        // all accesses up to this time
   bool waited = false;          // those of the launch before, where that may overlap this one
+  Seen seen;                    // what tickets told
   std::vector<uint32_t> known;  // those of each thread of the block up to a time; empty until part of a block meets
 };
 
@@ -48,15 +53,18 @@ struct Thread {
   Order order;
 };
 
-// Threads on their way to a barrier: all that came, and of them those that wait.
+// Threads on their way to a barrier: all that came and from where, and of them those that wait.
 struct Meeting {
   std::vector<unsigned> came, waiting;
+  std::vector<Where> from;
+  unsigned expected;
 };
 
 // A collective of a warp that some of its lanes have come to.
 struct Gathering {
   const char* name;
   uint32_t mask;
+  Where first;
   unsigned came;
 };
 
@@ -83,7 +91,8 @@ struct Machine {
   uint32_t now;  // ticks of this launch
   uint32_t met;  // time at which all threads of all blocks met last
   unsigned current, done;
-  uint64_t idle;  // pauses since anything happened
+  uint64_t idle;    // pauses since anything happened
+  uint64_t streak;  // accesses since another thread ran
   Context scheduler;
   std::exception_ptr error;
 };
@@ -102,6 +111,9 @@ inline uint64_t draw() {
   z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
   return z ^ (z >> 31);
 }
+
+// Adds what `other` knows; `known` apart, which is of one block.
+void join(Order& order, const Order& other);
 
 // --- memory.cpp
 

@@ -13,10 +13,11 @@ from burnish.configs import Config
 from burnish.kinds.int8 import INT8
 from burnish.kinds.kind import Kept, Kind, Misfit, Request
 from burnish.kinds.lora import LORA
+from burnish.kinds.lowrank import LOWRANK
 
 __all__ = ["KINDS", "Kept", "Kind", "Misfit", "Request", "made_by", "named", "of", "takers"]
 
-KINDS: dict[type[Config], Kind] = {kind.config: kind for kind in (INT8, LORA)}
+KINDS: dict[type[Config], Kind] = {kind.config: kind for kind in (INT8, LORA, LOWRANK)}
 
 
 def of(config: Config | None) -> Kind | None:

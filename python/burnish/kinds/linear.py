@@ -1,4 +1,4 @@
-"""Linear layers of any make: which can be converted, and in words why the rest cannot.
+"""Linear layers of any make, and 2-d convolutions: which can be converted, and in words why the rest cannot.
 
 Nothing here changes a module. A reason is a clause that finishes the sentence "kept, because ...".
 """
@@ -25,10 +25,10 @@ def is_candidate(module: torch.nn.Module) -> bool:
 
 
 def objection(module: torch.nn.Module, parents: list[torch.nn.Module], noun: str, *, keeps: bool = False) -> str | None:
-    """Why a float linear layer cannot be converted; None if it can.
+    """Why a float layer cannot be converted; None if it can.
 
     Args:
-        module: the layer.
+        module: a linear layer or an nn.Conv2d.
         parents: the modules it is a child of.
         noun: what it would become, in a word.
         keeps: whether the new layer goes on using this one, so that FSDP2 may have sharded it and may have hooks on it.
@@ -57,8 +57,10 @@ def _by_class(module: torch.nn.Module, keeps: bool) -> str | None:
         return "its forward was replaced on the instance (offloading hooks do that)"
     if parametrize.is_parametrized(module):
         return "it is parametrized: remove the parametrization first"
-    original: Any = torch.nn.Linear if isinstance(module, torch.nn.Linear) else _conv1d_class(cls)
-    if cls.forward is not original.forward or cls.__call__ is not torch.nn.Module.__call__:
+    original = _original(cls)
+    methods = ("forward", "_conv_forward") if original is torch.nn.Conv2d else ("forward",)
+    own = [name for name in methods if getattr(cls, name) is not getattr(original, name)]
+    if own or cls.__call__ is not torch.nn.Module.__call__:
         return f"{cls.__name__} is a subclass of {original.__name__} with its own forward"
     if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return "it is lazy and has no shape yet: run one batch first"
@@ -67,8 +69,10 @@ def _by_class(module: torch.nn.Module, keeps: bool) -> str | None:
     return None
 
 
-def _conv1d_class(cls: type) -> type:
-    return next(base for base in cls.__mro__ if base.__module__ == "transformers.pytorch_utils")
+def _original(cls: type) -> Any:
+    """The class whose forward says what the layer computes."""
+    ours = (torch.nn.Linear, torch.nn.Conv2d)
+    return next(base for base in cls.__mro__ if base in ours or base.__module__ == "transformers.pytorch_utils")
 
 
 def _by_parents(module: torch.nn.Module, parents: list[torch.nn.Module]) -> str | None:
@@ -99,9 +103,10 @@ def _by_tensors(module: torch.nn.Module, noun: str, keeps: bool) -> str | None:
             return f"its {name} is {dtype_name(tensor.dtype)}; {noun} has kernels for fp32, bf16 and fp16"
     others = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"}
     if others:
-        return f"it holds more than a linear layer does: {', '.join(sorted(others))}"
-    if module.weight.dim() != 2:  # type: ignore[operator]
-        return f"its weight has {module.weight.dim()} dimensions, not two"  # type: ignore[operator]
-    weight = float_weight(module)
-    assert weight is not None
-    return "it has no outputs" if weight.shape[0] == 0 else None
+        what = "convolution" if isinstance(module, torch.nn.Conv2d) else "linear layer"
+        return f"it holds more than a {what} does: {', '.join(sorted(others))}"
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    dims = 4 if isinstance(module, torch.nn.Conv2d) else 2
+    if weight.dim() != dims:
+        return f"its weight has {weight.dim()} dimensions, not {dims}"
+    return "it has no outputs" if weight.shape[1 if is_conv1d(module) else 0] == 0 else None

@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 
+from burnish.autocast import autocast_dtype
 from burnish.configs import Int8
 from burnish.nn.derived import derive
 from burnish.ops.int8_linear import ACTIVATIONS, MAX_K, int8_linear
@@ -313,14 +314,6 @@ class Int8Linear(torch.nn.Module):
             elif name == "weight_scale" and not value.is_meta and not bool((value.isfinite() & (value > 0)).all()):
                 wrong.append(f"{prefix}weight_scale has values that are NaN, Inf, zero or negative, expected positive")
         return wrong
-
-
-def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """The dtype that autocast gives a linear layer's result on x's device; None where it is off or does not exist."""
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return None
 
 
 def float_weight(module: torch.nn.Module) -> torch.Tensor | None:

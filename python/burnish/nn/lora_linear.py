@@ -34,11 +34,12 @@ from typing import Any
 
 import torch
 
+from burnish.autocast import autocast_dtype
 from burnish.checks import FLOATING
 from burnish.configs import LoRA
 from burnish.nn.averaged import averaged, spread
 from burnish.nn.base_layer import dtype_of, is_sharded, operands, refusal, sizes, with_weight
-from burnish.nn.int8_linear import Int8Linear, autocast_dtype
+from burnish.nn.int8_linear import Int8Linear
 from burnish.ops.lora_linear import lora_linear
 from burnish.registry import dtype_name
 
