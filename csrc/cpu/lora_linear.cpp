@@ -13,31 +13,38 @@
 namespace burnish {
 namespace {
 
+// Whether the weight lies by columns, as transformers' Conv1D holds it: then its transpose is read, not a copy.
+bool lies_by_columns(const Tensor& weight) {
+  return weight.stride(0) == 1 && weight.stride(1) >= weight.size(0) && weight.size(0) > 1 && weight.size(1) > 1;
+}
+
 class FloatBase : public Base {
  public:
-  explicit FloatBase(const Tensor& weight) : weight_(weight) {}
+  explicit FloatBase(const Tensor& weight)
+      : turned_(lies_by_columns(weight)), weight_(turned_ ? torch::stable::transpose(weight, 0, 1) : weight) {}
 
   void forward(const Kernels& level, const Operand& x, const Term& low, const Sink& y) const override {
     static thread_local Scratch copies;
-    const int64_t M = x.rows.count, K = x.rows.width, N = weight_.rows.count;
-    if (low.x.format == x.matrix.format && M <= kFewRows) {
+    const int64_t M = x.rows.count, K = x.rows.width, N = turned_ ? weight_.rows.width : weight_.rows.count;
+    if (low.x.format == x.matrix.format && M <= kFewRows && !turned_) {
       return add_few_rows(level, {low, {x.matrix, {weight_.matrix, false}, K}}, M, N, y);
     }
     const Matrix from = in_product_format(level, x.matrix, M, K, copies);
-    add_products_parallel(level, {low, {from, {weight_.matrix, false}, K}}, M, N, y);
+    add_products_parallel(level, {low, {from, {weight_.matrix, turned_}, K}}, M, N, y);
     copies.trim();
   }
 
   void backward(const Kernels& level, const Operand& dy, const Term& low, const Dropout* keep,
                 const Sink& dx) const override {
     static thread_local Scratch copies;
-    const int64_t M = dy.rows.count, N = dy.rows.width, K = weight_.rows.width;
+    const int64_t M = dy.rows.count, N = dy.rows.width, K = turned_ ? weight_.rows.count : weight_.rows.width;
     const Matrix from = in_product_format(level, dy.matrix, M, N, copies);
-    add_products_parallel(level, {low, {from, {weight_.matrix, true}, N}}, M, K, dx, keep);
+    add_products_parallel(level, {low, {from, {weight_.matrix, !turned_}, N}}, M, K, dx, keep);
     copies.trim();
   }
 
  private:
+  bool turned_;
   Operand weight_;
 };
 

@@ -10,7 +10,8 @@ float   0      [N, K] in x's dtype                                              
 int8    1      :func:`burnish.ops.int8_linear_pack`'s result, x quantised row by row    fp32 [N]
 ======  =====  =======================================================================  ============
 
-To add one: an entry in :data:`BASES`, and its product in the kernels of ``lora_linear`` that are to run it.
+To add one: an entry in :data:`BASES`, its product in the kernels of ``lora_linear`` that are to run it, and the layer
+that holds it in :mod:`burnish.nn.base_layer`.
 """
 
 from __future__ import annotations
