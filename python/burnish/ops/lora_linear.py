@@ -45,7 +45,7 @@ from burnish.ops.lowrank_linear import INVALID as INVALID_FACTORS
 from burnish.ops.lowrank_linear import as_rows, check_bias, check_factors, check_gradient, new_gradients
 from burnish.ops.lowrank_linear import backward_make as make_backward_factors
 from burnish.ops.lowrank_linear import make as make_factors
-from burnish.registry import Autograd, Backend, Case, Cases, Cost, Invalid, OpSpec, dtype_name, register
+from burnish.registry import Autograd, Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, dtype_name, register
 
 OptTensor = Tensor | None
 
@@ -235,6 +235,8 @@ _INVALID = (
     Invalid("format", lambda *a: (*a[:9], 7), "format is 7, expected 0 to 1"),
 )
 
+_KERNELS = "burnish.kernels.lowrank.lora_linear"
+
 SPEC = register(
     OpSpec(
         name="lora_linear",
@@ -243,7 +245,7 @@ SPEC = register(
         reference=reference,
         fake=fake,
         autograd=Autograd(setup_context, backward, surrogate),
-        impls=(),
+        impls=(Impl("triton", f"{_KERNELS}:lora_linear", f"{_KERNELS}:supports"),),
         cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_INVALID),
         make=make,
         cost=cost,
@@ -330,7 +332,7 @@ BACKWARD = register(
         reference=backward_reference,
         fake=backward_fake,
         autograd=None,
-        impls=(),
+        impls=(Impl("triton", f"{_KERNELS}:lora_linear_backward", f"{_KERNELS}:supports_backward"),),
         cases=Cases(
             test=(
                 *(case for case in _TEST_CASES if case.options.get("bias") in (None, False)),
