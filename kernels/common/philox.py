@@ -27,10 +27,15 @@ def dropout_words(seed, row, group):
 
 
 @triton.jit
+def kept_half(half, threshold):
+    """1 if 16 bits keep their element, else 0; without a predicate, of which a tile would need too many."""
+    return ((half.to(tl.int32) - threshold) >> 31) + 1
+
+
+@triton.jit
 def kept_pair(word, threshold):
     """Bit i: whether half i of a word keeps its element."""
-    first = ((word & 0xFFFF).to(tl.int32) >= threshold).to(tl.int32)
-    return first | (((word >> 16).to(tl.int32) >= threshold).to(tl.int32) << 1)
+    return kept_half(word & 0xFFFF, threshold) | (kept_half(word >> 16, threshold) << 1)
 
 
 @triton.jit
@@ -42,10 +47,18 @@ def kept_bits(w0, w1, w2, w3, threshold):
 
 @triton.jit
 def keep(seed, row, first, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The mask [ROWS, COLUMNS] of int64 rows ``row`` [ROWS] and the columns from ``first`` on, a multiple of 8."""
+    """int32 [ROWS, COLUMNS], 1 where an element is kept and else 0, of int64 rows ``row`` [ROWS] and the columns from
+    ``first`` on, a multiple of 8."""
     GROUPS: tl.constexpr = COLUMNS // DROPOUT_GROUP
     group = first // DROPOUT_GROUP + tl.arange(0, GROUPS)
     w0, w1, w2, w3 = dropout_words(seed, row[:, None], group[None, :])
     bits = kept_bits(w0, w1, w2, w3, threshold)
-    spread = (bits[:, :, None] >> tl.arange(0, DROPOUT_GROUP)[None, None, :]) & 1
-    return tl.reshape(spread, (ROWS, COLUMNS)) != 0
+    return tl.reshape((bits[:, :, None] >> tl.arange(0, DROPOUT_GROUP)[None, None, :]) & 1, (ROWS, COLUMNS))
+
+
+@triton.jit
+def kept(x, seed, row, first, threshold):
+    """x [ROWS, COLUMNS], of fp32, bf16 or fp16, with the elements that :func:`keep` drops set to zero, NaN too."""
+    bits: tl.constexpr = tl.int32 if x.dtype == tl.float32 else tl.int16
+    mask = -keep(seed, row, first, threshold, x.shape[0], x.shape[1])
+    return (x.to(bits, bitcast=True) & mask.to(bits)).to(x.dtype, bitcast=True)

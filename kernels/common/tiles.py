@@ -117,10 +117,10 @@ HALF_GEMM: dict[str, tuple[Tile, ...]] = {
 
 #: fp32 x fp32 -> fp32 on bf16 tensor cores, both operands split into bf16 parts
 FULL_GEMM: dict[str, tuple[Tile, ...]] = {
-    "sm_80": (Tile(64, 64, 32, 4, 3), Tile(16, 64, 32, 4, 3)),
-    "sm_90": (Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(16, 64, 64, 4, 3)),
-    "sm_100": (Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(16, 64, 64, 4, 3)),
-    "gfx942": (Tile(64, 64, 32, 4, 2), Tile(16, 64, 32, 4, 2)),
+    "sm_80": (Tile(64, 64, 32, 8, 3), Tile(16, 64, 32, 4, 3)),
+    "sm_90": (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3), Tile(16, 64, 32, 4, 3)),
+    "sm_100": (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3), Tile(16, 64, 32, 4, 3)),
+    "gfx942": (Tile(64, 64, 32, 8, 2), Tile(16, 64, 32, 4, 2)),
 }
 
 

@@ -1,8 +1,8 @@
 """lora_linear's products on an int8 base: those of :mod:`quant.int8_linear`, with the low-rank product joined on.
 
-Forward: *int8_quantize_rows*, then the int8 product; s B^T is added to its fp32 preactivation, a slice of columns at a
-time, and y is rounded and written once. Backward: the accumulators of dx start as keep * (t A) and go over
-(dy * scale) W. Both take the tiles of int8_linear, and its bits where s is zero.
+Forward: *int8_quantize_rows*, then the int8 product; s B^T is added to its fp32 preactivation, and y is rounded and
+written once. Backward: (dy * scale) W, then keep * (t A), likewise. Both add a slice of columns at a time, which bounds
+the registers, and take the tiles of int8_linear, and its bits where s is zero.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from burnish.kernels.common.products import column_slices, int8_product, scaled_
 from burnish.kernels.common.tiles import INT8_GEMM, SPLIT_GEMM, pick, swizzle
 from burnish.kernels.common.variants import Variant, of_tile
 from burnish.kernels.lowrank.lowrank_linear_sums import (
-    MAX_RANK_BLOCK,
+    TILE_RANK_BLOCK,
     Dropout,
     Sums,
     add_lowrank,
@@ -108,15 +108,19 @@ def lora_linear_bwd_dx_kernel_int8(
 ):
     tile_m, tile_k = swizzle(tl.program_id(0), M, K, BLOCK_M, BLOCK_N, GROUP)
     first_m, first_k = tile_m.to(tl.int64) * BLOCK_M, tile_k * BLOCK_N
-    dx = lowrank_tile(
-        sums_ptr, factor_ptr, seed_ptr, first_m, first_k.to(tl.int64), M, K, R, width, splits, threshold, factor,
-        stride_fr, 1, DROP, BLOCK_M, BLOCK_N, BLOCK_R,
-    )  # fmt: skip
     dx = scaled_product(
-        dx, dy_ptr, weight_ptr, scale_ptr, first_m + tl.arange(0, BLOCK_M), first_k + tl.arange(0, BLOCK_N), M, N,
-        base_width, stride_dym, 1, PARTS, BLOCK_K,
+        tl.zeros([BLOCK_M, BLOCK_N], tl.float32), dy_ptr, weight_ptr, scale_ptr, first_m + tl.arange(0, BLOCK_M),
+        first_k + tl.arange(0, BLOCK_N), M, N, base_width, stride_dym, 1, PARTS, BLOCK_K,
     )  # fmt: skip
-    store_rows(dx, scale_ptr, dx_ptr + first_m * K, M - first_m, first_k, K, False, BLOCK_M, BLOCK_N)
+    slices = column_slices(dx, BLOCK_M, BLOCK_N)
+    WIDTH: tl.constexpr = slices[0].shape[1]
+    for part in tl.static_range(BLOCK_N // WIDTH):
+        first = first_k.to(tl.int64) + part * WIDTH
+        z = slices[part] + lowrank_tile(
+            sums_ptr, factor_ptr, seed_ptr, first_m, first, M, K, R, width, splits, threshold, factor, stride_fr, 1,
+            DROP, BLOCK_M, WIDTH, BLOCK_R,
+        )  # fmt: skip
+        store_rows(z, scale_ptr, dx_ptr + first_m * K, M - first_m, first, K, False, BLOCK_M, WIDTH)
 
 
 def forward(
@@ -147,7 +151,7 @@ def multiply(x, weight, scale, bias, sums, thin, y, tile):  # type: ignore[no-un
         *(m, n, sums.rank, base_width, width, splits, factor, *thin.stride()),
         HAS_BIAS=bias is not None,
         EVEN_K=base_width % tile.block_k == 0,
-        BLOCK_R=rank_block(sums.rank, MAX_RANK_BLOCK[thin.element_size()]),
+        BLOCK_R=rank_block(sums.rank, TILE_RANK_BLOCK[thin.element_size()]),
         **tile.constants,
         **tile.options,
     )
@@ -178,7 +182,7 @@ def pull_back(dy, weight, scale, sums, A, dropout, dx, tile):  # type: ignore[no
         *(dy.stride(0), A.stride(0)),
         DROP=dropout is not None,
         PARTS=gradient_parts(dx.dtype, n),
-        BLOCK_R=rank_block(sums.rank, MAX_RANK_BLOCK[A.element_size()]),
+        BLOCK_R=rank_block(sums.rank, TILE_RANK_BLOCK[A.element_size()]),
         **tile.constants,
         **tile.options,
     )
@@ -209,4 +213,4 @@ def variants(arch: str) -> Iterator[Variant]:
 def spread(index: int) -> tuple[str, int]:
     """The operands' type and the rank block of variant ``index``: each type's largest among them."""
     itemsize = (2, 4, 2)[index % 3]
-    return pointer_of(itemsize, index), (MAX_RANK_BLOCK[itemsize], MAX_RANK_BLOCK[itemsize], 16)[index % 3]
+    return pointer_of(itemsize, index), (TILE_RANK_BLOCK[itemsize], TILE_RANK_BLOCK[itemsize], 16)[index % 3]

@@ -38,6 +38,7 @@ from burnish.kernels.common.variants import Variant
 from burnish.kernels.lowrank.lowrank_linear_products import down, down_tile, dw
 from burnish.kernels.lowrank.lowrank_linear_sums import (
     MAX_RANK_BLOCK,
+    TILE_RANK_BLOCK,
     UNITS,
     Dropout,
     Sums,
@@ -51,7 +52,9 @@ from burnish.kernels.lowrank.lowrank_linear_sums import (
 )
 
 #: ranks whose s a program keeps, beside a tile of x or of y, by the operands' bytes
-MAX_FUSED_RANK = {2: 128, 4: 64}
+MAX_FUSED_RANK = {2: 128, 4: 32}
+#: elements of it, likewise: parts of fp32 take four times the registers
+MAX_KEPT = {2: 8192, 4: 2048}
 #: columns of y that a program makes at a time
 COLUMNS = 64
 
@@ -198,7 +201,7 @@ def fused_tiles(arch: str, rank: int, itemsize: int) -> tuple[Tile, ...]:
 
 def row_blocks(block_r: int, itemsize: int) -> list[int]:
     """How many rows a program that keeps s of ``block_r`` ranks may have, from many to few: see the module."""
-    return [rows for rows in (128, 64, 32) if block_r <= 2 * rows and rows * block_r * itemsize <= 16 << 10]
+    return [rows for rows in (128, 64, 32) if block_r <= 2 * rows and rows * block_r <= MAX_KEPT[itemsize]]
 
 
 def fused_tile(arch: str, m: int, rank: int, itemsize: int, sm_count: int) -> Tile | None:
@@ -233,9 +236,11 @@ def forward_split(x, A, B, bias, y):  # type: ignore[no-untyped-def]
 def up_tile(m: int, rank: int, itemsize: int) -> Tile:
     """``block_k`` is of the rank. Ranks that do not fit one block are read again for each tile, in small blocks."""
     whole = rank <= MAX_FUSED_RANK[itemsize]
-    block_r = rank_block(rank, (MAX_FUSED_RANK if whole else MAX_RANK_BLOCK)[itemsize])
+    block_r = rank_block(rank, (MAX_FUSED_RANK if whole else TILE_RANK_BLOCK)[itemsize])
     block_m = 16 if m <= 32 else row_blocks(block_r, itemsize)[0]
-    return Tile(block_m, COLUMNS, block_r, 4 if block_m < 128 else 8, 3 if whole else 1)
+    return Tile(
+        block_m, COLUMNS, block_r, 8 if block_m == 128 or (itemsize == 4 and block_m > 16) else 4, 2 if whole else 1
+    )
 
 
 def up(sums: Sums, thin: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from burnish.kernels.common import target
-from burnish.kernels.common.philox import keep
+from burnish.kernels.common.philox import kept
 from burnish.kernels.common.products import float_dot
 from burnish.kernels.common.tiles import Tile
 from burnish.kernels.common.variants import Variant
@@ -38,7 +38,7 @@ from burnish.kernels.lowrank.lowrank_linear_sums import (
 )
 
 #: ranks that a program of *down* holds where it holds nothing else, by the operands' bytes
-MAX_DOWN_RANK = {2: 256, 4: 128}
+MAX_DOWN_RANK = {2: 256, 4: 64}
 #: bytes of a pipeline stage, and stages: about 64 KiB in flight a multiprocessor, within its shared memory
 STAGE_BYTES = {"sm_80": 24 << 10, "sm_90": 32 << 10, "sm_100": 32 << 10, "gfx942": 24 << 10}
 STAGES = {"sm_80": 3, "sm_90": 4, "sm_100": 4, "gfx942": 2}
@@ -100,7 +100,7 @@ def lowrank_linear_fwd_kernel_down(
         thin = tl.load(factor_ptr + factor_offsets, mask=in_depth[:, None] & in_rank, other=0.0)
         factor_ptr += factor_step
         if DROP:
-            x = tl.where(keep(seed, first_m + m, start, threshold, BLOCK_M, BLOCK_K), x, 0.0)
+            x = kept(x, seed, first_m + m, start, threshold)
         sums = float_dot(x, thin, sums)
         if OUTER:
             outer = float_dot(tl.trans(x), s, tl.zeros([BLOCK_K, BLOCK_R], tl.float32))
@@ -156,7 +156,7 @@ def lowrank_linear_bwd_dw_kernel(
             totals += tl.sum(x.to(tl.float32), axis=0)
         if FACTOR:
             if DROP:
-                x = tl.where(keep(seed, first_m + start + m, first_k, threshold, BLOCK_K, BLOCK_M), x, 0.0)
+                x = kept(x, seed, first_m + start + m, first_k, threshold)
             s = stored(sums_ptr, left, R - first_r, M, width, splits, factor, x_ptr.dtype.element_ty, BLOCK_K, BLOCK_R)
             sums_ptr += width * tl.full([], BLOCK_K, tl.int64)
             dw = float_dot(tl.trans(x), s, dw)
@@ -176,14 +176,17 @@ def down_tile(arch: str, m: int, rank: int, itemsize: int, outer: bool) -> Tile:
     block_m = 16 if m <= 16 else 128 if outer and m > 64 else 64 if block_r * itemsize < 512 else 32
     depth = STAGE_BYTES[arch] // itemsize // (block_m + block_r)
     block_k = max(16, min(1 << depth.bit_length() - 1, 32 if itemsize == 4 else 64 if outer else 128))
-    warps = 8 if block_m * block_r * itemsize > 8192 or (block_m == 128 and arch != "gfx942") else 4
+    warps = 8 if arch != "gfx942" and (block_m * block_r * itemsize > 8192 or block_m == 128) else 4
     return Tile(block_m, block_r, block_k, warps, STAGES[arch])
 
 
 def dw_tile(arch: str, rank: int, itemsize: int) -> Tile:
-    """``block_n`` is of the rank, ``block_m`` of x's columns, ``block_k`` of its rows."""
+    """``block_n`` is of the rank, ``block_m`` of x's columns, ``block_k`` of its rows. Warps and depth are those that
+    leave nothing on the stack."""
     block_r = rank_block(rank, MAX_RANK_BLOCK[itemsize])
-    return Tile(64, block_r, 128 // itemsize, 8 if arch == "sm_80" else 4, min(STAGES[arch], 3))
+    if arch == "sm_80":
+        return Tile(64, block_r, (64 if block_r == 16 else 128) // itemsize, 4 if block_r == 16 else 8, 3)
+    return Tile(64, block_r, 128 // itemsize, 8 if itemsize == 4 and arch != "gfx942" else 4, min(STAGES[arch], 3))
 
 
 def down(

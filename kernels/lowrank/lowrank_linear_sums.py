@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from burnish import dropout as mask
 from burnish.kernels.common import target
-from burnish.kernels.common.philox import keep
+from burnish.kernels.common.philox import kept
 from burnish.kernels.common.products import float_dot
 from burnish.kernels.common.tiles import LAUNCH_BYTES
 from burnish.kernels.common.variants import Unit, Variant
@@ -29,6 +29,8 @@ UNITS: dict[str, Unit] = {"*fp32": "bf16", "*bf16": "bf16", "*fp16": "fp16"}
 MAX_WIDTH = 1 << 22
 #: ranks that a program holds beside a tile of something else, by the operands' bytes; beyond, it goes through blocks
 MAX_RANK_BLOCK = {2: 64, 4: 32}
+#: and that it adds to a tile at a time
+TILE_RANK_BLOCK = {2: 64, 4: 16}
 #: elements a program of *sum* adds, and the most parts that anything is summed in
 SUM_BLOCK, MAX_PARTS = 512, 32
 
@@ -118,8 +120,7 @@ def lowrank_tile(
         stride_fr, stride_fn, ROWS, COLUMNS, RANKS,
     )  # fmt: skip
     if DROP:
-        kept = keep(tl.load(seed_ptr), first_m + tl.arange(0, ROWS), first_n, threshold, ROWS, COLUMNS)
-        product = tl.where(kept, product, 0.0)
+        product = kept(product, tl.load(seed_ptr), first_m + tl.arange(0, ROWS), first_n, threshold)
     return product
 
 
