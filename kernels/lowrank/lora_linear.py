@@ -9,7 +9,7 @@ Forward, in two launches:
 s costs 2 M K bytes read in 16 bits, and the product 2 M N K operations: at the peaks of an H100's data sheet (3.35
 TB/s, 989 TFLOP/s) 295 / N of the product's time where x comes from memory, 7 % at N = 4096, and less by what of x is
 still in the 50 MB of L2, where the product then finds it. Adding s B^T to a tile is R / K more operations, and 4 R
-bytes a row of s from L2: below 2 % up to R = 64 at K = 4096. Taking s from the product's own K loop instead would add R
+bytes a row of s from L2: about 2 % at R = 64 and K = 4096. Taking s from the product's own K loop instead would add R
 columns to each tile, 16 / 256 of its operations at R = 16 in the widest, and would draw the mask N / 256 times.
 
 Where no tile makes enough programs, as for small M, :mod:`lora_linear_split` cuts K into splits (:func:`plan`). Tiles

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from burnish.kernels.common import target
 from burnish.kernels.common.products import column_slices, int8_product, scaled_product
-from burnish.kernels.common.tiles import INT8_GEMM, SPLIT_GEMM, pick, swizzle
+from burnish.kernels.common.tiles import INT8_GEMM, SPLIT_GEMM, Tile, pick, swizzle
 from burnish.kernels.common.variants import Variant, of_tile
 from burnish.kernels.lowrank.lowrank_linear_sums import (
     TILE_RANK_BLOCK,
@@ -167,8 +167,14 @@ def input_gradient(
     dx: torch.Tensor,
 ) -> None:
     """Write dx [..., K] = keep * (t A) + (dy * scale) @ weight from dy [M, N]; M and K > 0."""
-    tile = pick(SPLIT_GEMM[target.arch(dy.device)], dy.shape[0], A.shape[1], target.sm_count(dy.device))
+    tiles = gradient_tiles(target.arch(dy.device), dy.element_size())
+    tile = pick(tiles, dy.shape[0], A.shape[1], target.sm_count(dy.device))
     pull_back(dy, weight, scale.contiguous(), sums, A, dropout, dx, tile)
+
+
+def gradient_tiles(arch: str, itemsize: int) -> tuple[Tile, ...]:
+    """int8_linear's, without the widest where fp32 parts and a mask do not fit the registers."""
+    return SPLIT_GEMM[arch][1 if arch == "gfx942" and itemsize == 4 else 0 :]
 
 
 def pull_back(dy, weight, scale, sums, A, dropout, dx, tile):  # type: ignore[no-untyped-def]
@@ -189,7 +195,7 @@ def pull_back(dy, weight, scale, sums, A, dropout, dx, tile):  # type: ignore[no
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    """Every tile once, with rank blocks, types and options spread over the tiles."""
+    """Every tile: forward once, rank blocks and types spread over them, backward in fp32 and one 16-bit type."""
     sizes = "M:i32 N:i32 R:i32 base_width:i32 width:i32 factor:fp32"
     for index, tile in enumerate(INT8_GEMM[arch]):
         dtype, rank = spread(index)
@@ -200,13 +206,15 @@ def variants(arch: str) -> Iterator[Variant]:
             stride_fr=1, splits=1, HAS_BIAS=True, EVEN_K=index % 2 == 0, BLOCK_R=rank,
         )  # fmt: skip
     for index, tile in enumerate(SPLIT_GEMM[arch]):
-        for drop in (False, True):
-            dtype, rank = spread(index + drop)
+        for itemsize, drop in ((2, index != 1), (4, True)):
+            if tile not in gradient_tiles(arch, itemsize):
+                continue
+            dtype, rank = pointer_of(itemsize, index), TILE_RANK_BLOCK[itemsize]
             pointers = f"weight_ptr:*i8 scale_ptr:*fp32 sums_ptr:*fp32 seed_ptr:*i64 dy_ptr:{dtype} factor_ptr:{dtype}"
             pointers += f" dx_ptr:{dtype} {sizes} K:i32 threshold:i32 stride_dym:i32 stride_fr:i32"
             yield of_tile(
                 lora_linear_bwd_dx_kernel_int8, tile, f"r{rank}-{dtype[1:]}{'-drop' if drop else ''}", pointers,
-                "bf16", splits=1, DROP=drop, PARTS=3 if dtype == "*fp32" else 2, BLOCK_R=rank,
+                "bf16", splits=1, DROP=drop, PARTS=itemsize // 2 + 1, BLOCK_R=rank,
             )  # fmt: skip
 
 

@@ -15,8 +15,8 @@ and the device alone.
 What bounds it: an element of x or y costs 2 R operations and 2 bytes in bf16, R a byte, where an H100 can do 295 (989
 TFLOP/s over 3.35 TB/s, its data sheet): up to R = 128 memory does. So tiles are made for bytes. A program's blocks of A
 and B come from L2, R / BLOCK_M of what it reads of x and writes of y, hence BLOCK_M >= R / 2; what it keeps, BLOCK_M R,
-bounds it from above; stages are deep enough for about 64 KiB in flight on a multiprocessor, three times what 3.35 TB/s
-and a microsecond ask of each of 132.
+bounds it from above; stages are deep enough for about 64 KiB in flight on a multiprocessor, where 3.35 TB/s and a
+microsecond ask 25 KB of each of 132.
 
 Backward: s again by *down* over x; t = dy B by *down* over dy, which also takes dB = dy^T s and dbias from the same
 read where their partial sums, one for each block of rows, cost less than reading dy again (:func:`takes_outer`), else
