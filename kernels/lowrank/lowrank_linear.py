@@ -20,7 +20,8 @@ microsecond ask 25 KB of each of 132.
 
 Backward: s again by *down* over x; t = dy B by *down* over dy, which also takes dB = dy^T s and dbias from the same
 read where their partial sums, one for each block of rows, cost less than reading dy again (:func:`takes_outer`), else
-by *dw*; dx = t A by *up*; dA = t^T x by *dw*. x is read twice, dy once (twice at ranks above about 32 and large M).
+by *dw*; dx = t A by *up*; dA = t^T x by *dw*. x is read twice, dy once; twice in fp32, and at large M from ranks of
+about 32 on.
 """
 
 from __future__ import annotations
@@ -346,17 +347,18 @@ def takes_outer(dy: torch.Tensor, rank: int) -> bool:
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    """Every tile of three ranks in fp32 and one 16-bit type; of *up*, few rows and many, and ranks that take several
-    blocks. The 16-bit types, the bias and the factor's strides alternate."""
-    for index, (rank, itemsize) in enumerate((r, size) for r in (16, 64, 128, 256) for size in (2, 4)):
-        pointer = pointer_of(itemsize, index // 2)
+    """Every rank block in fp32 and one 16-bit type: all fused tiles; of *up*, few rows and many, and ranks that take
+    several blocks. The 16-bit types, the bias and the factor's strides alternate."""
+    blocks = [(size, rank) for size in (2, 4) for rank in (16, 32, 64, 128, 256) if rank <= MAX_FUSED_RANK[size]]
+    for index, (itemsize, rank) in enumerate((*blocks, (2, 256), (4, 256))):
+        pointer = pointer_of(itemsize, index)
         if rank <= MAX_FUSED_RANK[itemsize]:
             for tile in fused_tiles(arch, rank, itemsize):
                 sizes = dict.fromkeys(("M", "N", "K", "R", "stride_xm", "stride_ar", "stride_bn"), "i32")
-                constants = {"HAS_BIAS": index % 4 < 2, "BLOCK_R": rank, "BLOCK_K": tile.block_k}
+                constants = {"HAS_BIAS": index % 2 == 0, "BLOCK_R": rank, "BLOCK_K": tile.block_k}
                 yield variant(lowrank_linear_fwd_kernel, tile, f"r{rank}", pointer, "x a b bias y", sizes, constants)
         for m in (16, 1024):
-            yield up_variant(m, rank, itemsize, pointer, index % 4 >= 2, (m == 16) == (index % 2 == 0))
+            yield up_variant(m, rank, itemsize, pointer, index % 4 < 2, (m == 16) == (index % 2 == 0))
 
 
 def variant(
