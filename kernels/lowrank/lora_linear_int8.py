@@ -30,6 +30,12 @@ from burnish.kernels.lowrank.lowrank_linear_sums import (
 from burnish.kernels.quant.int8_linear import gradient_parts, preactivation
 from burnish.kernels.quant.int8_quantize_rows import quantize
 
+#: where int8_linear's tiles leave no registers for fp32 parts and a mask: more warps, or less tile
+FP32_GRADIENT = {
+    "sm_80": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3), Tile(16, 64, 64, 8, 3)),
+    "gfx942": SPLIT_GEMM["gfx942"][1:],
+}
+
 
 @triton.jit
 def lora_linear_fwd_kernel_int8(
@@ -173,8 +179,8 @@ def input_gradient(
 
 
 def gradient_tiles(arch: str, itemsize: int) -> tuple[Tile, ...]:
-    """int8_linear's, without the widest where fp32 parts and a mask do not fit the registers."""
-    return SPLIT_GEMM[arch][1 if arch == "gfx942" and itemsize == 4 else 0 :]
+    """int8_linear's, or :data:`FP32_GRADIENT`'s."""
+    return FP32_GRADIENT.get(arch, SPLIT_GEMM[arch]) if itemsize == 4 else SPLIT_GEMM[arch]
 
 
 def pull_back(dy, weight, scale, sums, A, dropout, dx, tile):  # type: ignore[no-untyped-def]
@@ -205,11 +211,9 @@ def variants(arch: str) -> Iterator[Variant]:
             lora_linear_fwd_kernel_int8, tile, f"r{rank}-{dtype[1:]}", f"{pointers} {sizes} stride_fn:i32", "int8",
             stride_fr=1, splits=1, HAS_BIAS=True, EVEN_K=index % 2 == 0, BLOCK_R=rank,
         )  # fmt: skip
-    for index, tile in enumerate(SPLIT_GEMM[arch]):
-        for itemsize, drop in ((2, index != 1), (4, True)):
-            if tile not in gradient_tiles(arch, itemsize):
-                continue
-            dtype, rank = pointer_of(itemsize, index), TILE_RANK_BLOCK[itemsize]
+    for itemsize in (2, 4):
+        for index, tile in enumerate(gradient_tiles(arch, itemsize)):
+            dtype, rank, drop = pointer_of(itemsize, index), TILE_RANK_BLOCK[itemsize], itemsize == 4 or index != 1
             pointers = f"weight_ptr:*i8 scale_ptr:*fp32 sums_ptr:*fp32 seed_ptr:*i64 dy_ptr:{dtype} factor_ptr:{dtype}"
             pointers += f" dx_ptr:{dtype} {sizes} K:i32 threshold:i32 stride_dym:i32 stride_fr:i32"
             yield of_tile(

@@ -195,7 +195,7 @@ def fused_tiles(arch: str, rank: int, itemsize: int) -> tuple[Tile, ...]:
     tiles = []
     for block_m in row_blocks(block_r, itemsize):
         like = down_tile(arch, block_m, block_r, itemsize, False)
-        warps = 8 if block_m == 128 or itemsize == 4 else 4
+        warps = 8 if itemsize == 4 or (block_m == 128 and arch != "sm_100") else 4
         tiles.append(Tile(block_m, COLUMNS, min(like.block_k, 64), warps, like.num_stages))
     return tuple(tiles)
 
