@@ -186,7 +186,8 @@ def dw_tile(arch: str, rank: int, itemsize: int) -> Tile:
     block_r = rank_block(rank, MAX_RANK_BLOCK[itemsize])
     if arch == "sm_80":
         return Tile(64, block_r, (64 if block_r == 16 else 128) // itemsize, 4 if block_r == 16 else 8, 3)
-    return Tile(64, block_r, 128 // itemsize, 8 if itemsize == 4 and arch != "gfx942" else 4, min(STAGES[arch], 3))
+    many = arch != "gfx942" and (itemsize == 4 or (arch == "sm_100" and block_r == 64))
+    return Tile(64, block_r, 128 // itemsize, 8 if many else 4, min(STAGES[arch], 3))
 
 
 def down(
