@@ -44,12 +44,16 @@ TCGEN05_INT8 = "UTCIMMA" if tuple(map(int, triton.__version__.split(".")[:2])) >
 MATRIX_UNITS = {
     ("sm_80", "int8"): ("IMMA.16832.S8.S8", "IMMA.16832.S8.S8"),
     ("sm_80", "bf16"): ("HMMA.16816.F32.BF16", "HMMA.16816.F32.BF16"),
+    ("sm_80", "fp16"): ("HMMA.16816.F32 ", "HMMA.16816.F32 "),
     ("sm_90", "int8"): ("IGMMA.64x", "IMMA.16832.S8.S8"),
     ("sm_90", "bf16"): ("HGMMA.64x", "HMMA.16816.F32.BF16"),
+    ("sm_90", "fp16"): ("HGMMA.64x", "HMMA.16816.F32 "),
     ("sm_100", "int8"): (TCGEN05_INT8, "IMMA.16832.S8.S8"),
     ("sm_100", "bf16"): ("UTCHMMA", "HMMA.16816.F32.BF16"),
+    ("sm_100", "fp16"): ("UTCHMMA", "HMMA.16816.F32 "),
     ("gfx942", "int8"): ("v_mfma_i32", "v_mfma_i32"),
     ("gfx942", "bf16"): ("v_mfma_f32", "v_mfma_f32"),
+    ("gfx942", "fp16"): ("v_mfma_f32", "v_mfma_f32"),
 }
 
 

@@ -1,7 +1,7 @@
 """The interpreter's repairs are bit-equal to torch; and what the generated tests of the Triton kernels do not reach.
 
-That is every tile of every architecture, both forward paths, the twins of ``csrc/math``, and the split of the
-backward's operand.
+That is every tile of every architecture, all forward paths, the twins of ``csrc/math``, and the split of the backward's
+operand.
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from burnish import _math, registry  # noqa: E402
-from burnish.kernels.common import numerics, target, tiles  # noqa: E402
+from burnish import _math, dropout, registry  # noqa: E402
+from burnish.kernels.common import numerics, philox, target, tiles  # noqa: E402
+from burnish.kernels.lowrank import lora_linear, lora_linear_int8, lora_linear_split, lowrank_linear  # noqa: E402
+from burnish.kernels.lowrank.lowrank_linear_sums import Dropout, Sums  # noqa: E402
 from burnish.kernels.quant import int8_linear, int8_quantize_rows  # noqa: E402
 
 ALL_TILES = sorted({tile for table in tiles.INT8_GEMM.values() for tile in table}, key=lambda tile: tile.name)
 SPLIT_TILES = sorted({tile for table in tiles.SPLIT_GEMM.values() for tile in table}, key=lambda tile: tile.name)
+HALF_TILES = sorted({tile for table in tiles.HALF_GEMM.values() for tile in table}, key=lambda tile: tile.name)
+FULL_TILES = sorted({tile for table in tiles.FULL_GEMM.values() for tile in table}, key=lambda tile: tile.name)
+FLOAT_TILES = [(tile, torch.bfloat16) for tile in HALF_TILES] + [(tile, torch.float32) for tile in FULL_TILES]
 FUSED_TILES = [tile for tile in ALL_TILES if tile.block_m <= int8_linear.FUSED_MAX_ROWS]
 ACTIVATIONS = range(5)
 
@@ -214,6 +219,132 @@ def test_infinite_gradients_stay_infinite() -> None:
 def test_bias_gradients_sum_every_row_once(m: int) -> None:
     dz = torch.randint(-8, 9, (m, 150), generator=torch.Generator().manual_seed(m)).float()
     assert torch.equal(int8_linear.column_sums(dz), dz.sum(0))
+
+
+@triton.jit
+def keep_kernel(seed_ptr, result_ptr, first_m, first_k, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    m, k = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    mask = philox.keep(tl.load(seed_ptr), tl.load(first_m) + m, first_k, threshold, ROWS, COLUMNS)
+    tl.store(result_ptr + m[:, None] * COLUMNS + k[None, :], mask)
+
+
+def kept(seed: int, first_m: int, first_k: int, p: float, rows: int, columns: int) -> torch.Tensor:
+    result = torch.empty(rows, columns, dtype=torch.int32)
+    keep_kernel[(1,)](
+        *(torch.tensor([seed]), result, torch.tensor(first_m), first_k, dropout.threshold(p)),
+        ROWS=rows,
+        COLUMNS=columns,
+    )
+    return result != 0
+
+
+@pytest.mark.parametrize("p", [1e-5, 0.1, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("seed", [0, 42, -1, 2**63 - 1, -(2**63), 0x1234567890ABCDEF])
+def test_the_dropout_mask_is_the_same_bits(seed: int, p: float) -> None:
+    expected = dropout.keep(torch.tensor([seed]), 48, 192, p)
+    assert torch.equal(kept(seed, 16, 64, p, 32, 128), expected[16:, 64:])
+
+
+@pytest.mark.parametrize("row", [2**31 - 8, 2**32 - 8, 5 * 2**32 + 3])
+def test_the_dropout_mask_goes_on_beyond_32_bits_of_rows(row: int) -> None:
+    rows, groups, zero = torch.arange(row, row + 16)[:, None], torch.arange(4), torch.zeros(16, 4, dtype=torch.int64)
+    words = dropout.philox((groups + zero, (rows & 0xFFFFFFFF) + zero, (rows >> 32) + zero, zero), (zero + 7, zero))
+    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], -1).reshape(16, 32)
+    assert torch.equal(kept(7, row, 0, 0.3, 16, 32), halves >= dropout.threshold(0.3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+def test_what_is_dropped_is_zero_even_if_it_was_nan(dtype: torch.dtype) -> None:
+    x = torch.full((16, 32), math.nan, dtype=dtype)
+    seed = torch.tensor([3])
+    y = torch.empty(16, 32, dtype=dtype)
+    drop_kernel[(1,)](x, seed, y, dropout.threshold(0.5), ROWS=16, COLUMNS=32)
+    assert torch.equal(y.isnan(), dropout.keep(seed, 16, 32, 0.5))
+    assert (y[~y.isnan()] == 0).all()
+
+
+@triton.jit
+def drop_kernel(x_ptr, seed_ptr, y_ptr, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    m, k = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    offsets = m[:, None] * COLUMNS + k[None, :]
+    y = philox.kept(tl.load(x_ptr + offsets), tl.load(seed_ptr), m.to(tl.int64), 0, threshold)
+    tl.store(y_ptr + offsets, y)
+
+
+def adapter(m: int, n: int, rank: int, dtype: torch.dtype) -> tuple[Sums, torch.Tensor, torch.Tensor]:
+    """Integer sums in two splits whose total is halved, the other factor [N, R], and their product."""
+    generator = torch.Generator().manual_seed(m + n + rank)
+    data = torch.randint(-4, 5, (2, m, -(-rank // 16) * 16), generator=generator).float() * 2
+    B = torch.randint(-4, 5, (n, rank), generator=generator).to(dtype)
+    return Sums(data, rank, 0.5), B, data.sum(0)[:, :rank].double() / 2 @ B.double().T
+
+
+@pytest.mark.parametrize(("tile", "dtype"), FLOAT_TILES, ids=lambda value: getattr(value, "name", str(value)[6:]))
+def test_every_tile_over_a_float_base_is_exact(tile: tiles.Tile, dtype: torch.dtype) -> None:
+    """The forward of one kernel and of two, and the backward's product under a mask; ranks take two blocks."""
+    m, n, k = tile.block_m + 3, tile.block_n + 5, 2 * tile.block_k
+    x, weight, _, bias = integers(m, n, k)
+    x, weight, bias = x.clamp(-8, 8).to(dtype), weight[:, :k].to(dtype), bias.to(dtype)
+    sums, B, low = adapter(m, n, 20 if dtype == torch.float32 else 70, dtype)
+    base = x.double() @ weight.double().T
+    y = torch.full((m, n), math.nan, dtype=dtype)
+    lora_linear.multiply(x, weight.T, sums, B.T, bias, None, y, tile)
+    assert torch.equal(y, (base + low + bias.double()).to(dtype))
+    if tile.block_m <= lora_linear_split.MATRIX_ROWS:
+        parts, _ = lora_linear_split.split(x, weight.T, None, tile, 2)
+        assert len(parts) == 2
+        lora_linear_split.join(parts, sums, B.T, bias, None, y.fill_(math.nan))
+        assert torch.equal(y, (base + low + bias.double()).to(dtype))
+    mask, ragged = Dropout(torch.tensor([5]), 30000), x[:, :-5]
+    columns, thin = weight.T[:-5].contiguous(), B.T.contiguous()
+    lora_linear.multiply(ragged, columns, sums, thin, None, mask, y.fill_(math.nan), tile)
+    keep = dropout.keep(mask.seed, m, n, 30000 / 65536)
+    assert torch.equal(y, (ragged.double() @ columns.double() + torch.where(keep, low, 0.0)).to(dtype))
+
+
+@pytest.mark.parametrize("tile", ALL_TILES, ids=lambda tile: tile.name)
+def test_every_forward_tile_over_an_int8_base_is_exact(tile: tiles.Tile) -> None:
+    m, n, k = tile.block_m + 3, tile.block_n + 5, tile.block_k + 7
+    x, weight, scale, bias = integers(m, n, k)
+    sums, B, low = adapter(m, n, 20, torch.float32)
+    y = torch.full((m, n), math.nan)
+    lora_linear_int8.multiply(x, weight, scale, bias, sums, B.T, y, tile)
+    assert torch.equal(y, (x.double() @ weight[:, :k].double().T + low + bias).float())
+
+
+@pytest.mark.parametrize("tile", SPLIT_TILES, ids=lambda tile: tile.name)
+def test_every_backward_tile_over_an_int8_base_is_exact(tile: tiles.Tile) -> None:
+    m, n, k = tile.block_m + 3, tile.block_k + 5, tile.block_n + 7
+    dy = torch.randint(-8, 9, (m, n), generator=torch.Generator().manual_seed(n)).float()
+    _, weight, scale, _ = integers(1, n, k)
+    sums, A, low = adapter(m, k, 20, torch.float32)
+    mask = Dropout(torch.tensor([-5]), 30000)
+    dx = torch.full((m, k), math.nan)
+    lora_linear_int8.pull_back(dy, weight, scale, sums, A.T.contiguous(), mask, dx, tile)
+    keep = dropout.keep(mask.seed, m, k, 30000 / 65536)
+    assert torch.equal(dx, (dy.double() @ weight[:, :k].double() + torch.where(keep, low, 0.0)).float())
+
+
+@pytest.mark.parametrize("rank", [5, 40, 100, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+def test_every_path_through_a_pair_of_factors_is_exact(dtype: torch.dtype, rank: int) -> None:
+    x, A, B, bias = (t.to(dtype) for t in factors(70, 70, 90, rank))
+    expected = ((x.double() @ A.double().T) @ B.double().T + bias.double()).to(dtype)
+    y = torch.full((70, 70), math.nan, dtype=dtype)
+    lowrank_linear.forward_split(x, A, B, bias, y)
+    assert torch.equal(y, expected)
+    arches = target.ARCHITECTURES if rank <= lowrank_linear.MAX_FUSED_RANK[dtype.itemsize] else ()
+    for tile in {tile for arch in arches for tile in lowrank_linear.fused_tiles(arch, rank, dtype.itemsize)}:
+        lowrank_linear.forward_fused(x, A, B, bias, y.fill_(math.nan), tile)
+        assert torch.equal(y, expected), tile.name
+
+
+def factors(m: int, n: int, k: int, rank: int) -> tuple[torch.Tensor, ...]:
+    """x, A, B and a bias of integers; A has few in a row, so that a bf16 holds x A^T."""
+    generator = torch.Generator().manual_seed(rank)
+    A = torch.zeros(rank, k).scatter_(1, torch.randint(k, (rank, 4), generator=generator), 1.0)
+    x, B = (torch.randint(-8, 9, shape, generator=generator).float() for shape in ((m, k), (n, rank)))
+    return x, A, B, torch.randint(-8, 9, (n,), generator=generator).float()
 
 
 def test_objections_name_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,8 +188,12 @@ def activation_slope(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def finite(x):
+    return magnitude_bits(x) < _INF_BITS
+
+
+@triton.jit
 def split_bf16(v):
     """v as a bf16 and the exact fp32 rest; the rest of a non-finite v is 0, so that infinities stay infinite."""
     high = v.to(tl.bfloat16)
-    finite = magnitude_bits(high.to(tl.float32)) < _INF_BITS
-    return high, tl.where(finite, v - high.to(tl.float32), 0.0)
+    return high, tl.where(finite(high.to(tl.float32)), v - high.to(tl.float32), 0.0)

@@ -46,6 +46,9 @@ class Tile:
 #: rows of tiles that share their columns' weights in L2 before the walk moves on
 GROUP_M = 8
 
+#: bytes that L2 delivers while a kernel starts: 2 us at 4 TB/s, the order of an A100 or H100, not a measurement
+LAUNCH_BYTES = 8 << 20
+
 #: int8 x int8 -> int32, both operands with the depth contiguous
 INT8_GEMM: dict[str, tuple[Tile, ...]] = {
     "sm_80": (
@@ -90,6 +93,34 @@ SPLIT_GEMM: dict[str, tuple[Tile, ...]] = {
     "sm_90": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(16, 64, 64, 8, 3)),
     "sm_100": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), Tile(16, 64, 64, 8, 3)),
     "gfx942": (Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 4, 2), Tile(16, 64, 64, 4, 2)),
+}
+
+#: bf16 x bf16 or fp16 x fp16 -> fp32
+HALF_GEMM: dict[str, tuple[Tile, ...]] = {
+    "sm_80": (Tile(128, 128, 32, 8, 4), Tile(64, 64, 64, 4, 4), Tile(32, 64, 64, 4, 4), Tile(16, 64, 128, 4, 4)),
+    "sm_90": (
+        Tile(128, 256, 64, 8, 4),
+        Tile(128, 128, 64, 8, 4),
+        Tile(64, 128, 64, 4, 4),
+        Tile(64, 64, 64, 4, 5),
+        Tile(16, 64, 128, 4, 5),
+    ),
+    "sm_100": (
+        Tile(128, 256, 64, 8, 4),
+        Tile(128, 128, 64, 8, 4),
+        Tile(64, 128, 64, 4, 4),
+        Tile(64, 64, 64, 4, 5),
+        Tile(16, 64, 128, 4, 5),
+    ),
+    "gfx942": (Tile(128, 128, 64, 8, 2), Tile(64, 64, 64, 4, 2), Tile(16, 64, 128, 4, 2)),
+}
+
+#: fp32 x fp32 -> fp32 on bf16 tensor cores, both operands split into bf16 parts
+FULL_GEMM: dict[str, tuple[Tile, ...]] = {
+    "sm_80": (Tile(64, 64, 32, 8, 3), Tile(16, 64, 32, 4, 3)),
+    "sm_90": (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3), Tile(16, 64, 32, 4, 3)),
+    "sm_100": (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3), Tile(16, 64, 32, 4, 3)),
+    "gfx942": (Tile(64, 64, 16, 8, 2), Tile(16, 64, 32, 4, 2)),
 }
 
 

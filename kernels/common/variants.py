@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from burnish.kernels.common.tiles import Tile
 
-Unit = Literal["int8", "bf16"]
+Unit = Literal["int8", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)

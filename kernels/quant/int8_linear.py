@@ -30,13 +30,11 @@ import triton
 import triton.language as tl
 from burnish.kernels.common import target
 from burnish.kernels.common.numerics import activate, activation_slope, magnitude_bits, quantize_int8, row_scale
-from burnish.kernels.common.products import halves, int8_product, split_dot
-from burnish.kernels.common.tiles import INT8_GEMM, SPLIT_GEMM, Tile, pick, swizzle
+from burnish.kernels.common.products import column_slices, int8_product, scaled_product
+from burnish.kernels.common.tiles import INT8_GEMM, LAUNCH_BYTES, SPLIT_GEMM, Tile, pick, swizzle
 from burnish.kernels.common.variants import Variant, of_tile
 from burnish.kernels.quant.int8_quantize_rows import POINTERS, quantize
 
-#: bytes that L2 delivers while a kernel starts: 2 us at 4 TB/s, the order of an A100 or H100, not a measurement
-LAUNCH_BYTES = 8 << 20
 #: the fused path keeps a block of x and its running maxima in registers, so its tiles have few rows
 FUSED_MAX_ROWS = 32
 #: from this N on two bf16 parts are enough for a 16-bit gradient; see above
@@ -88,20 +86,12 @@ def int8_linear_fwd_kernel(
     product = int8_product(q_ptr, weight_ptr, M - first_m, N - first_n, width, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
     m = first_m + tl.arange(0, BLOCK_M)
     row_scales = tl.load(row_scale_ptr + m, mask=m < M, other=0.0)
-    # wide tiles finish in four column slices: the activation of all of a thread's accumulators at once would spill
-    WIDTH: tl.constexpr = BLOCK_N // 4 if BLOCK_N >= 128 else BLOCK_N
-    if WIDTH < BLOCK_N:
-        left, right = halves(product, BLOCK_M, BLOCK_N)
-        quarter0, quarter1 = halves(left, BLOCK_M, BLOCK_N // 2)
-        quarter2, quarter3 = halves(right, BLOCK_M, BLOCK_N // 2)
+    slices = column_slices(product, BLOCK_M, BLOCK_N)
+    WIDTH: tl.constexpr = slices[0].shape[1]
     for part in tl.static_range(BLOCK_N // WIDTH):
         n = first_n + part * WIDTH + tl.arange(0, WIDTH)
         inside = (m < M)[:, None] & (n < N)[None, :]
-        if WIDTH == BLOCK_N:
-            columns = product
-        else:
-            columns = quarter0 if part == 0 else quarter1 if part == 1 else quarter2 if part == 2 else quarter3
-        z = preactivation(columns, row_scales, scale_ptr, bias_ptr, n, N, HAS_BIAS)
+        z = preactivation(slices[part], row_scales, scale_ptr, bias_ptr, n, N, HAS_BIAS)
         if SLOPE:
             dy = tl.load(dy_ptr + m[:, None] * stride_dym + n[None, :] * stride_dyn, mask=inside, other=0.0)
             y = dy.to(tl.float32) * activation_slope(z, ACTIVATION)
@@ -181,23 +171,12 @@ def int8_linear_bwd_dx_kernel(
     tile_m, tile_k = swizzle(tl.program_id(0), M, K, BLOCK_M, BLOCK_N, GROUP)
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_k * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_rows = (rows < M)[:, None]
-    in_width = (columns < width)[None, :]
-    n = tl.arange(0, BLOCK_K)
-    dz_block = dz_ptr + rows[:, None] * stride_dzm + n[None, :].to(tl.int64) * stride_dzn
-    dz_step = stride_dzn * tl.full([], BLOCK_K, tl.int64)
-    weight_offsets = n[:, None] * width + columns[None, :]
-    dx = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, N, BLOCK_K):
-        left = n < N - start
-        weight = tl.load(weight_ptr + weight_offsets, mask=left[:, None] & in_width, other=0).to(tl.bfloat16)
-        dz = tl.load(dz_block, mask=in_rows & left[None, :], other=0.0).to(tl.float32)
-        channel_scales = tl.load(scale_ptr + start + n, mask=left, other=0.0)
-        dx = split_dot(dz * channel_scales[None, :], weight, dx, PARTS)
-        dz_block += dz_step
-        weight_ptr += width.to(tl.int64) * BLOCK_K
+    dx = scaled_product(
+        tl.zeros([BLOCK_M, BLOCK_N], tl.float32), dz_ptr, weight_ptr, scale_ptr, rows, columns, M, N, width,
+        stride_dzm, stride_dzn, PARTS, BLOCK_K,
+    )  # fmt: skip
     dx_block = dx_ptr + rows[:, None] * K + columns[None, :]
-    tl.store(dx_block, dx.to(dx_ptr.dtype.element_ty), mask=in_rows & (columns < K)[None, :])
+    tl.store(dx_block, dx.to(dx_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < K)[None, :])
 
 
 @triton.jit
@@ -326,10 +305,15 @@ def input_gradient(dz: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, 
     (m, n), k = dz.shape, dx.shape[-1]
     int8_linear_bwd_dx_kernel[tile.grid(m, k)](
         *(dz, weight, scale, dx, m, n, k, weight.shape[1], *dz.stride()),
-        PARTS=2 if dx.dtype != torch.float32 and n >= TWO_PARTS_MIN_N else 3,
+        PARTS=gradient_parts(dx.dtype, n),
         **tile.constants,
         **tile.options,
     )
+
+
+def gradient_parts(dtype: torch.dtype, n: int) -> int:
+    """How many bf16 parts of dz * scale a gradient of this dtype needs, summed over n."""
+    return 2 if dtype != torch.float32 and n >= TWO_PARTS_MIN_N else 3
 
 
 def column_sums(dz: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,7 @@ from burnish.ops.lowrank_linear import INVALID as INVALID_FACTORS
 from burnish.ops.lowrank_linear import as_rows, check_bias, check_factors, check_gradient, new_gradients
 from burnish.ops.lowrank_linear import backward_make as make_backward_factors
 from burnish.ops.lowrank_linear import make as make_factors
-from burnish.registry import Autograd, Backend, Case, Cases, Cost, Invalid, OpSpec, dtype_name, register
+from burnish.registry import Autograd, Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, dtype_name, register
 
 OptTensor = Tensor | None
 
@@ -125,12 +125,8 @@ def backward(ctx: Any, dy: Tensor) -> tuple[OptTensor, ...]:
     dx, dA, dB, dbias = lora_linear_backward(
         dy, x, weight, weight_scale, A, B, seed, ctx.scale, ctx.p, ctx.format, needs[0], needs[4] or needs[5], bias_grad
     )
-    grads: list[OptTensor] = [None] * 10
-    grads[0] = dx if needs[0] else None
-    grads[3] = dbias.to(ctx.bias_dtype) if bias_grad else None
-    grads[4] = dA if needs[4] else None
-    grads[5] = dB if needs[5] else None
-    return tuple(grads)
+    kept = [grad if needs[place] else None for grad, place in ((dx, 0), (dA, 4), (dB, 5))]
+    return kept[0], None, None, dbias.to(ctx.bias_dtype) if bias_grad else None, *kept[1:], *[None] * 4
 
 
 def make(case: Case, backend: Backend, seed: int) -> tuple[Any, ...]:
@@ -143,11 +139,10 @@ def make(case: Case, backend: Backend, seed: int) -> tuple[Any, ...]:
     else:
         generator = torch.Generator().manual_seed(seed + 7)
         shape = (case.dims["N"], case.dims["K"])
-        integers = case.values == "integers"
-        drawn = (
-            torch.randint(-8, 9, shape, generator=generator) if integers else torch.randn(shape, generator=generator)
-        )
-        weight = (drawn if integers else drawn / max(shape[1], 1) ** 0.5).to(case.dtype)
+        if case.values == "integers":
+            weight = torch.randint(-8, 9, shape, generator=generator).to(case.dtype)
+        else:
+            weight = (torch.randn(shape, generator=generator) / max(shape[1], 1) ** 0.5).to(case.dtype)
         weight_scale = None
     # powers of two, which keep integers exact
     scale, p = (0.5, 0.5) if case.values == "integers" else (2.0, 0.1)
@@ -193,8 +188,7 @@ def _case(
 
 _EDGES = (
     (3, 17, 33, 5), (0, 16, 32, 4), (1, 1, 1, 1), (1, 64, 64, 16), (2, 16, 0, 3), (5, 63, 100, 8), (6, 64, 128, 16),
-    (7, 65, 129, 17), (13, 48, 64, 32), (17, 100, 67, 15), (33, 64, 96, 16),
-    (65, 24, 33, 2), (4, 24, 40, 65),
+    (7, 65, 129, 17), (13, 48, 64, 32), (17, 100, 67, 15), (33, 64, 96, 16), (65, 24, 33, 2), (4, 24, 40, 65),
 )  # fmt: skip
 _SOLID = tuple(edge for edge in _EDGES[1:] if edge[0] * edge[2])
 _TEST_CASES = (
@@ -235,6 +229,8 @@ _INVALID = (
     Invalid("format", lambda *a: (*a[:9], 7), "format is 7, expected 0 to 1"),
 )
 
+_KERNELS = "burnish.kernels.lowrank.lora_linear"
+
 SPEC = register(
     OpSpec(
         name="lora_linear",
@@ -243,7 +239,7 @@ SPEC = register(
         reference=reference,
         fake=fake,
         autograd=Autograd(setup_context, backward, surrogate),
-        impls=(),
+        impls=(Impl("triton", f"{_KERNELS}:lora_linear", f"{_KERNELS}:supports"),),
         cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_INVALID),
         make=make,
         cost=cost,
@@ -330,7 +326,7 @@ BACKWARD = register(
         reference=backward_reference,
         fake=backward_fake,
         autograd=None,
-        impls=(),
+        impls=(Impl("triton", f"{_KERNELS}:lora_linear_backward", f"{_KERNELS}:supports_backward"),),
         cases=Cases(
             test=(
                 *(case for case in _TEST_CASES if case.options.get("bias") in (None, False)),

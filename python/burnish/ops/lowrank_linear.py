@@ -33,7 +33,7 @@ from torch import Tensor
 
 from burnish import dispatch
 from burnish.checks import FLOATING, check_devices, check_floating
-from burnish.registry import Autograd, Backend, Case, Cases, Cost, Invalid, OpSpec, dtype_name, register
+from burnish.registry import Autograd, Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, dtype_name, register
 
 OptTensor = Tensor | None
 
@@ -195,6 +195,8 @@ _INVALID = (
     Invalid("bias 2-d", lambda x, A, B, b: (x, A, B, b[None]), "bias has shape .*expected"),
 )
 
+_KERNELS = "burnish.kernels.lowrank.lowrank_linear"
+
 SPEC = register(
     OpSpec(
         name="lowrank_linear",
@@ -202,7 +204,7 @@ SPEC = register(
         reference=reference,
         fake=fake,
         autograd=Autograd(setup_context, backward, surrogate),
-        impls=(),
+        impls=(Impl("triton", f"{_KERNELS}:lowrank_linear", f"{_KERNELS}:supports"),),
         cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_INVALID),
         make=make,
         cost=cost,
@@ -305,7 +307,7 @@ BACKWARD = register(
         reference=backward_reference,
         fake=backward_fake,
         autograd=None,
-        impls=(),
+        impls=(Impl("triton", f"{_KERNELS}:lowrank_linear_backward", f"{_KERNELS}:supports_backward"),),
         cases=Cases(
             test=(
                 *(case for case in _TEST_CASES if case.options.get("bias") in (None, False)),
