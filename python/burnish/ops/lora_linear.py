@@ -45,7 +45,8 @@ from burnish.ops.lowrank_linear import INVALID as INVALID_FACTORS
 from burnish.ops.lowrank_linear import as_rows, check_bias, check_factors, check_gradient, new_gradients
 from burnish.ops.lowrank_linear import backward_make as make_backward_factors
 from burnish.ops.lowrank_linear import make as make_factors
-from burnish.registry import Autograd, Backend, Case, Cases, Cost, Invalid, OpSpec, dtype_name, register
+from burnish.ops.lowrank_linear import supports_native as supports_factors
+from burnish.registry import Autograd, Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, dtype_name, register
 
 OptTensor = Tensor | None
 
@@ -243,13 +244,22 @@ SPEC = register(
         reference=reference,
         fake=fake,
         autograd=Autograd(setup_context, backward, surrogate),
-        impls=(),
+        impls=(Impl("native", "torch.ops:burnish.lora_linear.native", f"{__name__}:supports_native"),),
         cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_INVALID),
         make=make,
         cost=cost,
         baseline=baseline,
     )
 )
+
+
+def supports_native(
+    x: Tensor, weight: Tensor, weight_scale: OptTensor, bias: OptTensor, A: Tensor, *_: Any
+) -> str | None:
+    """The CUDA C++ kernel streams base and factors once for a few rows."""
+    if weight.dtype == torch.uint8:
+        return "the weight is in the vnni layout, the kernel takes rows"
+    return supports_factors(x, A)
 
 
 def backward_reference(

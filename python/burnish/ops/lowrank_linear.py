@@ -33,7 +33,8 @@ from torch import Tensor
 
 from burnish import dispatch
 from burnish.checks import FLOATING, check_devices, check_floating
-from burnish.registry import Autograd, Backend, Case, Cases, Cost, Invalid, OpSpec, dtype_name, register
+from burnish.ops.int8_quantize_rows import supports_native as on_device
+from burnish.registry import Autograd, Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, dtype_name, register
 
 OptTensor = Tensor | None
 
@@ -172,6 +173,9 @@ _BENCH_CASES = tuple(
     for m in (1, 16, 128, 512)
 )
 
+#: what csrc/cuda/lowrank_host.cuh takes: rows of x, bytes of s
+NATIVE_ROWS, NATIVE_LOW_BYTES = 64, 16 << 10
+
 #: bad pairs of factors, for every op that takes A and B at these places
 INVALID = (
     Invalid("x int32", lambda x, *r: (x.to(torch.int32), *r), "x is int32, expected fp32, bf16 or fp16"),
@@ -202,13 +206,23 @@ SPEC = register(
         reference=reference,
         fake=fake,
         autograd=Autograd(setup_context, backward, surrogate),
-        impls=(),
+        impls=(Impl("native", "torch.ops:burnish.lowrank_linear.native", f"{__name__}:supports_native"),),
         cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_INVALID),
         make=make,
         cost=cost,
         baseline=baseline,
     )
 )
+
+
+def supports_native(x: Tensor, A: Tensor, *_: Any) -> str | None:
+    """The CUDA C++ kernel streams the factors once for a few rows and keeps s in shared memory."""
+    m, r = x.shape[:-1].numel(), A.shape[0]
+    if m > NATIVE_ROWS:
+        return f"M is {m}, the small-M kernel takes at most {NATIVE_ROWS}"
+    if m * r * x.itemsize > NATIVE_LOW_BYTES:
+        return f"s has {m} rows of {r}, the small-M kernel keeps at most {NATIVE_LOW_BYTES} bytes of it on the chip"
+    return on_device(x)
 
 
 def as_rows(x: Tensor) -> Tensor:
