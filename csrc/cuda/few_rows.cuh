@@ -72,7 +72,8 @@ __device__ inline void multiply(Sum (&sum)[kChannelTiles][kRowTiles][4], const W
       }
     }
   } else {
-#pragma unroll
+    // eight row tiles fill the registers: their columns one after the other
+#pragma unroll(kRowTiles < 8 ? 4 : 1)
     for (int c = 0; c < 4; ++c) {
       const int column = (c + t) % 4;  // the four rows of x that a warp reads are then in different banks
       Bytes16 w[2 * kChannelTiles];
