@@ -250,12 +250,15 @@ struct Low {
         for (int i = 0; i < 4; ++i) total[i] += bits_float(of_part.word[i]);
       }
       const int row = unit / row_units, r = unit % row_units * 4;
-      T* to = reinterpret_cast<T*>(units + row * pitch) + r;
+      struct alignas(4 * sizeof(T)) {
+        T value[4];
+      } rounded;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         // padding would be NaN where x is infinite or the factor is
-        store(to + i, from_float<T>(r + i < p.rank ? p.factor * total[i] : 0.0f));
+        rounded.value[i] = from_float<T>(r + i < p.rank ? p.factor * total[i] : 0.0f);
       }
+      store(reinterpret_cast<decltype(rounded)*>(reinterpret_cast<T*>(units + row * pitch) + r), rounded);
     }
     __syncthreads();
   }
