@@ -206,6 +206,8 @@ _TEST_CASES = (
     *(_case(*edge, dtype, base="int8") for dtype in FLOATING for edge in _EDGES[::2]),
     *(_case(*edge, dtype, base="int8", p=True) for dtype in FLOATING for edge in _EDGES[:8:3]),
     *(_case(*edge, dtype, "integers", base="int8") for dtype in FLOATING for edge in _SOLID[1::2]),
+    *(_case(2, 17, 1304, 7, dtype, "integers", p=True) for dtype in FLOATING),  # long enough to split K
+    *(_case(2, 17, 1304, 7, dtype, "integers", base="int8", p=True) for dtype in FLOATING),
     *(_case(9, 40, 48, 8, dtype, bias=torch.float32) for dtype in (torch.bfloat16, torch.float16)),
     *(_case(7, 33, 64, 12, dtype, bias=False) for dtype in FLOATING),
 )

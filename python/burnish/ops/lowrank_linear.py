@@ -163,6 +163,7 @@ _EDGES = (
 _TEST_CASES = (
     *(_case(*edge, dtype) for dtype in FLOATING for edge in _EDGES),
     *(_case(*edge, dtype, "integers") for dtype in FLOATING for edge in _EDGES[1:] if edge[0] * edge[2]),
+    *(_case(2, 17, 1304, 7, dtype, "integers") for dtype in FLOATING),  # long enough for a kernel to split K
     *(_case(9, 40, 48, 8, dtype, bias=torch.float32) for dtype in (torch.bfloat16, torch.float16)),
     *(_case(m, 33, 64, 12, dtype, bias=False) for dtype in FLOATING for m in (2, 19)),
 )

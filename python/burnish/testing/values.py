@@ -6,6 +6,7 @@ import ctypes
 import math
 from collections.abc import Iterator
 from hashlib import sha256
+from itertools import count
 
 import torch
 
@@ -121,25 +122,27 @@ def special(spec: OpSpec, backend: Backend, case: Case, positions: int) -> None:
     """N7: a NaN, infinity, negative zero or subnormal in at most ``positions`` places of each floating input."""
     clean = spec.make(case, backend, 0)
     floating = [i for i, arg in enumerate(clean) if isinstance(arg, torch.Tensor) and arg.is_floating_point()]
+    draws = count()
     for index in floating:
         size = clean[index].numel()
-        count = min(size, positions)
-        for place in sorted({round(i * (size - 1) / max(count - 1, 1)) for i in range(count)}):
+        places = min(size, positions)
+        for place in sorted({round(i * (size - 1) / max(places - 1, 1)) for i in range(places)}):
             for value in _specials(clean[index].dtype):
                 changed = clean[index].clone()
                 changed.view(-1)[place] = value
                 args = (*clean[:index], changed, *clean[index + 1 :])
                 what = f"{spec.stem} with {value} at element {place} of argument {index}"
-                _check_special(spec, backend, args, what, against_torch=index == floating[0] and not case.options)
+                ordinary = index == floating[0] and not case.options
+                _check_special(spec, backend, args, what, next(draws), against_torch=ordinary)
 
 
 def _specials(dtype: torch.dtype) -> tuple[float, ...]:
     return (math.nan, math.inf, -math.inf, -0.0, float(torch.finfo(dtype).smallest_normal) / 2)
 
 
-def _check_special(spec: OpSpec, backend: Backend, args: Args, what: str, against_torch: bool) -> None:
+def _check_special(spec: OpSpec, backend: Backend, args: Args, what: str, draw: int, against_torch: bool) -> None:
     """Masks are float64's: torch's erf gelu makes NaN of +Inf in fp32 and bf16, and Inf in float64 and fp16."""
-    outputs = run_checked(spec, backend, args)
+    outputs = run_checked(spec, backend, args, draw)
     if is_exact(outputs):
         for y, expected in zip(outputs, eager(spec, args), strict=True):
             numerics.check_equal("N4", what, y, expected)
