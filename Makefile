@@ -20,7 +20,7 @@ help:
 	@echo "make lint      ruff, clang-format, mypy"
 	@echo "make bench     time every op on this machine, with peers where they are installed"
 	@echo "make interpret the Triton kernels under Triton's interpreter"
-	@echo "make emulate   the CUDA kernels on the CPU, each call under sixteen schedules"
+	@echo "make emulate   the CUDA kernels on the CPU, each case under sixteen schedules"
 	@echo "make gates     compile the Triton and CUDA kernels for GPUs and inspect the result"
 	@echo "make sanitize  the native tests under AddressSanitizer and UBSan"
 	@echo "make wheel     build wheel and sdist, install both in clean environments, run them"

@@ -156,6 +156,15 @@ def compile_cubin(source: Path, arch: str, cubin: Path) -> str:
     )
 
 
+def text_of(source: Path) -> str:
+    """A source and what it includes from csrc/cuda, without the wrappers themselves."""
+    text = source.read_text()
+    for name in re.findall(r'#include "(cuda/\w+\.cuh)"', text):
+        if name not in ("cuda/ptx.cuh", "cuda/launch.cuh"):
+            text += text_of(ROOT / "csrc" / name)
+    return text
+
+
 def code_of(assembly: str, body: str) -> str:
     """The machine code of one kernel of INSTRUCTIONS."""
     sections = re.findall(rf"\.section\s+\.text\.\S*[^A-Za-z]{len(body)}{body}E[\s\S]*?(?=\.section\s|\Z)", assembly)
@@ -199,7 +208,8 @@ def test_machine_code(source: Path, arch: str, tmp_path: Path) -> None:
             f"{kernel}: {registers} registers x {bounds[kernel]} threads"
         )
 
-    called = {name for name in PROMISED if re.search(rf"\b{re.escape(name)}[(<]", source.read_text())}
+    text = text_of(source)
+    called = {name for name in PROMISED if re.search(rf"\b{re.escape(name)}[(<]", text)}
     assert called, f"{source.name} calls none of {sorted(PROMISED)}"
     for name in called - (SM_90_ONLY if arch == "sm_80" else set()):
         assert re.search(PROMISED[name], assembly), f"{name}: {PROMISED[name]} is not in the machine code"

@@ -22,11 +22,11 @@
 #include <optional>
 
 #include "check.h"
+#include "cuda/few_rows.cuh"
 #include "cuda/int8_quantize_rows.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
 #include "math/activation.h"
-#include "math/half.h"
 #include "math/pack.h"
 #include "rows.h"
 
@@ -39,14 +39,10 @@ using torch::stable::Tensor;
 constexpr int kMaxRows = 16;
 constexpr int kMaxWidth = 131072;      // int32 sums cannot overflow up to here
 constexpr int kMaxChannels = 1 << 30;  // an int32 counts channels past the last tile of the last block
-constexpr int kWarps = 4;
-constexpr int kThreads = 32 * kWarps;
 constexpr int kStageBytes = 128;
 // Below this many bytes a block, splitting a tile costs more than it saves: the exchange is three trips to L2, about
 // 1.5 us, in which one multiprocessor fetches 64 bytes a cycle.
 constexpr int64_t kSplitBytes = 128 << 10;
-
-enum class Format : int { kFloat, kBf16, kFp16 };
 
 struct Problem {
   int8_t* q;             // [rows, width], zero beyond x's K; written by the first launch
@@ -65,22 +61,6 @@ struct Problem {
   Format bias_format;
   Format y_format;
 };
-
-__device__ inline float load_as_float(const void* data, int64_t i, Format format) {
-  if (format == Format::kBf16) return to_float(load(static_cast<const bf16*>(data) + i));
-  if (format == Format::kFp16) return to_float(load(static_cast<const fp16*>(data) + i));
-  return load(static_cast<const float*>(data) + i);
-}
-
-__device__ inline void store_from_float(void* data, int64_t i, Format format, float value) {
-  if (format == Format::kBf16) {
-    store(static_cast<bf16*>(data) + i, from_float<bf16>(value));
-  } else if (format == Format::kFp16) {
-    store(static_cast<fp16*>(data) + i, from_float<fp16>(value));
-  } else {
-    store(static_cast<float*>(data) + i, value);
-  }
-}
 
 // What a warp fetches next. Blocks take every gridDim.x-th tile, and of its rows the stages of one split, blockIdx.y;
 // step s of a warp is stage (s * splits + split) * kWarps + warp.
@@ -164,70 +144,21 @@ struct Ring {
     return k < p.width && row < p.rows ? reinterpret_cast<const Bytes16*>(p.q + row * p.width + k) : nullptr;
   }
 
-  // sum[channel tile][row tile] += weight * q of a stage. A lane's 16 bytes are four registers of k; the order of k in
-  // a fragment is free, so registers 0, 1 make one product and 2, 3 another.
-  __device__ void multiply(int stage, int32_t (&sum)[kChannelTiles][kRowTiles][4]) const {
+  // sum[channel tile][row tile] += weight * q of a stage
+  __device__ void multiply_stage(int stage, int32_t (&sum)[kChannelTiles][kRowTiles][4]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      Bytes16 b[kRowTiles];
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) b[i] = load(slot(stage, 2 * kWeightRows + half * kRowTiles + i));
-#pragma unroll
-      for (int j = 0; j < kChannelTiles; ++j) {
-        const Bytes16 low = load(slot(stage, half * kWeightRows + 2 * j));
-        const Bytes16 high = load(slot(stage, half * kWeightRows + 2 * j + 1));
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-          mma<int8_t>(sum[j][i], {low.word[0], high.word[0], low.word[1], high.word[1]}, {b[i].word[0], b[i].word[1]});
-          mma<int8_t>(sum[j][i], {low.word[2], high.word[2], low.word[3], high.word[3]}, {b[i].word[2], b[i].word[3]});
-        }
-      }
+      multiply<int8_t>(
+          sum, [&](int i, int, int) { return load(slot(stage, half * kWeightRows + i)); },
+          [&](int i, int, int) { return load(slot(stage, 2 * kWeightRows + half * kRowTiles + i)); });
     }
   }
 };
 
-// The sums of a tile, brought together from the warps: thread i holds channel i % kChannels, and every kRowStep-th row
-// from first_row() on.
 template <int kRowTiles, int kChannelTiles>
-struct Exchange {
-  static constexpr int kChannels = 16 * kChannelTiles;
-  static constexpr int kRowStep = kThreads / kChannels;
-  static constexpr int kOutputs = 8 * kRowTiles / kRowStep;  // a thread
-  static constexpr int kPitch = kChannels + 4;               // the lanes of a warp then write to 32 different banks
-  static constexpr int kWords = kWarps * 8 * kRowTiles * kPitch;
-
-  // The two rows that a warp reads of 16 channels are 4 apart, so that they lie in different banks.
-  static __device__ int first_row() {
-    const int warp = static_cast<int>(threadIdx.x / 32);
-    return kChannels == 16 ? warp + static_cast<int>(threadIdx.x % 32 / 16) * 4 : warp;
-  }
-
-  static __device__ void gather(int32_t* words, const int32_t (&sum)[kChannelTiles][kRowTiles][4],
-                                int32_t (&total)[kOutputs]) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    int32_t* mine = words + threadIdx.x / 32 * (8 * kRowTiles * kPitch);
-#pragma unroll
-    for (int j = 0; j < kChannelTiles; ++j) {
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const int channel = j * 16 + r / 2 * 8 + lane / 4;
-          const int row = i * 8 + lane % 4 * 2 + r % 2;
-          store(mine + (row * kPitch + channel), sum[j][i][r]);
-        }
-      }
-    }
-    __syncthreads();
-#pragma unroll
-    for (int o = 0; o < kOutputs; ++o) {
-      const int at = (first_row() + o * kRowStep) * kPitch + static_cast<int>(threadIdx.x) % kChannels;
-      total[o] = 0;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) total[o] += load(words + (w * 8 * kRowTiles * kPitch + at));
-    }
-    __syncthreads();
-  }
+struct Exchange : Gather<int32_t, kRowTiles, kChannelTiles> {
+  using Base = Gather<int32_t, kRowTiles, kChannelTiles>;
+  using Base::kOutputs;
 
   // Adds the splits of a tile; true in the block that has the result, the one that came last.
   static __device__ bool add_splits(const Problem& p, int tile, uint32_t* ticket, int32_t (&total)[kOutputs]) {
@@ -293,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, 2) int8_linear_fwd_kernel(Problem p)
     int32_t sum[kChannelTiles][kRowTiles][4] = {};
     for (int step = 0; step < steps; ++step) {
       copy_async_wait<kStages - 1>();
-      ring.multiply(stage, sum);
+      ring.multiply_stage(stage, sum);
       ring.fetch_weight(ahead, stage, policy);
       ring.fetch_q(ahead, stage);
       copy_async_commit();
@@ -302,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, 2) int8_linear_fwd_kernel(Problem p)
     }
 
     int32_t total[Sums::kOutputs];
-    Sums::gather(words, sum, total);
+    Sums::gather(words, sum, 0, total);
     if (p.splits > 1 && !Sums::add_splits(p, tile, ticket, total)) continue;
 #pragma unroll
     for (int o = 0; o < Sums::kOutputs; ++o) {
@@ -351,21 +282,9 @@ void start(Problem p, const Rows& x, const DeviceLimits& limits, cudaStream_t st
   }
 }
 
-Format format_of(ScalarType dtype, const char* name) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return Format::kFloat;
-    case ScalarType::BFloat16:
-      return Format::kBf16;
-    case ScalarType::Half:
-      return Format::kFp16;
-    default:
-      BURNISH_CHECK(false, "int8_linear.native: ", name, " is not fp32, bf16 or fp16");
-  }
-}
-
 Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias,
                    int64_t activation, std::optional<ScalarType> out_dtype) {
+  constexpr const char* kOp = "int8_linear";
   BURNISH_CHECK(x.dim() >= 1, "int8_linear.native: x is a scalar, expected [..., K]");
   const DeviceGuard guard(x.get_device_index());
   const Rows rows = as_rows(x);
@@ -403,8 +322,8 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, c
   p.rows = static_cast<int>(rows.count);
   p.channels = static_cast<int>(channels);
   p.activation = static_cast<Activation>(activation);
-  p.bias_format = offsets ? format_of(offsets->scalar_type(), "bias") : Format::kFloat;
-  p.y_format = format_of(dtype, "out_dtype");
+  p.bias_format = offsets ? format_of(offsets->scalar_type(), kOp, "bias") : Format::kFloat;
+  p.y_format = format_of(dtype, kOp, "out_dtype");
 
   const DeviceLimits limits = device_limits(x.get_device_index());
   const cudaStream_t stream = current_stream(x.get_device_index());

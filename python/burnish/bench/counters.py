@@ -109,16 +109,16 @@ def _count(spec: OpSpec, case: Case) -> Count:
     if objection:
         return Count(spec.name, case.id, compulsory, skipped=objection)
     kernel = dispatch.resolve(impl.target)
-    wrong = Gate(spec, args).objection(lambda: kernel(*args))
-    if wrong:
-        raise BackendError(f"{spec.name} {case.id}: {wrong}")
+    gate = Gate(spec, args)
     torch.ops.burnish.emulation_seed(0)
     torch.ops.burnish.emulation_count(True)
     try:
-        kernel(*args)
+        wrong = gate.objection(lambda: kernel(*args))
         document = json.loads(torch.ops.burnish.emulation_counters())
     finally:
         torch.ops.burnish.emulation_count(False)
+    if wrong:
+        raise BackendError(f"{spec.name} {case.id}: {wrong}")
     return Count(spec.name, case.id, compulsory, tuple(map(_launch, document)))
 
 

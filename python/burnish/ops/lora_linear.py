@@ -45,6 +45,7 @@ from burnish.ops.lowrank_linear import INVALID as INVALID_FACTORS
 from burnish.ops.lowrank_linear import as_rows, check_bias, check_factors, check_gradient, new_gradients
 from burnish.ops.lowrank_linear import backward_make as make_backward_factors
 from burnish.ops.lowrank_linear import make as make_factors
+from burnish.ops.lowrank_linear import supports_native as supports_factors
 from burnish.registry import Autograd, Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, dtype_name, register
 
 OptTensor = Tensor | None
@@ -199,6 +200,8 @@ _TEST_CASES = (
     *(_case(*edge, dtype, base="int8") for dtype in FLOATING for edge in _EDGES[::2]),
     *(_case(*edge, dtype, base="int8", p=True) for dtype in FLOATING for edge in _EDGES[:8:3]),
     *(_case(*edge, dtype, "integers", base="int8") for dtype in FLOATING for edge in _SOLID[1::2]),
+    *(_case(2, 17, 1304, 7, dtype, "integers", p=True) for dtype in FLOATING),  # long enough to split K
+    *(_case(2, 17, 1304, 7, dtype, "integers", base="int8", p=True) for dtype in FLOATING),
     *(_case(9, 40, 48, 8, dtype, bias=torch.float32) for dtype in (torch.bfloat16, torch.float16)),
     *(_case(7, 33, 64, 12, dtype, bias=False) for dtype in FLOATING),
 )
@@ -239,13 +242,25 @@ SPEC = register(
         reference=reference,
         fake=fake,
         autograd=Autograd(setup_context, backward, surrogate),
-        impls=(Impl("triton", f"{_KERNELS}:lora_linear", f"{_KERNELS}:supports"),),
+        impls=(
+            Impl("native", "torch.ops:burnish.lora_linear.native", f"{__name__}:supports_native"),
+            Impl("triton", f"{_KERNELS}:lora_linear", f"{_KERNELS}:supports"),
+        ),
         cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_INVALID),
         make=make,
         cost=cost,
         baseline=baseline,
     )
 )
+
+
+def supports_native(
+    x: Tensor, weight: Tensor, weight_scale: OptTensor, bias: OptTensor, A: Tensor, *_: Any
+) -> str | None:
+    """The CUDA C++ kernel streams base and factors once for a few rows."""
+    if weight.dtype == torch.uint8:
+        return "the weight is in the vnni layout, the kernel takes rows"
+    return supports_factors(x, A)
 
 
 def backward_reference(

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from burnish import dispatch
 from burnish.checks import FLOATING, check_devices, check_floating
+from burnish.ops.int8_quantize_rows import supports_native as on_device
 from burnish.registry import Autograd, Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, dtype_name, register
 
 OptTensor = Tensor | None
@@ -162,6 +163,7 @@ _EDGES = (
 _TEST_CASES = (
     *(_case(*edge, dtype) for dtype in FLOATING for edge in _EDGES),
     *(_case(*edge, dtype, "integers") for dtype in FLOATING for edge in _EDGES[1:] if edge[0] * edge[2]),
+    *(_case(2, 17, 1304, 7, dtype, "integers") for dtype in FLOATING),  # long enough for a kernel to split K
     *(_case(9, 40, 48, 8, dtype, bias=torch.float32) for dtype in (torch.bfloat16, torch.float16)),
     *(_case(m, 33, 64, 12, dtype, bias=False) for dtype in FLOATING for m in (2, 19)),
 )
@@ -171,6 +173,9 @@ _BENCH_CASES = tuple(
     for r in (16, 64, 128)
     for m in (1, 16, 128, 512)
 )
+
+#: what csrc/cuda/lowrank_host.cuh takes: rows of x, bytes of s
+NATIVE_ROWS, NATIVE_LOW_BYTES = 64, 16 << 10
 
 #: bad pairs of factors, for every op that takes A and B at these places
 INVALID = (
@@ -204,13 +209,26 @@ SPEC = register(
         reference=reference,
         fake=fake,
         autograd=Autograd(setup_context, backward, surrogate),
-        impls=(Impl("triton", f"{_KERNELS}:lowrank_linear", f"{_KERNELS}:supports"),),
+        impls=(
+            Impl("native", "torch.ops:burnish.lowrank_linear.native", f"{__name__}:supports_native"),
+            Impl("triton", f"{_KERNELS}:lowrank_linear", f"{_KERNELS}:supports"),
+        ),
         cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_INVALID),
         make=make,
         cost=cost,
         baseline=baseline,
     )
 )
+
+
+def supports_native(x: Tensor, A: Tensor, *_: Any) -> str | None:
+    """The CUDA C++ kernel streams the factors once for a few rows and keeps s in shared memory."""
+    m, r = x.shape[:-1].numel(), A.shape[0]
+    if m > NATIVE_ROWS:
+        return f"M is {m}, the small-M kernel takes at most {NATIVE_ROWS}"
+    if m * r * x.itemsize > NATIVE_LOW_BYTES:
+        return f"s has {m} rows of {r}, the small-M kernel keeps at most {NATIVE_LOW_BYTES} bytes of it on the chip"
+    return on_device(x)
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ Outputs = tuple[torch.Tensor, ...]
 
 INTERPRETED: tuple[Backend, str] = ("triton", "this process interprets Triton kernels")
 EMULATED: tuple[Backend, str] = ("native", "this process emulates CUDA kernels")
-#: seeds that an emulated CUDA kernel is run with, each call
+#: seeds that an emulated CUDA kernel is run with, each call but for further draws of its values
 SCHEDULES = 16
 
 
@@ -93,15 +93,21 @@ def as_outputs(result: Any) -> Outputs:
     return result if isinstance(result, tuple) else (result,)
 
 
-def run(spec: OpSpec, backend: Backend, args: Args, grad: bool = False) -> Outputs:
-    """Run the op on ``backend``, by the same road that users' calls take; ``grad`` asks for the differentiable op."""
+def run(spec: OpSpec, backend: Backend, args: Args, grad: bool = False, draw: int = 0) -> Outputs:
+    """Run the op on ``backend``, by the same road that users' calls take; ``grad`` asks for the differentiable op.
+
+    ``draw`` counts what differs from an earlier call in its values alone: an emulated kernel, whose schedules do not
+    depend on them, then runs under schedule ``draw`` and no other.
+    """
     moved = to_device(backend, args)
 
     def call() -> Outputs:
         return as_outputs(dispatch.call(spec, moved, grad))
 
     with dispatch.use_backend(backend):
-        return _every_schedule(spec.stem, call) if native.emulating() else call()
+        if not native.emulating():
+            return call()
+        return _on_schedule(draw, call) if draw else _every_schedule(spec.stem, call)
 
 
 def _every_schedule(what: str, call: Callable[[], Outputs]) -> Outputs:

@@ -6,6 +6,7 @@ import ctypes
 import math
 from collections.abc import Iterator
 from hashlib import sha256
+from itertools import count
 
 import torch
 
@@ -40,11 +41,11 @@ def _names(spec: OpSpec, outputs: Outputs) -> list[str]:
     return [spec.stem if len(outputs) == 1 else f"{spec.stem}[{index}]" for index in range(len(outputs))]
 
 
-def run_checked(spec: OpSpec, backend: Backend, args: Args) -> Outputs:
+def run_checked(spec: OpSpec, backend: Backend, args: Args, draw: int = 0) -> Outputs:
     """Run the op; raise if it changed an input or is not what its fake announces. The results come on the CPU."""
     args = to_device(backend, args)
     before = memory.snapshot(args)
-    outputs = run(spec, backend, args)
+    outputs = run(spec, backend, args, draw=draw)
     if not memory.unchanged(before, args):
         raise Violation(f"C5: {spec.name} changed one of its inputs")
     announced = as_outputs(spec.fake(*args))
@@ -78,7 +79,7 @@ def forward(spec: OpSpec, backend: Backend, case: Case) -> None:
     pooled: list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = []
     for seed in range(numerics.DRAWS):
         args = spec.make(case, backend, seed)
-        outputs = run_checked(spec, backend, args)
+        outputs = run_checked(spec, backend, args, seed)
         compare(spec, args, outputs, case.values)
         if is_exact(outputs) or case.values in ("integers", "extreme"):
             return
@@ -98,16 +99,17 @@ def _triples(spec: OpSpec, args: Args, outputs: Outputs) -> Iterator[tuple[torch
 
 
 def unbiased(spec: OpSpec, backend: Backend, case: Case) -> None:
-    """N3, with the case's rows made many enough, or drawn again and again where the backend takes few."""
+    """N3, with the case's rows made many enough, or as many as the backend takes and drawn again and again."""
     narrow = as_outputs(spec.fake(*spec.make(case, backend, 0)))
     times = math.ceil(numerics.BIAS_ELEMENTS / max(y.numel() for y in narrow))
-    many = resized(case, times * rows(case))
-    if objection(spec, backend, spec.make(many, backend, 0)) is None:
-        case, times = many, 1
+    taller = times
+    while taller > 1 and objection(spec, backend, spec.make(resized(case, taller * rows(case)), backend, 0)):
+        taller //= 2
+    case, times = resized(case, taller * rows(case)), math.ceil(times / taller)
     pooled: list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = [[] for _ in narrow]
     for seed in range(times):
         args = spec.make(case, backend, seed)
-        outputs = run_checked(spec, backend, args)
+        outputs = run_checked(spec, backend, args, seed)
         for pool, y, y64, terms in zip(pooled, outputs, *magnitudes(spec.reference, args), strict=True):
             pool.append((y.ravel(), y64.ravel(), numerics.unit_of(y, y64, terms).ravel()))
     for what, pool in zip(_names(spec, narrow), pooled, strict=True):
@@ -120,25 +122,27 @@ def special(spec: OpSpec, backend: Backend, case: Case, positions: int) -> None:
     """N7: a NaN, infinity, negative zero or subnormal in at most ``positions`` places of each floating input."""
     clean = spec.make(case, backend, 0)
     floating = [i for i, arg in enumerate(clean) if isinstance(arg, torch.Tensor) and arg.is_floating_point()]
+    draws = count()
     for index in floating:
         size = clean[index].numel()
-        count = min(size, positions)
-        for place in sorted({round(i * (size - 1) / max(count - 1, 1)) for i in range(count)}):
+        places = min(size, positions)
+        for place in sorted({round(i * (size - 1) / max(places - 1, 1)) for i in range(places)}):
             for value in _specials(clean[index].dtype):
                 changed = clean[index].clone()
                 changed.view(-1)[place] = value
                 args = (*clean[:index], changed, *clean[index + 1 :])
                 what = f"{spec.stem} with {value} at element {place} of argument {index}"
-                _check_special(spec, backend, args, what, against_torch=index == floating[0] and not case.options)
+                ordinary = index == floating[0] and not case.options
+                _check_special(spec, backend, args, what, next(draws), against_torch=ordinary)
 
 
 def _specials(dtype: torch.dtype) -> tuple[float, ...]:
     return (math.nan, math.inf, -math.inf, -0.0, float(torch.finfo(dtype).smallest_normal) / 2)
 
 
-def _check_special(spec: OpSpec, backend: Backend, args: Args, what: str, against_torch: bool) -> None:
+def _check_special(spec: OpSpec, backend: Backend, args: Args, what: str, draw: int, against_torch: bool) -> None:
     """Masks are float64's: torch's erf gelu makes NaN of +Inf in fp32 and bf16, and Inf in float64 and fp16."""
-    outputs = run_checked(spec, backend, args)
+    outputs = run_checked(spec, backend, args, draw)
     if is_exact(outputs):
         for y, expected in zip(outputs, eager(spec, args), strict=True):
             numerics.check_equal("N4", what, y, expected)

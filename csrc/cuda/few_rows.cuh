@@ -1,0 +1,145 @@
+// What the kernels share that stream a weight past a few rows of x: products from a ring's 16-byte units, the sums of
+// the warps brought together, floats of any format.
+//
+// A block is kWarps warps that share the depth of a tile of 16 kChannelTiles channels; 8 rows of x are a row tile. A
+// unit is 16 bytes of one row; four of them side by side, 64 bytes, are the depth of one step.
+#pragma once
+
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <type_traits>
+
+#include "check.h"
+#include "cuda/launch.cuh"
+#include "cuda/ptx.cuh"
+#include "math/half.h"
+
+namespace burnish {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = 32 * kWarps;
+
+enum class Format : int { kFloat, kBf16, kFp16 };
+
+inline Format format_of(torch::headeronly::ScalarType dtype, const char* op, const char* name) {
+  using torch::headeronly::ScalarType;
+  switch (dtype) {
+    case ScalarType::Float:
+      return Format::kFloat;
+    case ScalarType::BFloat16:
+      return Format::kBf16;
+    case ScalarType::Half:
+      return Format::kFp16;
+    default:
+      BURNISH_CHECK(false, op, ".native: ", name, " is not fp32, bf16 or fp16");
+  }
+}
+
+__device__ inline float load_as_float(const void* data, int64_t i, Format format) {
+  if (format == Format::kBf16) return to_float(load(static_cast<const bf16*>(data) + i));
+  if (format == Format::kFp16) return to_float(load(static_cast<const fp16*>(data) + i));
+  return load(static_cast<const float*>(data) + i);
+}
+
+__device__ inline void store_from_float(void* data, int64_t i, Format format, float value) {
+  if (format == Format::kBf16) {
+    store(static_cast<bf16*>(data) + i, from_float<bf16>(value));
+  } else if (format == Format::kFp16) {
+    store(static_cast<fp16*>(data) + i, from_float<fp16>(value));
+  } else {
+    store(static_cast<float*>(data) + i, value);
+  }
+}
+
+// sum[channel tile][row tile] += weight * x over a step, laid out as mma lays out its result. weight(i, row, column)
+// is the unit at `column` of channel 8 i + row, x(i, row, column) that of row 8 i + row. The tensor core's types ask
+// only for the lane's own units, row lane / 4 and column lane % 4: they are four words of k each, and because the order
+// of k in a fragment is free, words 0, 1 make one product and 2, 3 another.
+template <class Element, class Sum, int kChannelTiles, int kRowTiles, class Weight, class X>
+__device__ inline void multiply(Sum (&sum)[kChannelTiles][kRowTiles][4], const Weight& weight, const X& x) {
+  const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
+  if constexpr (!std::is_same_v<Element, float>) {
+    Bytes16 b[kRowTiles];
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) b[i] = x(i, g, t);
+#pragma unroll
+    for (int j = 0; j < kChannelTiles; ++j) {
+      const Bytes16 low = weight(2 * j, g, t), high = weight(2 * j + 1, g, t);
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) {
+        mma<Element>(sum[j][i], {low.word[0], high.word[0], low.word[1], high.word[1]}, {b[i].word[0], b[i].word[1]});
+        mma<Element>(sum[j][i], {low.word[2], high.word[2], low.word[3], high.word[3]}, {b[i].word[2], b[i].word[3]});
+      }
+    }
+  } else {
+    // eight row tiles fill the registers: their columns one after the other
+#pragma unroll(kRowTiles < 8 ? 4 : 1)
+    for (int c = 0; c < 4; ++c) {
+      const int column = (c + t) % 4;  // the four rows of x that a warp reads are then in different banks
+      Bytes16 w[2 * kChannelTiles];
+#pragma unroll
+      for (int j = 0; j < 2 * kChannelTiles; ++j) w[j] = weight(j, g, column);
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) {
+        const Bytes16 even = x(i, 2 * t, column), odd = x(i, 2 * t + 1, column);
+#pragma unroll
+        for (int j = 0; j < 2 * kChannelTiles; ++j) {
+          float* both = sum[j / 2][i] + j % 2 * 2;
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            both[0] = fmaf(bits_float(w[j].word[k]), bits_float(even.word[k]), both[0]);
+            both[1] = fmaf(bits_float(w[j].word[k]), bits_float(odd.word[k]), both[1]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// The sums of a tile, brought together from the warps: thread i holds channel i % kChannels, and every kRowStep-th row
+// from first_row() on.
+template <class Sum, int kRowTiles, int kChannelTiles>
+struct Gather {
+  static constexpr int kChannels = 16 * kChannelTiles;
+  static constexpr int kRowStep = kThreads / kChannels;
+  static constexpr int kOutputs = 8 * kRowTiles / kRowStep;  // a thread
+  static constexpr int kPitch = kChannels + 4;               // the lanes of a warp then write to 32 different banks
+  static constexpr int kWords = kWarps * 8 * kRowTiles * kPitch;
+
+  // The two rows that a warp reads of 16 channels are 4 apart, so that they lie in different banks.
+  static __device__ int first_row() {
+    const int warp = static_cast<int>(threadIdx.x / 32);
+    return kChannels == 16 ? warp + static_cast<int>(threadIdx.x % 32 / 16) * 4 : warp;
+  }
+
+  // Takes kRowTiles of the row tiles in `sum`, from `first` on.
+  template <int kAll>
+  static __device__ void gather(Sum* words, const Sum (&sum)[kChannelTiles][kAll][4], int first,
+                                Sum (&total)[kOutputs]) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    Sum* mine = words + threadIdx.x / 32 * (8 * kRowTiles * kPitch);
+#pragma unroll
+    for (int j = 0; j < kChannelTiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const int channel = j * 16 + r / 2 * 8 + lane / 4;
+          const int row = i * 8 + lane % 4 * 2 + r % 2;
+          store(mine + (row * kPitch + channel), sum[j][first + i][r]);
+        }
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int o = 0; o < kOutputs; ++o) {
+      const int at = (first_row() + o * kRowStep) * kPitch + static_cast<int>(threadIdx.x) % kChannels;
+      total[o] = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) total[o] += load(words + (w * 8 * kRowTiles * kPitch + at));
+    }
+    __syncthreads();
+  }
+};
+
+}  // namespace burnish
