@@ -106,9 +106,11 @@ def test_repeated_runs_give_the_same_bits(spec: OpSpec, backend: Backend) -> Non
 
 
 def shared_cases() -> Iterator[tuple[OpSpec, Case]]:
+    """Cases in which every implementation sums integers, so that the order of the sums changes no bit."""
     for spec in SPECS:
         if len(spec.impls) > 1:
-            yield from ((spec, case) for case in spec.cases.test)
+            quantized = spec.stem.startswith("int8_")
+            yield from ((spec, case) for case in spec.cases.test if quantized or case.values == "integers")
 
 
 @pytest.mark.parametrize(
