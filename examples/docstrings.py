@@ -1,6 +1,7 @@
 """Real text that every Python has: docstrings of the standard library, in a fixed order.
 
     names, texts = corpus(608)
+    others = held_out(608)           # none of which is in texts
     train, test = labelled(20)       # which module is a docstring from?
 
 A fixed list of modules is imported (none does anything on import), and the docstrings of their public functions,
@@ -8,7 +9,7 @@ classes and methods are collected and cleaned as ``help()`` shows them. No netwo
 texts.
 
 For :func:`corpus`, duplicates, one-liners and those of under 80 characters are dropped, and ``count`` of the rest are
-taken at even distances, so that every module has its share.
+taken at even distances, so that every module has its share; :func:`held_out` has those that were not.
 
 For :func:`labelled`, the text must not name its own label. In every text, each word that is the name of one of the
 modules or of a package they are in becomes ``it``, whatever its case, and so does each word with such a name of five
@@ -30,7 +31,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-__all__ = ["Labelled", "corpus", "labelled"]
+__all__ = ["Labelled", "corpus", "held_out", "labelled"]
 
 MODULES = """
 argparse ast asyncio.events asyncio.locks asyncio.queues asyncio.streams asyncio.tasks base64 bisect calendar cmd
@@ -53,14 +54,26 @@ TEST_SHARE = 0.2
 
 def corpus(count: int) -> tuple[list[str], list[str]]:
     """``count`` texts (or all, if there are fewer) and the qualified names they belong to."""
-    found: dict[str, str] = {}
-    for module, name, text in _docstrings():
-        if len(text) >= MIN_CHARACTERS and "\n" in text:
-            found.setdefault(text, f"{module}.{name}")
+    found = _distinct()
     texts = list(found)
     count = min(count, len(texts))
     chosen = [texts[index * len(texts) // count] for index in range(count)]
     return [found[text] for text in chosen], chosen
+
+
+def held_out(count: int) -> list[str]:
+    """The texts that ``corpus(count)`` leaves."""
+    taken = set(corpus(count)[1])
+    return [text for text in _distinct() if text not in taken]
+
+
+def _distinct() -> dict[str, str]:
+    """The texts that are long enough, and what the first with each is the docstring of."""
+    found: dict[str, str] = {}
+    for module, name, text in _docstrings():
+        if len(text) >= MIN_CHARACTERS and "\n" in text:
+            found.setdefault(text, f"{module}.{name}")
+    return found
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,8 @@ def chart(result: dict[str, Any], path: Path) -> None:
         curves.fill_between(steps, list(map(min, smooth)), list(map(max, smooth)), color=color, alpha=0.10, linewidth=0)
         means = list(map(statistics.fmean, smooth))
         curves.plot(steps, means, dashed, color=color, linewidth=2, label=row["label"])
-    curves.set_title(f"loss, mean of {first} steps; band: {settings['seeds']} seeds")
+    band = f"; band: {settings['seeds']} seeds" if settings["seeds"] > 1 else ""
+    curves.set_title(f"loss, mean of {first} steps{band}")
     curves.set_xlabel("step")
     curves.set_ylim(bottom=0)
     curves.legend(frameon=False)
@@ -137,10 +138,10 @@ def chart(result: dict[str, Any], path: Path) -> None:
     ranges = [[value - row["q25_ms"] for value, row in zip(values, rows, strict=True)]]
     ranges.append([row["q75_ms"] - value for value, row in zip(values, rows, strict=True)])
     times.errorbar(values, range(len(rows)), xerr=ranges, fmt="none", ecolor="#33373d", elinewidth=1, capsize=2.5)
-    times.set_title("time of a step (less is better)")
+    times.set_title("time of a step; x: of peft's speed")
     times.set_xlabel("ms, median and quartiles")
     _bars(memory, rows, "step_memory_mb", "MB")
-    memory.set_title("memory of a step (less is better)")
+    memory.set_title("memory of a step; x: peft's over it")
     memory.set_xlabel("MB at the peak, over those before it")
     memory.set_yticklabels([])
     for axis in (curves, times, memory):
