@@ -265,7 +265,7 @@ class Run:
                 self.left_out.append({"variant": name, "reason": f"{type(error).__name__}: {error}".splitlines()[0]})
             else:
                 self.models[name], self.bytes[name] = model, weight_bytes(model)
-                self.report = report or self.report
+                self.report = report if self.report is None else self.report
             tick(done)
 
     def compare(self, text: Text) -> None:
