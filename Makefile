@@ -12,10 +12,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp csrc/cuda/*.cu* csrc/cuda/*/*)
 CXX_FILES := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 
-.PHONY: help demo test lint bench interpret emulate gates sanitize wheel clean
+.PHONY: help demo finetune test lint bench interpret emulate gates sanitize wheel clean
 
 help:
-	@echo "make demo      swap int8 layers into a real sentence encoder and print what it gains and costs"
+	@echo "make demo      swap layers of a real sentence encoder and print what it gains and costs"
+	@echo "make finetune  fine-tune the same encoder with LoRA, by burnish and by peft, side by side"
 	@echo "make test      the tests"
 	@echo "make lint      ruff, clang-format, mypy"
 	@echo "make bench     time every op on this machine, with peers where they are installed"
@@ -49,6 +50,13 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/sentence_encoder.py
+
+$(VENV)/finetune.stamp: $(VENV)/demo.stamp
+	$(PIP) peft
+	@touch $@
+
+finetune: $(VENV)/finetune.stamp
+	$(BIN)/python examples/finetune_lora.py
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n $(JOBS) -m "not gate and not gpu" tests
