@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from burnish.bases import format_of
 from burnish.bench import Peer
-from burnish.ops import int8_linear_unpack
 from burnish.registry import Case
 
 
@@ -18,20 +18,13 @@ def supports(op: str, case: Case) -> str | None:
     return None if op in ("lora_linear", "lora_linear_backward") else "only a LoRA layer has a frozen base"
 
 
-def _float(weight: torch.Tensor, weight_scale: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-    if weight_scale is None:
-        return weight
-    rows = int8_linear_unpack(weight, weight_scale.shape[0], x.shape[-1])
-    return (rows * weight_scale.unsqueeze(1)).to(x.dtype)
-
-
 def make(op: str, args: tuple) -> Callable[[], Any]:
     if op == "lora_linear":
         x, weight, weight_scale, bias = args[:4]
-        base = _float(weight, weight_scale, x)
+        base = format_of(weight).dense(weight, weight_scale, x)
         return lambda: F.linear(x, base, bias)
     dy, x, weight, weight_scale = args[:4]
-    base = _float(weight, weight_scale, x)
+    base = format_of(weight).dense(weight, weight_scale, x)
     rest = tuple(torch.zeros(0) for _ in range(3))
     return lambda: (dy @ base, *rest)
 

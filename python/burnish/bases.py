@@ -28,6 +28,7 @@ from burnish.ops.int8_linear import backward_reference as int8_pull
 from burnish.ops.int8_linear import check_operands as check_int8
 from burnish.ops.int8_linear import reference as int8_product
 from burnish.ops.int8_linear import surrogate as int8_smooth
+from burnish.ops.int8_linear_pack import unpack_reference
 from burnish.registry import dtype_name
 
 OptTensor = Tensor | None
@@ -39,7 +40,7 @@ class Base:
 
     ``check(op, x, K, weight, scale)`` raises for tensors that do not fit and returns N; ``product(x, weight, scale,
     bias)`` is x W^T + bias; ``smooth`` is the same with the gradient that the op promises; ``pull(dy, weight, scale,
-    K)`` is dy W.
+    K)`` is dy W; ``dense(weight, scale, x)`` is W itself, in x's dtype.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Base:
     product: Callable[[Tensor, Tensor, OptTensor, OptTensor], Tensor]
     smooth: Callable[[Tensor, Tensor, OptTensor, OptTensor], Tensor]
     pull: Callable[[Tensor, Tensor, OptTensor, int], Tensor]
+    dense: Callable[[Tensor, OptTensor, Tensor], Tensor]
 
 
 def _check_float(op: str, x: Tensor, K: int, weight: Tensor, scale: OptTensor) -> int:
@@ -72,6 +74,10 @@ def _float_pull(dy: Tensor, weight: Tensor, scale: OptTensor, K: int) -> Tensor:
     return dy @ weight
 
 
+def _float_dense(weight: Tensor, scale: OptTensor, x: Tensor) -> Tensor:
+    return weight
+
+
 def _check_int8(op: str, x: Tensor, K: int, weight: Tensor, scale: OptTensor) -> int:
     torch._check(scale is not None, lambda: f"{op}: weight_scale is None, expected fp32 [N] for an int8 weight")
     assert scale is not None
@@ -94,10 +100,15 @@ def _int8_pull(dy: Tensor, weight: Tensor, scale: OptTensor, K: int) -> Tensor:
     return int8_pull(dy, None, weight, scale, None, K, 0, False)[0]
 
 
+def _int8_dense(weight: Tensor, scale: OptTensor, x: Tensor) -> Tensor:
+    assert scale is not None
+    return (unpack_reference(weight, scale.shape[0], x.shape[-1]) * scale.unsqueeze(1)).to(x.dtype)
+
+
 #: the formats, by code
 BASES: tuple[Base, ...] = (
-    Base("float", 0, _check_float, _float_product, _float_product, _float_pull),
-    Base("int8", 1, _check_int8, _int8_product, _int8_smooth, _int8_pull),
+    Base("float", 0, _check_float, _float_product, _float_product, _float_pull, _float_dense),
+    Base("int8", 1, _check_int8, _int8_product, _int8_smooth, _int8_pull, _int8_dense),
 )
 
 

@@ -40,10 +40,10 @@ from burnish import dispatch, dropout
 from burnish.bases import BASES, format_of
 from burnish.checks import FLOATING, check_devices
 from burnish.ops.int8_linear import make as make_int8
-from burnish.ops.int8_linear_pack import unpack_reference
 from burnish.ops.lowrank_linear import INVALID as INVALID_FACTORS
 from burnish.ops.lowrank_linear import as_rows, check_bias, check_factors, check_gradient, new_gradients
 from burnish.ops.lowrank_linear import backward_make as make_backward_factors
+from burnish.ops.lowrank_linear import case_of as _case
 from burnish.ops.lowrank_linear import make as make_factors
 from burnish.ops.lowrank_linear import supports_native as supports_factors
 from burnish.registry import Autograd, Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, dtype_name, register
@@ -164,27 +164,14 @@ def cost(case: Case) -> Cost:
     return Cost(2.0 * m * (n * k + r * (n + k)), moved, unit)  # type: ignore[arg-type]
 
 
-def _float_weight(weight: Tensor, weight_scale: OptTensor, x: Tensor) -> Tensor:
-    if weight_scale is None:
-        return weight
-    rows = unpack_reference(weight, weight_scale.shape[0], x.shape[-1])
-    return (rows * weight_scale.unsqueeze(1)).to(x.dtype)
-
-
 def baseline(
     x: Tensor, weight: Tensor, weight_scale: OptTensor, bias: OptTensor, A: Tensor, B: Tensor, seed: OptTensor,
     scale: float, p: float, format: int,
 ) -> Callable[[], Tensor]:  # fmt: skip
     """The composition that peft runs, in torch: a linear layer, dropout, two more linear layers, and a sum."""
-    W = _float_weight(weight, weight_scale, x)
+    W = BASES[format].dense(weight, weight_scale, x)
     offset = None if bias is None else bias.to(x.dtype)
     return lambda: F.linear(x, W, offset) + F.linear(F.linear(F.dropout(x, p), A), B) * scale
-
-
-def _case(
-    m: int, n: int, k: int, r: int, dtype: torch.dtype = torch.bfloat16, values: str = "normal", **options: Any
-) -> Case:
-    return Case({"M": m, "N": n, "K": k, "R": r}, dtype, values, options)
 
 
 _EDGES = (
@@ -200,8 +187,8 @@ _TEST_CASES = (
     *(_case(*edge, dtype, base="int8") for dtype in FLOATING for edge in _EDGES[::2]),
     *(_case(*edge, dtype, base="int8", p=True) for dtype in FLOATING for edge in _EDGES[:8:3]),
     *(_case(*edge, dtype, "integers", base="int8") for dtype in FLOATING for edge in _SOLID[1::2]),
-    *(_case(2, 17, 1304, 7, dtype, "integers", p=True) for dtype in FLOATING),  # long enough to split K
-    *(_case(2, 17, 1304, 7, dtype, "integers", base="int8", p=True) for dtype in FLOATING),
+    # long enough to split K
+    *(_case(2, 17, 1304, 7, dtype, "integers", base=b, p=True) for dtype in FLOATING for b in (None, "int8")),
     *(_case(9, 40, 48, 8, dtype, bias=torch.float32) for dtype in (torch.bfloat16, torch.float16)),
     *(_case(7, 33, 64, 12, dtype, bias=False) for dtype in FLOATING),
 )
@@ -313,7 +300,7 @@ def backward_baseline(
     scale: float, p: float, format: int, x_grad: bool, factor_grad: bool, bias_grad: bool,
 ) -> Callable[[], Any]:  # fmt: skip
     """What torch's autograd runs for that composition, which kept the mask, the dropped-out x and s."""
-    W = _float_weight(weight, weight_scale, x)
+    W = BASES[format].dense(weight, weight_scale, x)
     c = scale / (1 - p)
     keep = torch.rand(x.shape) >= p if p else None
     h = x if keep is None else x * keep

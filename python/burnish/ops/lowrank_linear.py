@@ -149,7 +149,7 @@ def baseline(x: Tensor, A: Tensor, B: Tensor, bias: OptTensor) -> Callable[[], T
     return lambda: F.linear(F.linear(x, A), B, offset)
 
 
-def _case(
+def case_of(
     m: int, n: int, k: int, r: int, dtype: torch.dtype = torch.bfloat16, values: str = "normal", **options: Any
 ) -> Case:
     return Case({"M": m, "N": n, "K": k, "R": r}, dtype, values, options)
@@ -161,14 +161,14 @@ _EDGES = (
     (4, 24, 40, 65),
 )  # fmt: skip
 _TEST_CASES = (
-    *(_case(*edge, dtype) for dtype in FLOATING for edge in _EDGES),
-    *(_case(*edge, dtype, "integers") for dtype in FLOATING for edge in _EDGES[1:] if edge[0] * edge[2]),
-    *(_case(2, 17, 1304, 7, dtype, "integers") for dtype in FLOATING),  # long enough for a kernel to split K
-    *(_case(9, 40, 48, 8, dtype, bias=torch.float32) for dtype in (torch.bfloat16, torch.float16)),
-    *(_case(m, 33, 64, 12, dtype, bias=False) for dtype in FLOATING for m in (2, 19)),
+    *(case_of(*edge, dtype) for dtype in FLOATING for edge in _EDGES),
+    *(case_of(*edge, dtype, "integers") for dtype in FLOATING for edge in _EDGES[1:] if edge[0] * edge[2]),
+    *(case_of(2, 17, 1304, 7, dtype, "integers") for dtype in FLOATING),  # long enough for a kernel to split K
+    *(case_of(9, 40, 48, 8, dtype, bias=torch.float32) for dtype in (torch.bfloat16, torch.float16)),
+    *(case_of(m, 33, 64, 12, dtype, bias=False) for dtype in FLOATING for m in (2, 19)),
 )
 _BENCH_CASES = tuple(
-    _case(m, 4096, 4096, r, dtype, bias=False)
+    case_of(m, 4096, 4096, r, dtype, bias=False)
     for dtype in (torch.bfloat16, torch.float32)
     for r in (16, 64, 128)
     for m in (1, 16, 128, 512)
@@ -329,9 +329,9 @@ BACKWARD = register(
         cases=Cases(
             test=(
                 *(case for case in _TEST_CASES if case.options.get("bias") in (None, False)),
-                *(_case(11, 40, 48, 8, dtype, grads=grads) for dtype in FLOATING for grads in ("x", "factors")),
+                *(case_of(11, 40, 48, 8, dtype, grads=grads) for dtype in FLOATING for grads in ("x", "factors")),
             ),
-            bench=tuple(_case(m, 4096, 4096, r, bias=False) for r in (16, 64) for m in (16, 128, 512)),
+            bench=tuple(case_of(m, 4096, 4096, r, bias=False) for r in (16, 64) for m in (16, 128, 512)),
             invalid=(
                 Invalid("dy shape", lambda dy, *r: (dy[..., :-1], *r), "dy has shape .*, expected"),
                 Invalid("dy rows", lambda dy, *r: (dy[:-1], *r), "dy has shape .*, expected"),
