@@ -52,8 +52,7 @@ def render(results: list[Results]) -> str:
     for op in dict.fromkeys(row.op for row in rows):
         lines += _table(op, [row for row in rows if row.op == op])
     lines += [f"- {line}" for line in summary(rows)] + [""]
-    untimed = [f"- {row.op} {row.case} {row.impl}: {row.failed or row.skipped}" for row in rows if not row.timed]
-    lines += [*(["Not timed:", "", *untimed, ""] if untimed else [])]
+    lines += _untimed([row for row in rows if not row.timed])
     lines += ["| date | commit | ceilings | others' share of the cores | command |", "| --- | --- | --- | --- | --- |"]
     for about in (result.machine for result in results):
         ceilings = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in about["ceilings"].items())
@@ -63,6 +62,19 @@ def render(results: list[Results]) -> str:
             f"| {about['date']} | {about['commit'] or about['burnish']} | {ceilings} | {taken} | `{command}` |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _untimed(rows: list[Row]) -> list[str]:
+    """What was not timed and why, a line for each op, implementation and reason."""
+    cases: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        why = f"failed: {row.failed}" if row.failed else str(row.skipped)
+        cases.setdefault((row.op, row.impl, why), []).append(row.case)
+    lines = [
+        f"- {op} {impl}: {why} ({', '.join(found) if len(found) < 3 else f'{len(found)} cases'})"
+        for (op, impl, why), found in cases.items()
+    ]
+    return ["Not timed:", "", *lines, ""] if lines else []
 
 
 def _table(op: str, rows: list[Row]) -> list[str]:
