@@ -1,6 +1,8 @@
 // X W^T for a few rows, both matrices as they lie in memory: nothing is packed, W is read once and from memory.
 //
 // Up to four rows of X meet four rows of W; each pair has a vector of partial sums over k, added up at the end.
+#include <algorithm>
+
 #include "cpu/simd/element.h"
 #include "cpu/simd/level.h"
 
@@ -70,8 +72,23 @@ void tile(const char* x, int64_t x_stride, const char* w, int64_t w_stride, int6
     }
   };
   int64_t k = 0;
-  for (; k + Dot::kDepth <= depth; k += Dot::kDepth) step(k);
-  if (k < depth) step(k, depth - k);
+  if constexpr (Vec::kLanes == 1) {  // no lanes that keep sums short: blocks do
+    Vec total[MR][kColumns] = {};
+    for (; k < depth; ++k) {
+      step(k);
+      if (k % kShortSum != kShortSum - 1 && k + 1 < depth) continue;
+      for (int m = 0; m < MR; ++m) {
+        for (int n = 0; n < kColumns; ++n) {
+          total[m][n] = total[m][n] + sum[m][n];
+          sum[m][n] = Vec(0.0f);
+        }
+      }
+    }
+    for (int m = 0; m < MR; ++m) std::copy(total[m], total[m] + kColumns, sum[m]);
+  } else {
+    for (; k + Dot::kDepth <= depth; k += Dot::kDepth) step(k);
+    if (k < depth) step(k, depth - k);
+  }
   BURNISH_UNROLL for (int m = 0; m < MR; ++m) add_lanes(sum[m], out + m * kBlock);
 }
 

@@ -6,6 +6,8 @@
 
 namespace burnish::BURNISH_ISA {
 
+constexpr int64_t kShortSum = 16;  // steps that a level of one lane sums in one go, as vectors have it by their lanes
+
 struct Floats {
   using Stored = float;
   static constexpr int kDepth = 1;  // elements of k a step

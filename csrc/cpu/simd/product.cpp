@@ -14,7 +14,8 @@ namespace {
 constexpr int kRows = 6;
 constexpr int64_t kReadAhead = 512;  // bytes of a row that packing prefetches
 constexpr int kSums = 4 * kRows;     // registers of sums
-constexpr int64_t kSumSteps = 512;   // steps that are summed in one go, where there are registers for two levels
+// steps that are summed in one go, where there are registers for two levels
+constexpr int64_t kSumSteps = Vec::kLanes == 1 ? kShortSum : 512;
 constexpr int64_t kClaimed = 3;      // passes ahead that lines of y are fetched, to be written
 constexpr int64_t kColdDepth = 256;  // from which X's rows are worth a prefetch
 constexpr int64_t kSummed = 64;      // columns that add_columns sums together
@@ -118,7 +119,7 @@ BURNISH_INLINE void step(Vec (&sum)[MR][NV], const char* x, int64_t x_stride, co
 // Where there are registers for it, sums of a long depth are formed in blocks, and the blocks added up: that keeps the
 // rounding error near that of a short sum. Results in bf16 hide it.
 template <class Element, int MR, int NV>
-constexpr bool kTwoLevels = Element::kDepth == 1 && 2 * NV * MR <= kSums;
+constexpr bool kTwoLevels = Element::kDepth == 1 && (Vec::kLanes == 1 || 2 * NV * MR <= kSums);
 
 template <class Element, int MR, int NV>
 void tile(const char* x, int64_t x_stride, const char* panel, int64_t depth, Walker& walker, int64_t lines,
