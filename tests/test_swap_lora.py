@@ -169,3 +169,10 @@ def test_a_load_that_fails_late_leaves_the_model_trainable(tmp_path: Path) -> No
     with pytest.raises(burnish.CheckpointError, match="of another model"):
         burnish.load(other, tmp_path)
     assert same(before, snapshot(other))
+
+
+def test_measuring_leaves_an_adapter_where_it_is_put() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))
+    swap_(model, {"0": Int8()})
+    report = swap_(model, LoRA(r=2), measure=4)
+    assert [row.became for row in report.rows] == ["LoRALinear r=2 on Int8Linear", "LoRALinear r=2"]

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from burnish.nn.int8_linear import is_conv1d
+
 Call = Callable[[torch.Tensor], Any]
 _MIN_ROUNDS, _MAX_ROUNDS, _SECONDS = 7, 200, 0.15
 _WARMUP = 3
@@ -76,7 +78,7 @@ def shapes_of(
 
 def _width(module: torch.nn.Module) -> int:
     """Inputs of a linear layer; transformers' Conv1D names them differently."""
-    width: int = module.in_features if isinstance(module, torch.nn.Linear) else module.nx  # type: ignore[assignment]
+    width: int = module.nx if is_conv1d(module) else module.in_features  # type: ignore[assignment]
     return width
 
 

@@ -8,6 +8,9 @@ namespace burnish::BURNISH_ISA {
 constexpr int kPanelColumns = Vec::kLanes == 16 ? 64 : Vec::kLanes == 8 ? 16 : 8;  // of product.cpp's panels
 constexpr int kVectorBytes = Vec::kLanes * 4;
 
+// Columns of a panel with those that fill its last vector.
+constexpr int64_t padded_columns(int64_t columns) { return (columns + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes; }
+
 int32_t quantize_row(const void* x, Format format, int64_t width, int64_t padded, int8_t* q, float* scale);
 void int8_product(const Int8Product& args, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end);
 void int8_dx(const Int8Dx& args, int64_t block_begin, int64_t block_end, float* scratch);

@@ -12,8 +12,7 @@ namespace burnish::BURNISH_ISA {
 namespace {
 
 constexpr int kRows = 6;
-constexpr int64_t kReadAhead = 512;  // bytes of a row that packing prefetches
-constexpr int kSums = 4 * kRows;     // registers of sums
+constexpr int kSums = 4 * kRows;  // registers of sums
 // steps that are summed in one go, where there are registers for two levels
 constexpr int64_t kSumSteps = Vec::kLanes == 1 ? kShortSum : 512;
 constexpr int64_t kClaimed = 3;      // passes ahead that lines of y are fetched, to be written
@@ -184,177 +183,11 @@ Tile tile_of(int64_t rows, int64_t vectors, std::integer_sequence<int, NV...>) {
   return kTable[vectors - 1](rows);
 }
 
-#if defined(__AVX512F__)
-
-// 16 x 16 words of 32 bits: row i, word j to row j, word i.
-BURNISH_INLINE void transpose(__m512i (&r)[16]) {
-  __m512i t[16];
-  BURNISH_UNROLL for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  BURNISH_UNROLL for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  BURNISH_UNROLL for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  BURNISH_UNROLL for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
-
-// The same for 16 rows of 8 words: r[i] holds row i and, above it, row i + 8.
-BURNISH_INLINE void transpose_half(__m512i (&r)[8]) {
-  __m512i t[8];
-  BURNISH_UNROLL for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  BURNISH_UNROLL for (int i = 0; i < 8; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  // lanes of r[i]: words i of rows 0-3, i + 4 of 0-3, i of 8-11, i + 4 of 8-11; those of r[i + 4]: rows 4-7 and 12-15
-  BURNISH_UNROLL for (int i = 0; i < 4; ++i) {
-    const __m512i even = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), odd = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i] = _mm512_shuffle_i32x4(even, even, 0xd8);
-    t[i + 4] = _mm512_shuffle_i32x4(odd, odd, 0xd8);
-  }
-  BURNISH_UNROLL for (int i = 0; i < 8; ++i) r[i] = t[i];
-}
-
-// 16 columns of a panel from rows of `bytes` bytes, a word of 32 bits a step: one float, or two of bf16.
-void pack_words(const char* w, int64_t stride, int64_t rows, int64_t bytes, char* panel, int64_t step_bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) {
-    const int64_t here = bytes - at < 64 ? bytes - at : 64;
-    __m512i r[16];
-    if (here == 64 && rows == 16) [[likely]] {
-      if (bytes >= 2 * kReadAhead) {  // 16 streams are more than the processor follows by itself
-        const char* next = w + (at + kReadAhead < bytes ? at + kReadAhead : 16 * stride + at + kReadAhead - bytes);
-        BURNISH_UNROLL for (int i = 0; i < 16; ++i) _mm_prefetch(next + i * stride, _MM_HINT_T0);
-      }
-      BURNISH_UNROLL for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(w + i * stride + at);
-      transpose(r);
-      BURNISH_UNROLL for (int i = 0; i < 16; ++i) _mm512_storeu_si512(panel + (at / 4 + i) * step_bytes, r[i]);
-      continue;
-    }
-    if (here == 32 && rows == 16) {  // a rank of 16 in bf16
-      __m512i half[8];
-      BURNISH_UNROLL for (int i = 0; i < 8; ++i) {
-        const auto* low = reinterpret_cast<const __m256i*>(w + i * stride + at);
-        const auto* high = reinterpret_cast<const __m256i*>(w + (i + 8) * stride + at);
-        half[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(low)), _mm256_loadu_si256(high), 1);
-      }
-      transpose_half(half);
-      BURNISH_UNROLL for (int i = 0; i < 8; ++i) _mm512_storeu_si512(panel + (at / 4 + i) * step_bytes, half[i]);
-      continue;
-    }
-    const __mmask64 mask = here == 64 ? ~__mmask64{0} : (__mmask64{1} << here) - 1;
-    BURNISH_UNROLL for (int i = 0; i < 16; ++i) {
-      r[i] = i < rows ? _mm512_maskz_loadu_epi8(mask, w + i * stride + at) : _mm512_setzero_si512();
-    }
-    transpose(r);
-    const int64_t steps = (here + 3) / 4;
-    BURNISH_UNROLL for (int i = 0; i < 16; ++i) {
-      if (i < steps) _mm512_storeu_si512(panel + (at / 4 + i) * step_bytes, r[i]);
-    }
-  }
-}
-
-// Pairs of rows, interleaved: (w[k][n], w[k + 1][n]) for 32 columns a step.
-void pack_pairs(const Matrix& w, int64_t columns, int64_t depth, char* panel, int64_t step_bytes) {
-  alignas(64) static constexpr struct Order {
-    uint16_t low[32], high[32];
-    constexpr Order() : low(), high() {
-      for (int i = 0; i < 32; ++i) {
-        low[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
-        high[i] = static_cast<uint16_t>(low[i] + 16);
-      }
-    }
-  } kOrder;
-  const __m512i low = _mm512_load_si512(kOrder.low), high = _mm512_load_si512(kOrder.high);
-  for (int64_t k = 0; k < depth; k += 2) {
-    const char* first = static_cast<const char*>(w.data) + k * w.stride;
-    char* to = panel + k / 2 * step_bytes;
-    for (int64_t n = 0; n < columns; n += 32) {
-      const int64_t count = columns - n;
-      const __mmask32 mask = count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
-      const __m512i a = _mm512_maskz_loadu_epi16(mask, first + n * 2);
-      const __m512i b =
-          k + 1 < depth ? _mm512_maskz_loadu_epi16(mask, first + w.stride + n * 2) : _mm512_setzero_si512();
-      _mm512_storeu_si512(to + n * 4, _mm512_permutex2var_epi16(a, low, b));
-      if (count > 16) _mm512_storeu_si512(to + n * 4 + 64, _mm512_permutex2var_epi16(a, high, b));
-    }
-  }
-}
-
-#endif
-
-// A panel of floats, element by element.
-template <class T>
-void pack_floats(const T* w, int64_t along, int64_t across, int64_t columns, int64_t depth, float* panel,
-                 int64_t padded) {
-  for (int64_t k = 0; k < depth; ++k) {
-    float* to = panel + k * padded;
-    for (int64_t n = 0; n < columns; ++n) to[n] = to_float(w[k * along + n * across]);
-    for (int64_t n = columns; n < padded; ++n) to[n] = 0.0f;
-  }
-}
-
-int64_t padded_columns(int64_t columns) { return (columns + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes; }
-
 }  // namespace
 
 Format product_format(Format format) {
   return with_element(format, [](auto element) {
     return std::is_same_v<typename decltype(element)::Stored, float> ? Format::kFloat : Format::kBf16;
-  });
-}
-
-void pack_rows(const Matrix& w, int64_t columns, int64_t depth, void* panel) {
-  const int64_t padded = padded_columns(columns);
-#if defined(__AVX512F__)
-  if (w.format != Format::kFp16) {
-    const char* from = static_cast<const char*>(w.data);
-    for (int64_t n = 0; n < columns; n += 16) {
-      const int64_t rows = columns - n < 16 ? columns - n : 16;
-      pack_words(from + n * w.stride, w.stride, rows, depth * size_of(w.format), static_cast<char*>(panel) + n * 4,
-                 padded * 4);
-    }
-    return;
-  }
-#endif
-  with_type(w.format, [&](auto* type) {
-    const auto* from = static_cast<const std::remove_pointer_t<decltype(type)>*>(w.data);
-    pack_floats(from, 1, w.stride / size_of(w.format), columns, depth, static_cast<float*>(panel), padded);
-  });
-}
-
-void pack_columns(const Matrix& w, int64_t columns, int64_t depth, void* panel) {
-  const int64_t padded = padded_columns(columns);
-#if defined(__AVX512F__)
-  if (w.format == Format::kBf16) return pack_pairs(w, columns, depth, static_cast<char*>(panel), padded * 4);
-#endif
-  with_type(w.format, [&](auto* type) {
-    for (int64_t k = 0; k < depth; ++k) {
-      const auto* from = static_cast<const std::remove_pointer_t<decltype(type)>*>(w.at(k, 0).data);
-      float* to = static_cast<float*>(panel) + k * padded;
-      for (int64_t n = 0; n < padded; n += Vec::kLanes) {
-        store(to + n, load(from + n, columns - n), Vec::kLanes);
-      }
-    }
   });
 }
 
@@ -389,36 +222,6 @@ void multiply(const Matrix& x, int64_t rows, const void* panel, int64_t columns,
       const Tile run = tile_of<Element>(last - first, vectors, std::make_integer_sequence<int, kVectors>());
       run(static_cast<const char*>(x.data) + first * x.stride, x.stride, static_cast<const char*>(panel), depth, walker,
           lines, sink.at(first, 0), columns);
-    }
-  });
-}
-
-void store_transposed(const float* from, int64_t stride, int64_t rows, int64_t columns, void* to, int64_t to_stride,
-                      Format format) {
-  with_type(format, [&](auto* type) {
-    auto* out = static_cast<decltype(type)>(to);
-    int64_t r = 0;
-#if defined(__AVX512F__)
-    for (; r < rows; r += 16) {
-      const int64_t count = rows - r < 16 ? rows - r : 16;
-      for (int64_t c = 0; c < columns; c += 16) {
-        const int64_t width = columns - c < 16 ? columns - c : 16;
-        __m512i block[16];
-        BURNISH_UNROLL for (int i = 0; i < 16; ++i) {
-          block[i] =
-              i < count ? _mm512_castps_si512(load(from + (r + i) * stride + c, width).v) : _mm512_setzero_si512();
-        }
-        transpose(block);
-        BURNISH_UNROLL for (int i = 0; i < 16; ++i) {
-          if (i < width) store(out + (c + i) * to_stride + r, Vec(_mm512_castsi512_ps(block[i])), count);
-        }
-      }
-    }
-#endif
-    for (; r < rows; ++r) {
-      for (int64_t c = 0; c < columns; ++c) {
-        out[c * to_stride + r] = from_float<std::remove_pointer_t<decltype(type)>>(from[r * stride + c]);
-      }
     }
   });
 }

@@ -41,9 +41,8 @@ from burnish.bases import BASES, format_of
 from burnish.checks import FLOATING, check_devices
 from burnish.ops.int8_linear import make as make_int8
 from burnish.ops.lowrank_linear import INVALID as INVALID_FACTORS
-from burnish.ops.lowrank_linear import as_rows, check_bias, check_factors, check_gradient, new_gradients
+from burnish.ops.lowrank_linear import as_rows, case_of, check_bias, check_factors, check_gradient, new_gradients
 from burnish.ops.lowrank_linear import backward_make as make_backward_factors
-from burnish.ops.lowrank_linear import case_of as _case
 from burnish.ops.lowrank_linear import make as make_factors
 from burnish.ops.lowrank_linear import supports_native as supports_factors
 from burnish.registry import Autograd, Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, dtype_name, register
@@ -180,22 +179,22 @@ _EDGES = (
 )  # fmt: skip
 _SOLID = tuple(edge for edge in _EDGES[1:] if edge[0] * edge[2])
 _TEST_CASES = (
-    *(_case(*edge, dtype) for dtype in FLOATING for edge in _EDGES),
-    *(_case(*edge, dtype, p=True) for dtype in FLOATING for edge in _EDGES[:8:2]),
-    *(_case(*edge, dtype, "integers") for dtype in FLOATING for edge in _SOLID),
-    *(_case(*edge, dtype, "integers", p=True) for dtype in FLOATING for edge in _SOLID[::2]),
-    *(_case(*edge, dtype, base="int8") for dtype in FLOATING for edge in _EDGES[::2]),
-    *(_case(*edge, dtype, base="int8", p=True) for dtype in FLOATING for edge in _EDGES[:8:3]),
-    *(_case(*edge, dtype, "integers", base="int8") for dtype in FLOATING for edge in _SOLID[1::2]),
+    *(case_of(*edge, dtype) for dtype in FLOATING for edge in _EDGES),
+    *(case_of(*edge, dtype, p=True) for dtype in FLOATING for edge in _EDGES[:8:2]),
+    *(case_of(*edge, dtype, "integers") for dtype in FLOATING for edge in _SOLID),
+    *(case_of(*edge, dtype, "integers", p=True) for dtype in FLOATING for edge in _SOLID[::2]),
+    *(case_of(*edge, dtype, base="int8") for dtype in FLOATING for edge in _EDGES[::2]),
+    *(case_of(*edge, dtype, base="int8", p=True) for dtype in FLOATING for edge in _EDGES[:8:3]),
+    *(case_of(*edge, dtype, "integers", base="int8") for dtype in FLOATING for edge in _SOLID[1::2]),
     # long enough to split K
-    *(_case(2, 17, 1304, 7, dtype, "integers", base=b, p=True) for dtype in FLOATING for b in (None, "int8")),
-    *(_case(9, 40, 48, 8, dtype, bias=torch.float32) for dtype in (torch.bfloat16, torch.float16)),
-    *(_case(7, 33, 64, 12, dtype, bias=False) for dtype in FLOATING),
+    *(case_of(2, 17, 1304, 7, dtype, "integers", base=b, p=True) for dtype in FLOATING for b in (None, "int8")),
+    *(case_of(9, 40, 48, 8, dtype, bias=torch.float32) for dtype in (torch.bfloat16, torch.float16)),
+    *(case_of(7, 33, 64, 12, dtype, bias=False) for dtype in FLOATING),
 )
 _BENCH_CASES = (
-    *(_case(m, 4096, 4096, 16, bias=False, p=p) for m in (128, 512) for p in (False, True)),
-    *(_case(m, 4096, 4096, 16, bias=False, base="int8") for m in (1, 16, 128, 512)),
-    *(_case(m, 4096, 4096, 16, bias=False) for m in (1, 16)),
+    *(case_of(m, 4096, 4096, 16, bias=False, p=p) for m in (128, 512) for p in (False, True)),
+    *(case_of(m, 4096, 4096, 16, bias=False, base="int8") for m in (1, 16, 128, 512)),
+    *(case_of(m, 4096, 4096, 16, bias=False) for m in (1, 16)),
 )
 
 _INVALID = (
@@ -332,9 +331,9 @@ BACKWARD = register(
         cases=Cases(
             test=(
                 *(case for case in _TEST_CASES if case.options.get("bias") in (None, False)),
-                *(_case(11, 40, 48, 8, dtype, grads=grads) for dtype in FLOATING for grads in ("x", "factors")),
+                *(case_of(11, 40, 48, 8, dtype, grads=grads) for dtype in FLOATING for grads in ("x", "factors")),
             ),
-            bench=tuple(_case(m, 4096, 4096, 16, bias=False, p=p) for m in (128, 512) for p in (False, True)),
+            bench=tuple(case_of(m, 4096, 4096, 16, bias=False, p=p) for m in (128, 512) for p in (False, True)),
             invalid=(
                 Invalid("dy shape", lambda dy, *r: (dy[..., :-1], *r), "dy has shape .*, expected"),
                 Invalid("dy dtype", lambda dy, *r: (dy.half(), *r), "dy is fp16, expected fp32 as x is"),
