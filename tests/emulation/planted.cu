@@ -72,12 +72,14 @@ __global__ void reverse_kernel(const int32_t* x, int32_t* y, Bug bug) {
   if (bug == Bug::kRawUnaligned) *reinterpret_cast<Bytes16*>(y + 1) = Bytes16{};
 }
 
-// y = x, 16 bytes a thread and round, by way of two stages of asynchronous copies.
+// y = x, 16 bytes a thread and round, by way of two stages of asynchronous copies, the last of zeros, from an address
+// that is not read and may lie anywhere.
 __global__ void copy_kernel(const Bytes16* x, Bytes16* y, Bug bug) {
   Bytes16* stages = shared_memory<Bytes16>();
   const int i = static_cast<int>(threadIdx.x);
   const auto fetch = [&](int r) {
-    if (r < kRounds) copy_async16(stages + r % 2 * kThreads + i, x + r * kThreads + i, true);
+    const bool inside = r < kRounds;
+    copy_async16(stages + r % 2 * kThreads + i, inside ? x + r * kThreads + i : stages + i, inside);
     copy_async_commit();
   };
   fetch(0);
