@@ -15,14 +15,15 @@
 
 A :class:`Pruner` joins a criterion (:mod:`burnish.prune.criteria`: what a weight is worth), a pattern
 (:mod:`burnish.prune.patterns`: which go together), a scope, and a schedule (:mod:`burnish.prune.schedules`: when).
-:mod:`burnish.prune.masks` says what a mask is. A sparsity is a share of zeros, 1 minus the density that sparse layers
+:mod:`burnish.prune.masking` says what a mask is. A sparsity is a share of zeros, 1 minus the density that sparse layers
 are configured by.
 """
 
 from burnish.prune.criteria import Magnitude, Wanda
-from burnish.prune.masks import Mask, mask_, masks, remove_
+from burnish.prune.masking import Mask, mask_, masks, remove_
 from burnish.prune.patterns import Block, TwoFour, Unstructured
 from burnish.prune.pruner import Pruner
+from burnish.prune.sparsity import SparsityReport, report
 from burnish.prune.schedules import Gradual, OneShot
 from burnish.prune.second_order import SecondOrder
 
@@ -34,10 +35,12 @@ __all__ = [
     "OneShot",
     "Pruner",
     "SecondOrder",
+    "SparsityReport",
     "TwoFour",
     "Unstructured",
     "Wanda",
     "mask_",
     "masks",
     "remove_",
+    "report",
 ]

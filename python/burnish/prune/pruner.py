@@ -13,7 +13,7 @@ from torch import Tensor
 from burnish.calibration import Calibration, Inputs
 from burnish.prune.criteria import Criterion, below
 from burnish.prune.layers import candidates, check_finite, matrix, owners, unmatrix
-from burnish.prune.masks import attach, mask_of, parameter_of, refusal
+from burnish.prune.masking import attach, mask_of, parameter_of, refusal
 from burnish.prune.patterns import Pattern, largest, pruned_of
 from burnish.prune.schedules import OneShot, Schedule, check_sparsity
 from burnish.rules import compile_pattern, near

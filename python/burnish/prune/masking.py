@@ -133,8 +133,19 @@ def attach(masks: Mapping[str, tuple[torch.nn.Module, Tensor]]) -> None:
     except BaseException:
         for module in done:
             if _parametrization(module) is not None:
-                parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+                _detach(module)
         raise
+
+
+def _detach(module: torch.nn.Module) -> None:
+    """Make the parameter beneath the mask the layer's weight again.
+
+    torch takes the property off the module's class, which deep copies of the module share: this one gets its own first.
+    """
+    cls = type(module)
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(cls.__name__, cls.__bases__, own)
+    parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
 
 
 def remove_(model: torch.nn.Module) -> tuple[str, ...]:
@@ -170,7 +181,7 @@ def remove_(model: torch.nn.Module) -> tuple[str, ...]:
         assert mask is not None
         with torch.no_grad():
             parameter_of(module).masked_fill_(~mask, 0)
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        _detach(module)
     for fqn, names in theirs.items():
         module = model.get_submodule(fqn)
         for name in names:
