@@ -23,9 +23,9 @@ from burnish.prune.criteria import Magnitude, Wanda
 from burnish.prune.masking import Mask, mask_, masks, remove_
 from burnish.prune.patterns import Block, TwoFour, Unstructured
 from burnish.prune.pruner import Pruner
-from burnish.prune.sparsity import SparsityReport, report
 from burnish.prune.schedules import Gradual, OneShot
 from burnish.prune.second_order import SecondOrder
+from burnish.prune.sparsity import SparsityReport, report
 
 __all__ = [
     "Block",
