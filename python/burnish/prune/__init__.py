@@ -12,6 +12,7 @@
     prune.masks(model)           # {fqn: mask}, of torch.nn.utils.prune too
     prune.mask_(model, masks)    # given masks, e.g. those of a state_dict, before it is loaded
     prune.remove_(model)         # plain layers with zeros in them
+    prune.channels_(model, example_inputs, 0.5)     # whole channels, by the torch-pruning package
 
 A :class:`Pruner` joins a criterion (:mod:`burnish.prune.criteria`: what a weight is worth), a pattern
 (:mod:`burnish.prune.patterns`: which go together), a scope, and a schedule (:mod:`burnish.prune.schedules`: when).
@@ -19,6 +20,7 @@ A :class:`Pruner` joins a criterion (:mod:`burnish.prune.criteria`: what a weigh
 are configured by.
 """
 
+from burnish.prune.channels import ChannelReport, channels_
 from burnish.prune.criteria import Magnitude, Wanda
 from burnish.prune.masking import Mask, mask_, masks, remove_
 from burnish.prune.patterns import Block, TwoFour, Unstructured
@@ -29,6 +31,7 @@ from burnish.prune.sparsity import SparsityReport, report
 
 __all__ = [
     "Block",
+    "ChannelReport",
     "Gradual",
     "Magnitude",
     "Mask",
@@ -39,6 +42,7 @@ __all__ = [
     "TwoFour",
     "Unstructured",
     "Wanda",
+    "channels_",
     "mask_",
     "masks",
     "remove_",
