@@ -12,6 +12,7 @@
     prune.masks(model)           # {fqn: mask}, of torch.nn.utils.prune too
     prune.mask_(model, masks)    # given masks, e.g. those of a state_dict, before it is loaded
     prune.remove_(model)         # plain layers with zeros in them
+    report = prune.finalize_(model, measure=batch)   # fast layers without their zeros, where they are faster
 
 A :class:`Pruner` joins a criterion (:mod:`burnish.prune.criteria`: what a weight is worth), a pattern
 (:mod:`burnish.prune.patterns`: which go together), a scope, and a schedule (:mod:`burnish.prune.schedules`: when).
@@ -20,6 +21,7 @@ are configured by.
 """
 
 from burnish.prune.criteria import Magnitude, Wanda
+from burnish.prune.finalize import finalize_
 from burnish.prune.masks import Mask, mask_, masks, remove_
 from burnish.prune.patterns import Block, TwoFour, Unstructured
 from burnish.prune.pruner import Pruner
@@ -37,6 +39,7 @@ __all__ = [
     "TwoFour",
     "Unstructured",
     "Wanda",
+    "finalize_",
     "mask_",
     "masks",
     "remove_",
