@@ -33,7 +33,8 @@ def bsr_conv2d(
     """The convolution of ``x [.., C, H, W]`` with a weight whose matrix ``[N, C kh kw]`` has these blocks; ``index`` is
     crow_indices, col_indices and transposed. The result has the memory format that nn.Conv2d gives it."""
     images = x if x.dim() == 4 else x.unsqueeze(0)
-    padded = F.pad(images, geometry.padding, geometry.mode) if any(geometry.padding) else images
+    walls = geometry.mode != "constant" or any(geometry.padding)
+    padded = F.pad(images, geometry.padding, geometry.mode) if walls else images
     lasting = x.dim() == 4 and padded.is_contiguous(memory_format=torch.channels_last) and not padded.is_contiguous()
     size = _size(padded, kernel, geometry)
     pixels = padded.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)  # [B, H, W, C]
