@@ -12,7 +12,8 @@ Source: DepGraph, Fang et al. 2023 (arXiv 2301.12900).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -153,7 +154,7 @@ def _shrink(model: torch.nn.Module, example_inputs: Any, kept: list[str], settin
     """Let torch-pruning take channels, but none of the layers ``kept`` and none that leave the model."""
     package = _package()
     inputs = dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs
-    with eval_mode(model), torch.enable_grad():
+    with eval_mode(model), torch.enable_grad(), _all_trainable(model):  # it follows gradients
         pruner = package.pruner.BasePruner(
             model,
             inputs,
@@ -169,6 +170,18 @@ def _shrink(model: torch.nn.Module, example_inputs: Any, kept: list[str], settin
         )
         pruner.ignored_layers += _leaving(pruner)
         pruner.step()
+
+
+@contextmanager
+def _all_trainable(model: torch.nn.Module) -> Iterator[None]:
+    """Every parameter requires gradients; those of the same names are frozen again afterwards."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    model.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
 
 
 def _leaving(pruner: Any) -> list[torch.nn.Module]:
