@@ -179,8 +179,8 @@ BAD = {
     "sharded": (lambda m: pruner(m), ValueError, "'head' .* is a Shard, not a plain parameter: prune before"),
     "complex": (lambda m: pruner(nn.Linear(4, 4, dtype=torch.complex64)), ValueError, "its weight is complex64"),
     "empty": (lambda m: pruner(nn.Linear(4, 0)), ValueError, r"its weight has no elements: shape \(0, 4\)"),
-    "int8": (lambda m: pruner(m), ValueError, "the model has no linear or convolution layer"),
-    "lora": (lambda m: pruner(m), ValueError, "the model has no linear or convolution layer"),
+    "int8": (lambda m: pruner(m), ValueError, "layers are swapped, 'blocks.0.q' to Int8Linear: prune before swapping"),
+    "lora": (lambda m: pruner(m), ValueError, "layers are swapped, 'blocks.0.q' to LoRALinear: prune before swapping"),
     "state": (
         lambda m: pruner(m).load_state_dict({"step": 3}), ValueError, r"state is {'step': 3}, expected {'steps': a num",
     ),

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from burnish import kinds
 from burnish.measure import call, eval_mode
 from burnish.prune.criteria import Magnitude
-from burnish.prune.layers import candidates, check_finite
+from burnish.prune.layers import absence, candidates, check_finite
 from burnish.prune.masking import mask_of, parameter_of
 from burnish.prune.schedules import check_sparsity
 from burnish.report import aligned, plural
@@ -130,7 +130,7 @@ def _check(model: Any, sparsity: Any, criterion: Any, scope: Any, round_to: Any)
     if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
         raise ValueError(f"channels_: round_to is {round_to!r}, expected a whole number of at least 1")
     if not candidates(model):
-        raise ValueError("channels_: the model has no linear or convolution layer")
+        raise ValueError(f"channels_: {absence(model)}")
     for fqn, module in model.named_modules():
         if mask_of(module) is not None:
             raise ValueError(f"channels_: layer {fqn!r} has a mask: call burnish.prune.remove_(model) first")
