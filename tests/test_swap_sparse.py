@@ -12,7 +12,7 @@ from burnish import BlockSparse, CheckpointError, Sparse, Sparse24, SwapError, p
 from burnish import measure as timing
 from burnish.measure import Times
 from burnish.nn import BlockSparseLinear, Sparse24Linear, SparseConv2d, SparseLinear
-from burnish.prune.masks import parameter_of
+from burnish.prune.masking import parameter_of
 from safetensors.torch import load_file
 from sparse_models import mask_for
 from swap_models import IDS, Model, same, snapshot

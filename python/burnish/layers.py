@@ -185,6 +185,11 @@ def _described(module: torch.nn.Module) -> str:
     weight = module._parameters.get("weight")
     if not kinds.takers(module) or weight is None or torch.nn.parameter.is_lazy(weight) or weight.dim() < 2:
         return name
+    return described(name, module, weight)
+
+
+def described(name: str, module: torch.nn.Module, weight: torch.Tensor) -> str:
+    """A linear or convolution layer by that name, with the sizes and dtype that its weight has."""
     outputs, inputs, *kernel = weight.shape
     if isinstance(module, torch.nn.modules.conv._ConvNd):
         inputs *= module.groups

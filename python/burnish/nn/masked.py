@@ -16,14 +16,14 @@ from burnish.nn.int8_linear import is_conv1d
 
 def mask_of(module: torch.nn.Module) -> Tensor | None:
     """The mask on a layer's weight, bool, in its shape; None where there is none."""
-    from burnish.prune.masks import mask_of as found  # which imports the layers that pruning leaves alone
+    from burnish.prune.masking import mask_of as found  # which imports the layers that pruning leaves alone
 
     return found(module)
 
 
 def weight_of(module: torch.nn.Module) -> Tensor:
     """The parameter of the weight: beneath the mask, where it has one."""
-    from burnish.prune.masks import parameter_of
+    from burnish.prune.masking import parameter_of
 
     return parameter_of(module)
 

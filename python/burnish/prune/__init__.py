@@ -13,34 +13,41 @@
     prune.mask_(model, masks)    # given masks, e.g. those of a state_dict, before it is loaded
     prune.remove_(model)         # plain layers with zeros in them
     report = prune.finalize_(model, measure=batch)   # fast layers without their zeros, where they are faster
+    prune.channels_(model, example_inputs, 0.5)     # whole channels, by the torch-pruning package
 
 A :class:`Pruner` joins a criterion (:mod:`burnish.prune.criteria`: what a weight is worth), a pattern
 (:mod:`burnish.prune.patterns`: which go together), a scope, and a schedule (:mod:`burnish.prune.schedules`: when).
-:mod:`burnish.prune.masks` says what a mask is. A sparsity is a share of zeros, 1 minus the density that sparse layers
+:mod:`burnish.prune.masking` says what a mask is. A sparsity is a share of zeros, 1 minus the density that sparse layers
 are configured by.
 """
 
+from burnish.prune.channels import ChannelReport, channels_
 from burnish.prune.criteria import Magnitude, Wanda
 from burnish.prune.finalize import finalize_
-from burnish.prune.masks import Mask, mask_, masks, remove_
+from burnish.prune.masking import Mask, mask_, masks, remove_
 from burnish.prune.patterns import Block, TwoFour, Unstructured
 from burnish.prune.pruner import Pruner
 from burnish.prune.schedules import Gradual, OneShot
 from burnish.prune.second_order import SecondOrder
+from burnish.prune.sparsity import SparsityReport, report
 
 __all__ = [
     "Block",
+    "ChannelReport",
     "Gradual",
     "Magnitude",
     "Mask",
     "OneShot",
     "Pruner",
     "SecondOrder",
+    "SparsityReport",
     "TwoFour",
     "Unstructured",
     "Wanda",
+    "channels_",
     "finalize_",
     "mask_",
     "masks",
     "remove_",
+    "report",
 ]

@@ -12,15 +12,14 @@ a linear layer, 2:4 along its inputs                :class:`burnish.nn.Sparse24L
 a linear layer, any other                           :class:`burnish.nn.SparseLinear`
 ==================================================  ==========================================================
 
-Blocks are those of :data:`burnish.block_format.BLOCKS`; of several that a mask is made of, the largest is taken that
-does not pad much. What the masks keep is kept, zeros among it too. With ``measure`` each new layer races the dense one,
-both timed in turn on inputs like those that the example shows; where the dense layer wins, or no sparse layer fits, it
-stays dense, its mask's zeros in its weight. No masks are left either way.
+Of several patterns that a mask makes, the first of :data:`burnish.prune.patterns.FORMATS` counts, which
+:func:`burnish.prune.report` shows. What the masks keep is kept, zeros among it too. With ``measure`` each new layer
+races the dense one, both timed in turn on inputs like those that the example shows; where the dense layer wins, or no
+sparse layer fits, it stays dense, its mask's zeros in its weight. No masks are left either way.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,18 +27,14 @@ import torch
 from torch.nn.utils import parametrize
 
 from burnish import kinds
-from burnish.block_format import BLOCKS
 from burnish.configs import BlockSparse, Config, Sparse, Sparse24
 from burnish.errors import SwapError
 from burnish.layers import Layer, survey
 from burnish.nn import masked
-from burnish.prune.masks import mask_of, parameter_of
-from burnish.prune.patterns import Block, TwoFour
+from burnish.prune.masking import mask_of, parameter_of
+from burnish.prune.patterns import Block, TwoFour, found
 from burnish.report import Report
 from burnish.swap import carry_out
-
-#: what a block may store, beside the one that pads least: larger ones are faster
-_PADDING = 1.25
 
 
 def finalize_(
@@ -80,13 +75,13 @@ def finalize_(
 
 def _decide(layers: list[Layer], values: str) -> None:
     """Give each masked layer its configuration, or the reason that it stays dense."""
-    found = 0
+    masks = 0
     for layer in layers:
         layer.reason = "it has no mask"
         mask = mask_of(layer.module)
         if mask is None:
             continue
-        found += 1
+        masks += 1
         _check(layer)
         layer.config = _config(layer.module, values)
         layer.reason = "its mask makes no pattern that a convolution has a sparse form for"
@@ -94,7 +89,7 @@ def _decide(layers: list[Layer], values: str) -> None:
             layer.reason = "it has no sparse form"
             if layer.kind.candidate(layer.module):
                 layer.reason = layer.kind.objection(layer.module, [parent for parent, _, _ in layer.places])
-    if not found:
+    if not masks:
         raise SwapError(
             "finalize_: the model has no masks, expected some of burnish.prune or torch.nn.utils.prune: prune it first"
         )
@@ -123,11 +118,9 @@ def _config(module: torch.nn.Module, values: str) -> Config | None:
     """The configuration that a layer's mask asks for; None for a convolution without blocks."""
     mask = masked.values_of(module)[1]
     assert mask is not None
-    blocks = [sides for sides in BLOCKS if Block(sides).violation(mask) is None]
-    if blocks:
-        stored = {sides: int(Block(sides).units(mask.float()).count_nonzero()) * math.prod(sides) for sides in blocks}
-        enough = [sides for sides in blocks if stored[sides] <= _PADDING * min(stored.values())]
-        return BlockSparse(max(enough, key=math.prod), values=values)
+    pattern = found(mask)
+    if isinstance(pattern, Block):
+        return BlockSparse(pattern.sides, values=values)
     if not kinds.linear.is_candidate(module):
         return None
-    return Sparse24(values) if TwoFour().violation(mask) is None else Sparse()
+    return Sparse24(values) if isinstance(pattern, TwoFour) else Sparse()

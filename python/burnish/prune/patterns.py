@@ -71,6 +71,9 @@ class Pattern:
 class Unstructured(Pattern):
     """Every weight by itself."""
 
+    def __str__(self) -> str:
+        return "unstructured"
+
     def units(self, scores: Tensor) -> Tensor:
         return scores
 
@@ -89,6 +92,9 @@ class TwoFour(Pattern):
     """Two of each four neighbours along K are kept, as GPUs' sparse matrix instructions want it."""
 
     fixed: ClassVar[float | None] = 0.5
+
+    def __str__(self) -> str:
+        return "2:4"
 
     def mask(self, scores: Tensor, sparsity: float = 0.5, *, by_row: bool = False) -> Tensor:
         columns = scores.shape[1]
@@ -123,6 +129,9 @@ class Block(Pattern):
             raise TypeError(f"Block: shape is {self.shape!r}, {SIDES}")
         if len(sides) not in (1, 2) or min(sides) < 1 or (isinstance(self.shape, tuple) and len(sides) != 2):
             raise ValueError(f"Block: shape is {self.shape!r}, {SIDES}")
+
+    def __str__(self) -> str:
+        return "blocks of {} x {}".format(*self.sides)
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -159,6 +168,17 @@ class Block(Pattern):
         rows, columns = self.sides
         padded = F.pad(matrix, (0, -matrix.shape[1] % columns, 0, -matrix.shape[0] % rows))
         return padded.unflatten(1, (-1, columns)).sum(2).unflatten(0, (-1, rows)).sum(1)
+
+
+#: the patterns that sparse layers have formats for, those with the largest units first
+FORMATS: tuple[Pattern, ...] = (
+    Block(128), Block(64), Block(32), Block(16), Block((4, 16)), Block((1, 16)), TwoFour(), Unstructured(),
+)  # fmt: skip
+
+
+def found(kept: Tensor) -> Pattern:
+    """The first of :data:`FORMATS` that a mask ``[N, K]`` holds."""
+    return next(pattern for pattern in FORMATS if pattern.violation(kept) is None)
 
 
 def pruned_of(units: int, sparsity: float) -> int:

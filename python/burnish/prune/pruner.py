@@ -12,8 +12,8 @@ from torch import Tensor
 
 from burnish.calibration import Calibration, Inputs
 from burnish.prune.criteria import Criterion, below
-from burnish.prune.layers import candidates, check_finite, matrix, owners, unmatrix
-from burnish.prune.masks import attach, mask_of, parameter_of, refusal
+from burnish.prune.layers import absence, candidates, check_finite, matrix, owners, unmatrix
+from burnish.prune.masking import attach, mask_of, parameter_of, refusal
 from burnish.prune.patterns import Pattern, largest, pruned_of
 from burnish.prune.schedules import OneShot, Schedule, check_sparsity
 from burnish.rules import compile_pattern, near
@@ -287,7 +287,7 @@ def _selected(model: torch.nn.Module, shares: Mapping[str, float], filter_fn: Fi
     """The layers that a pattern matches and filter_fn accepts."""
     found = candidates(model)
     if not found:
-        raise ValueError("Pruner: the model has no linear or convolution layer")
+        raise ValueError(f"Pruner: {absence(model)}")
     compiled = {}
     for pattern in shares:
         try:

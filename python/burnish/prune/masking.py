@@ -125,16 +125,42 @@ def mask_(model: torch.nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 def attach(masks: Mapping[str, tuple[torch.nn.Module, Tensor]]) -> None:
     """Register masks that were checked; on any interruption, none."""
-    done: list[torch.nn.Module] = []
+    done: list[tuple[torch.nn.Module, torch.nn.Parameter | None]] = []
     try:
         for module, mask in masks.values():
-            done.append(module)
-            parametrize.register_parametrization(module, "weight", Mask(mask))
+            done.append((module, module._parameters["weight"]))
+            _attach(module, mask)
     except BaseException:
-        for module in done:
+        for module, parameter in done:
             if _parametrization(module) is not None:
-                parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+                _detach(module)
+            module._parameters["weight"] = parameter
         raise
+
+
+def _attach(module: torch.nn.Module, mask: Tensor) -> None:
+    """Put a mask before the layer's weight.
+
+    torch calls ``set_`` on the parameter that it registers, which cuts it off from hooks on its gradient, DDP's among
+    them: it is given a stand-in, of the same memory.
+    """
+    parameter = module._parameters["weight"]
+    assert parameter is not None
+    module._parameters["weight"] = torch.nn.Parameter(parameter.data, parameter.requires_grad)
+    parametrize.register_parametrization(module, "weight", Mask(mask))
+    chain: Any = module.parametrizations["weight"]  # type: ignore[index]
+    chain.original = parameter
+
+
+def _detach(module: torch.nn.Module) -> None:
+    """Make the parameter beneath the mask the layer's weight again.
+
+    torch takes the property off the module's class, which deep copies of the module share: this one gets its own first.
+    """
+    cls = type(module)
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(cls.__name__, cls.__bases__, own)
+    parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
 
 
 def remove_(model: torch.nn.Module) -> tuple[str, ...]:
@@ -170,7 +196,7 @@ def remove_(model: torch.nn.Module) -> tuple[str, ...]:
         assert mask is not None
         with torch.no_grad():
             parameter_of(module).masked_fill_(~mask, 0)
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        _detach(module)
     for fqn, names in theirs.items():
         module = model.get_submodule(fqn)
         for name in names:
