@@ -12,7 +12,8 @@ Source: DepGraph, Fang et al. 2023 (arXiv 2301.12900).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.utils import _pytree as pytree
 from burnish import kinds
 from burnish.measure import call, eval_mode
 from burnish.prune.criteria import Magnitude
-from burnish.prune.layers import candidates, check_finite
+from burnish.prune.layers import absence, candidates, check_finite
 from burnish.prune.masking import mask_of, parameter_of
 from burnish.prune.schedules import check_sparsity
 from burnish.report import aligned, plural
@@ -129,7 +130,7 @@ def _check(model: Any, sparsity: Any, criterion: Any, scope: Any, round_to: Any)
     if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
         raise ValueError(f"channels_: round_to is {round_to!r}, expected a whole number of at least 1")
     if not candidates(model):
-        raise ValueError("channels_: the model has no linear or convolution layer")
+        raise ValueError(f"channels_: {absence(model)}")
     for fqn, module in model.named_modules():
         if mask_of(module) is not None:
             raise ValueError(f"channels_: layer {fqn!r} has a mask: call burnish.prune.remove_(model) first")
@@ -153,7 +154,7 @@ def _shrink(model: torch.nn.Module, example_inputs: Any, kept: list[str], settin
     """Let torch-pruning take channels, but none of the layers ``kept`` and none that leave the model."""
     package = _package()
     inputs = dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs
-    with eval_mode(model), torch.enable_grad():
+    with eval_mode(model), torch.enable_grad(), _all_trainable(model):  # it follows gradients
         pruner = package.pruner.BasePruner(
             model,
             inputs,
@@ -169,6 +170,18 @@ def _shrink(model: torch.nn.Module, example_inputs: Any, kept: list[str], settin
         )
         pruner.ignored_layers += _leaving(pruner)
         pruner.step()
+
+
+@contextmanager
+def _all_trainable(model: torch.nn.Module) -> Iterator[None]:
+    """Every parameter requires gradients; those of the same names are frozen again afterwards."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    model.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
 
 
 def _leaving(pruner: Any) -> list[torch.nn.Module]:

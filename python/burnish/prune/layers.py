@@ -33,6 +33,14 @@ def candidates(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     }
 
 
+def absence(model: torch.nn.Module) -> str:
+    """Why a model has no candidates, as a clause."""
+    for fqn, module in model.named_modules():
+        if kinds.made_by(module):
+            return f"the model's layers are swapped, {fqn!r} to {type(module).__name__}: prune before swapping"
+    return "the model has no linear or convolution layer"
+
+
 def matrix(module: torch.nn.Module, weight: Tensor) -> Tensor:
     """A tensor of the layer's weight's shape as ``[N, K]``."""
     return weight.t() if is_conv1d(module) else weight.flatten(1)

@@ -125,16 +125,31 @@ def mask_(model: torch.nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 def attach(masks: Mapping[str, tuple[torch.nn.Module, Tensor]]) -> None:
     """Register masks that were checked; on any interruption, none."""
-    done: list[torch.nn.Module] = []
+    done: list[tuple[torch.nn.Module, torch.nn.Parameter | None]] = []
     try:
         for module, mask in masks.values():
-            done.append(module)
-            parametrize.register_parametrization(module, "weight", Mask(mask))
+            done.append((module, module._parameters["weight"]))
+            _attach(module, mask)
     except BaseException:
-        for module in done:
+        for module, parameter in done:
             if _parametrization(module) is not None:
                 _detach(module)
+            module._parameters["weight"] = parameter
         raise
+
+
+def _attach(module: torch.nn.Module, mask: Tensor) -> None:
+    """Put a mask before the layer's weight.
+
+    torch calls ``set_`` on the parameter that it registers, which cuts it off from hooks on its gradient, DDP's among
+    them: it is given a stand-in, of the same memory.
+    """
+    parameter = module._parameters["weight"]
+    assert parameter is not None
+    module._parameters["weight"] = torch.nn.Parameter(parameter.data, parameter.requires_grad)
+    parametrize.register_parametrization(module, "weight", Mask(mask))
+    chain: Any = module.parametrizations["weight"]  # type: ignore[index]
+    chain.original = parameter
 
 
 def _detach(module: torch.nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from burnish.calibration import Calibration, Inputs
 from burnish.prune.criteria import Criterion, below
-from burnish.prune.layers import candidates, check_finite, matrix, owners, unmatrix
+from burnish.prune.layers import absence, candidates, check_finite, matrix, owners, unmatrix
 from burnish.prune.masking import attach, mask_of, parameter_of, refusal
 from burnish.prune.patterns import Pattern, largest, pruned_of
 from burnish.prune.schedules import OneShot, Schedule, check_sparsity
@@ -78,6 +78,7 @@ class Pruner:
         _check_together(criterion, pattern, sparsity, scope, schedule)
         self.criterion, self.pattern, self.scope, self.schedule = criterion, pattern, scope, schedule
         self.steps = 0
+        self._model = model
         self._calibration = calibration
         self._layers = _selected(model, _shares(sparsity, pattern), filter_fn)
         owned = owners(model)
@@ -110,9 +111,17 @@ class Pruner:
             Whether masks were made; :func:`burnish.prune.report` shows them.
 
         Raises:
-            ValueError: a weight has become NaN or infinite, or was sharded; the model and the count are as they were.
+            ValueError: a weight has become NaN or infinite, or was sharded, or its layer is not in the model any more,
+                as after :func:`burnish.prune.finalize_`; the model and the count are as they were.
         """
         due = self.schedule.due(self.steps)
+        for fqn, layer in self._layers.items() if due else ():
+            there = _module_at(self._model, fqn)
+            if there is not layer.module:
+                raise ValueError(
+                    f"Pruner: layer {fqn!r} is a {type(there).__name__} now, whose zeros are fixed: take the masks "
+                    "back with the report's revert(), or make a new Pruner for what is left to prune"
+                )
         if due:
             with torch.no_grad():
                 self._apply(dict(self._decisions()))
@@ -216,6 +225,11 @@ class Pruner:
                 parameter.copy_(unmatrix(module, values, parameter.shape))
 
 
+def _module_at(model: torch.nn.Module, fqn: str) -> torch.nn.Module | None:
+    """The module with that fqn, if there is one."""
+    return dict(model.named_modules()).get(fqn)
+
+
 def _check_types(model: Any, criterion: Any, pattern: Any, schedule: Any, calibration: Any) -> None:
     for name, value, kind, expected in (
         ("model", model, torch.nn.Module, "an nn.Module"),
@@ -273,7 +287,7 @@ def _selected(model: torch.nn.Module, shares: Mapping[str, float], filter_fn: Fi
     """The layers that a pattern matches and filter_fn accepts."""
     found = candidates(model)
     if not found:
-        raise ValueError("Pruner: the model has no linear or convolution layer")
+        raise ValueError(f"Pruner: {absence(model)}")
     compiled = {}
     for pattern in shares:
         try:

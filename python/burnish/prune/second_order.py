@@ -64,21 +64,21 @@ class SecondOrder(Criterion):
         assert inputs is not None
         K = weight.shape[1]
         U = factor(inputs.moment.view(-1, K, K), self.damping)
-        W = weight.double().unflatten(0, (len(U), -1)).clone()  # [G, n, K]
+        W = weight.double().unflatten(0, (len(U), -1)).mT.contiguous()  # [G, K, n], a column in one piece
         mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+        kept_columns = mask.unflatten(0, (len(U), -1)).mT
         step = self.block_size if not isinstance(pattern, TwoFour) else -(-self.block_size // 4) * 4
         choose = _chooser(pattern, sparsity, step, mask, kept)
-        grouped = mask.view(W.shape)
         for start in range(0, K, step):
             stop = min(start + step, K)
-            errors = torch.zeros_like(W[..., start:stop])
+            errors = torch.empty_like(W[:, start:stop])
             for j in range(start, stop):
                 choose(j, W, U)
-                wrong = torch.where(grouped[..., j], 0, W[..., j]) / U[:, j, j, None]  # [G, n]
-                W[..., j:stop] -= wrong[..., None] * U[:, None, j, j:stop]
-                errors[..., j - start] = wrong
-            W[..., stop:] -= errors @ U[:, start:stop, stop:]
-        return mask, torch.where(mask, W.view(weight.shape), 0).to(weight.dtype)
+                wrong = torch.where(kept_columns[:, j], 0, W[:, j]) / U[:, j, j, None]  # [G, n]
+                W[:, j:stop].baddbmm_(U[:, j, j:stop, None], wrong[:, None], alpha=-1)
+                errors[:, j - start] = wrong
+            W[:, stop:].baddbmm_(U[:, start:stop, stop:].mT, errors, alpha=-1)
+        return mask, torch.where(mask, W.mT.flatten(0, 1), 0).to(weight.dtype)
 
 
 def factor(moment: Tensor, damping: float) -> Tensor:
@@ -102,15 +102,15 @@ def factor(moment: Tensor, damping: float) -> Tensor:
 def costs(W: Tensor, U: Tensor, span: int) -> Tensor:
     """What zeroing each weight costs, or, with ``span`` columns zeroed together, its share of that; ``[N, columns]``.
 
-    ``W [G, n, columns]`` and ``U [G, columns, columns]`` are those of columns not settled yet.
+    ``W [G, columns, n]`` and ``U [G, columns, columns]`` are those of columns not settled yet.
     """
     if span == 1:
-        return (W / U.diagonal(dim1=1, dim2=2)[:, None]).square().flatten(0, 1)
+        return (W / U.diagonal(dim1=1, dim2=2)[..., None]).square().mT.flatten(0, 1)
     parts = [
-        torch.linalg.solve_triangular(U[:, a : a + span, a : a + span], W[..., a : a + span], upper=True, left=False)
-        for a in range(0, W.shape[2], span)
+        torch.linalg.solve_triangular(U[:, a : a + span, a : a + span].mT, W[:, a : a + span], upper=False)
+        for a in range(0, W.shape[1], span)
     ]
-    return torch.cat(parts, 2).square().flatten(0, 1)
+    return torch.cat(parts, 1).square().mT.flatten(0, 1)
 
 
 def _chooser(
@@ -126,7 +126,7 @@ def _chooser(
             return
         here = slice(j, min(j + width, K))
         before = None if kept is None else kept[:, here]
-        scores = below(costs(W[..., here], U[:, here, here], span), before)
+        scores = below(costs(W[:, here], U[:, here, here], span), before)
         if isinstance(pattern, Unstructured):
             share = round(sparsity * N * here.stop) - round(sparsity * N * j)  # so that the layer's is exact
             chosen = pattern.mask(scores, share / scores.numel())
