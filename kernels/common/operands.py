@@ -43,6 +43,13 @@ def parts_of(steps: int, programs: int, sm_count: int) -> int:
     return max(1, min(triton.cdiv(2 * sm_count, programs), steps // 2, MAX_PARTS))
 
 
+def row_parts(m: int, block: int, programs: int, sm_count: int) -> tuple[int, int]:
+    """How many of ``m`` rows, a multiple of ``block``, a part of a sum over them has, and how many parts there are."""
+    steps = max(triton.cdiv(m, block), 1)
+    rows = triton.cdiv(steps, parts_of(steps, programs, sm_count)) * block
+    return rows, max(triton.cdiv(m, rows), 1)
+
+
 def parts_like(whole: torch.Tensor | None, parts: int) -> torch.Tensor | None:
     """fp32 [parts, *whole.shape]; one part is the result itself."""
     if whole is None or parts == 1:

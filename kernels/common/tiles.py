@@ -46,8 +46,8 @@ class Tile:
 #: rows of tiles that share their columns' weights in L2 before the walk moves on
 GROUP_M = 8
 
-#: rows of the tallest tile
-MAX_ROWS = 256
+#: rows of the tallest tile, and elements of the largest that is cut to four warps: 32 sums a thread
+MAX_ROWS, THIN = 256, 4096
 
 #: bytes that L2 delivers while a kernel starts: 2 us at 4 TB/s, the order of an A100 or H100, not a measurement
 LAUNCH_BYTES = 8 << 20
@@ -143,12 +143,12 @@ def narrowed(tiles: tuple[Tile, ...], columns: int) -> tuple[Tile, ...]:
     fitted = []
     for tile in tiles:
         block_n = min(tile.block_n, columns)
-        if tile.block_m >= 128:
-            rows = min(tile.block_m * tile.block_n // block_n, MAX_ROWS)
-            fitted.append(replace(tile, block_m=rows, block_n=block_n))
-        fitted.append(replace(tile, block_n=block_n))
-    shapes = {(tile.block_m, tile.block_n): tile for tile in reversed(fitted)}
-    return tuple(tile for tile in dict.fromkeys(fitted) if shapes[tile.block_m, tile.block_n] == tile)
+        tall = min(tile.block_m * tile.block_n // block_n, MAX_ROWS) if tile.block_m >= 128 else tile.block_m
+        for rows in (tall, tile.block_m):
+            cut = rows * block_n < tile.block_m * tile.block_n
+            warps = 4 if cut and rows * block_n <= THIN else tile.num_warps
+            fitted.append(replace(tile, block_m=rows, block_n=block_n, num_warps=warps))
+    return tuple({(tile.block_m, tile.block_n): tile for tile in fitted}.values())
 
 
 @triton.jit

@@ -27,7 +27,7 @@ import triton.language as tl
 from burnish.kernels.common import target
 from burnish.kernels.common.epilogues import store_linear
 from burnish.kernels.common.operands import UNITS, matrix, objection
-from burnish.kernels.common.products import float_dot, split_dot
+from burnish.kernels.common.products import weight_dot
 from burnish.kernels.common.tiles import FULL_GEMM, HALF_GEMM, INT8_GEMM, SPLIT_GEMM, Tile, narrowed, pick, swizzle
 from burnish.kernels.common.variants import Variant
 from burnish.kernels.quant.int8_linear import column_sums, gradient_parts
@@ -37,20 +37,8 @@ from burnish.kernels.sparse.bsr_linear_dw import values_gradient
 
 #: block shapes (rows, columns) whose rows a matrix unit takes
 BLOCKS = ((128, 128), (64, 64), (32, 32), (16, 16))
-#: columns of the narrowest tile, for few rows
+#: columns of the narrowest tile, for few rows; parts of fp32 operands leave the stack only with more
 NARROWEST = 32
-
-
-@triton.jit
-def block_dot(x, w, product, scale_ptr, columns, inside, PARTS: tl.constexpr):
-    """product + x w: int8 by int8 in int32, or float by float in fp32, or PARTS parts of x scale by int8 in fp32."""
-    if PARTS > 0:
-        scales = tl.load(scale_ptr + columns, mask=inside, other=0.0)
-        return split_dot(x.to(tl.float32) * scales[None, :], w.to(tl.bfloat16), product, PARTS)
-    elif w.dtype == tl.int8:
-        return tl.dot(x, w, product, out_dtype=tl.int32)
-    else:
-        return float_dot(x, w, product)
 
 
 @triton.jit
@@ -94,7 +82,7 @@ def blocks_product(
                 x = tl.load(x_ptr + column + x_offsets + k[None, :])
             else:
                 x = tl.load(x_ptr + column + x_offsets + k[None, :], mask=inside[None, :], other=0)
-            product = block_dot(x, w, product, scale_ptr, column + k, inside, PARTS)
+            product = weight_dot(x, w, product, scale_ptr, column + k, inside, PARTS)
     else:
         VECTOR: tl.constexpr = min(DEPTH, 16)
         w_offsets = (k % DEPTH)[:, None] * STRIDE_K + n[None, :] * STRIDE_N
@@ -109,7 +97,7 @@ def blocks_product(
             if not EVEN_K:
                 inside &= columns < K
             x = tl.load(x_ptr + x_offsets + columns[None, :], mask=inside[None, :], other=0)
-            product = block_dot(x, w, product, scale_ptr, columns, inside, PARTS)
+            product = weight_dot(x, w, product, scale_ptr, columns, inside, PARTS)
     return product
 
 
@@ -239,7 +227,9 @@ def quantized(x: torch.Tensor, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
 def tiles(arch: str, dtype: torch.dtype, out: int) -> tuple[Tile, ...]:
     """Those of a product of this type in stripes of ``out`` columns."""
     table = narrowed({1: INT8_GEMM, 2: HALF_GEMM, 4: FULL_GEMM}[dtype.itemsize][arch], out)
-    return table if table[-1].block_n <= NARROWEST else (*table, replace(table[-1], block_n=NARROWEST))
+    if dtype == torch.float32 or table[-1].block_n <= NARROWEST:
+        return table
+    return *table, replace(table[-1], block_n=NARROWEST)
 
 
 def forward(x, row_scales, values, crow_indices, col_indices, scale, bias, y, tile=None):  # type: ignore[no-untyped-def]
@@ -275,17 +265,17 @@ def bsr_linear_backward(
     values_grad: bool,
     bias_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dy_rows, x_rows = matrix(dy), matrix(x)
+    rows = matrix(dy)
     dx = torch.empty(x.shape if x_grad else (0,), dtype=x.dtype, device=x.device)
-    dvalues = torch.empty(values.shape if values_grad else (0,), dtype=values.dtype, device=x.device)
+    dvalues = torch.empty(values.shape if values_grad else (0,), dtype=x.dtype, device=x.device)
     with target.on_device(dy):
         if dx.numel():
-            input_gradient(dy_rows, values, transposed, scale, dx)
+            input_gradient(rows, values, transposed, scale, dx)
         if dvalues.numel():
             narrow = values.shape[1:] in bsr_linear_narrow.BLOCKS
             gradient = bsr_linear_narrow.values_gradient if narrow else values_gradient
-            gradient(dy_rows, x_rows, crow_indices, col_indices, dvalues)
-        dbias = column_sums(dy_rows) if bias_grad else torch.empty(0, dtype=torch.float32, device=dy.device)
+            gradient(rows, matrix(x), crow_indices, col_indices, dvalues)
+        dbias = column_sums(rows) if bias_grad else torch.empty(0, dtype=torch.float32, device=dy.device)
     return dx, dvalues, dbias
 
 

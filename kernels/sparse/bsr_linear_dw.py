@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import triton
 import triton.language as tl
 from burnish.kernels.common import target
-from burnish.kernels.common.operands import UNITS, parts_like, parts_of, pointer_of
+from burnish.kernels.common.operands import UNITS, parts_like, pointer_of, row_parts
 from burnish.kernels.common.products import float_dot
 from burnish.kernels.common.tiles import Tile
 from burnish.kernels.common.variants import Variant
@@ -87,10 +87,7 @@ def values_gradient(dy, x, crow_indices, col_indices, dvalues):  # type: ignore[
     (m, n), k, (blocks, out, depth) = dy.shape, x.shape[1], dvalues.shape
     tile = dw_tile(target.arch(x.device), out, depth, x.element_size())
     tiles, abreast = out // tile.block_m, tile.block_n // depth
-    steps = max(triton.cdiv(m, tile.block_k), 1)
-    parts = parts_of(steps, triton.cdiv(blocks, abreast) * tiles, target.sm_count(x.device))
-    rows = triton.cdiv(steps, parts) * tile.block_k
-    parts = max(triton.cdiv(m, rows), 1)
+    rows, parts = row_parts(m, tile.block_k, triton.cdiv(blocks, abreast) * tiles, target.sm_count(x.device))
     sums = parts_like(dvalues, parts)
     grid = ((crow_indices.shape[0] - 1) * tiles, triton.cdiv(triton.cdiv(k, depth), abreast), parts)
     bsr_linear_bwd_dw_kernel[grid](

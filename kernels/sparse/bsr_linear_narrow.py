@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from burnish.kernels.common import target
 from burnish.kernels.common.epilogues import store_linear
-from burnish.kernels.common.operands import parts_like, parts_of, pointer_of
+from burnish.kernels.common.operands import parts_like, pointer_of, row_parts
 from burnish.kernels.common.tiles import Tile, pick
 from burnish.kernels.common.variants import Variant
 from burnish.kernels.lowrank.lowrank_linear_sums import add_parts
@@ -145,10 +145,7 @@ def values_gradient(dy, x, crow_indices, col_indices, dvalues):  # type: ignore[
     """Write dvalues [blocks, OUT, DEPTH], of one block or more, from dy [M, N] and x [M, K]."""
     (m, n), k, (blocks, out, depth) = dy.shape, x.shape[1], dvalues.shape
     tile = DW_TILE
-    steps = max(triton.cdiv(m, tile.block_k), 1)
-    parts = parts_of(steps, triton.cdiv(blocks * out, tile.block_m), target.sm_count(x.device))
-    rows = triton.cdiv(steps, parts) * tile.block_k
-    parts = max(triton.cdiv(m, rows), 1)
+    rows, parts = row_parts(m, tile.block_k, triton.cdiv(blocks * out, tile.block_m), target.sm_count(x.device))
     sums = parts_like(dvalues, parts)
     bsr_linear_bwd_dw_kernel_narrow[(triton.cdiv(n, tile.block_m), triton.cdiv(k, depth), parts)](
         *(dy, x, crow_indices, col_indices, sums, m, n, k, blocks, rows, dy.stride(0), x.stride(0)),
