@@ -15,6 +15,16 @@ def weave(a, b, c, d):
 
 
 @triton.jit
+def as_bits(plane):
+    """The plane as integers. Floats are woven so, because Triton 3.9 lays a transposed operand of a matrix unit wrongly
+    where nothing stands between it and what it was woven by."""
+    if plane.dtype.is_floating():
+        return plane.to(tl.int32 if plane.dtype == tl.float32 else tl.int16, bitcast=True)
+    else:
+        return plane
+
+
+@triton.jit
 def unweave_pair(tile):
     """The two planes of a tile."""
     return tl.split(tl.reshape(tile, (tile.shape[0], tile.shape[1] // 2, 2)))

@@ -23,7 +23,7 @@ from burnish.kernels.common import target
 from burnish.kernels.common.epilogues import store_linear
 from burnish.kernels.common.expanded import expanded_product, expanded_pull, outer_product
 from burnish.kernels.common.operands import UNITS, matrix, objection, parts_like, pointer_of, row_parts
-from burnish.kernels.common.planes import unweave, unweave_pair, weave
+from burnish.kernels.common.planes import as_bits, unweave, unweave_pair, weave
 from burnish.kernels.common.tiles import FULL_GEMM, HALF_GEMM, INT8_GEMM, SPLIT_GEMM, Tile, narrowed, pick, swizzle
 from burnish.kernels.common.variants import Variant
 from burnish.kernels.lowrank.lowrank_linear_sums import add_parts
@@ -52,15 +52,17 @@ def sparse24_tile(weight, first_n, first_k, ROWS: tl.constexpr, COLUMNS: tl.cons
     n, k = tl.arange(0, ROWS), first_k // 2 + tl.arange(0, COLUMNS // 2)
     inside = (n < N - first_n)[:, None] & (k < half)[None, :]
     values_ptr += first_n * tl.full([], 1, tl.int64) * half
-    first, second = unweave_pair(tl.load(values_ptr + n[:, None] * half + k[None, :], mask=inside, other=0))
+    values = tl.load(values_ptr + n[:, None] * half + k[None, :], mask=inside, other=0)
+    first, second = unweave_pair(as_bits(values))
     p, q = positions(metadata_ptr, first_n, first_k, N, eighth, ROWS, COLUMNS)
     none = tl.zeros_like(first)
-    return weave(
+    dense = weave(
         tl.where(p == 0, first, none),
         tl.where(p == 1, first, tl.where(q == 1, second, none)),
         tl.where(p == 2, first, tl.where(q == 2, second, none)),
         tl.where(q == 3, second, none),
     )
+    return dense.to(values.dtype, bitcast=True)
 
 
 @triton.jit
