@@ -42,6 +42,16 @@ NARROWEST = 32
 
 
 @triton.jit
+def listed(index_ptr, position_ptr, entry, last, TRANSPOSED: tl.constexpr):
+    """Which columns of x, and which block of values, an entry of the lists names; any that exist beyond the last."""
+    index = tl.load(index_ptr + entry, mask=entry < last, other=0)
+    if TRANSPOSED:
+        return index, tl.load(position_ptr + entry, mask=entry < last, other=0)
+    else:
+        return index, entry
+
+
+@triton.jit
 def blocks_product(
     x_ptr,  # [M, K], from the tile's first row on
     values_ptr,  # of each block [OUT, DEPTH], TRANSPOSED [DEPTH, OUT], from the tile's first column on
@@ -69,34 +79,36 @@ def blocks_product(
     STRIDE_K: tl.constexpr = OUT if TRANSPOSED else 1
     x_offsets = tl.minimum(tl.arange(0, BLOCK_M), (rows_left - 1).to(tl.int32))[:, None] * stride_xm
     product = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if x_ptr.dtype.element_ty == tl.int8 else tl.float32)
+    # an entry is loaded a step ahead: loads that wait for another load are hardly pipelined
     if BLOCK_K <= DEPTH:
         STEPS: tl.constexpr = DEPTH // BLOCK_K
         w_offsets = k[:, None] * STRIDE_K + n[None, :] * STRIDE_N
+        index, block = listed(index_ptr, position_ptr, first, last, TRANSPOSED)
         for step in range(first * STEPS, last * STEPS):
-            entry, within = step // STEPS, step % STEPS * BLOCK_K
-            column = tl.load(index_ptr + entry) * DEPTH + within
-            block = tl.load(position_ptr + entry) if TRANSPOSED else entry
+            within = step % STEPS * BLOCK_K
+            column = index * DEPTH + within
             w = tl.load(values_ptr + block.to(tl.int64) * SIZE + within * STRIDE_K + w_offsets)
             inside = k < K - column
             if EVEN_K:
                 x = tl.load(x_ptr + column + x_offsets + k[None, :])
             else:
                 x = tl.load(x_ptr + column + x_offsets + k[None, :], mask=inside[None, :], other=0)
+            index, block = listed(index_ptr, position_ptr, (step + 1) // STEPS, last, TRANSPOSED)
             product = weight_dot(x, w, product, scale_ptr, column + k, inside, PARTS)
     else:
         VECTOR: tl.constexpr = min(DEPTH, 16)
         w_offsets = (k % DEPTH)[:, None] * STRIDE_K + n[None, :] * STRIDE_N
+        index, block = listed(index_ptr, position_ptr, first + k // DEPTH, last, TRANSPOSED)
         for start in range(first, last, BLOCK_K // DEPTH):
             entry = start + k // DEPTH
             inside = entry < last
-            block = tl.load(position_ptr + entry, mask=inside, other=0) if TRANSPOSED else entry
             w_block = values_ptr + block.to(tl.int64)[:, None] * SIZE
             w = tl.load(w_block + w_offsets, mask=inside[:, None], other=0)
-            columns = tl.load(index_ptr + entry, mask=inside, other=0) * DEPTH + k % DEPTH
-            columns = tl.max_contiguous(tl.multiple_of(columns, [VECTOR]), [VECTOR])
+            columns = tl.max_contiguous(tl.multiple_of(index * DEPTH + k % DEPTH, [VECTOR]), [VECTOR])
             if not EVEN_K:
                 inside &= columns < K
             x = tl.load(x_ptr + x_offsets + columns[None, :], mask=inside[None, :], other=0)
+            index, block = listed(index_ptr, position_ptr, entry + BLOCK_K // DEPTH, last, TRANSPOSED)
             product = weight_dot(x, w, product, scale_ptr, columns, inside, PARTS)
     return product
 
