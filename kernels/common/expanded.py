@@ -5,9 +5,29 @@ The format is a function, ``tile(weight, first_n, first_k, ROWS, COLUMNS)``: the
 output tile for a kernel to store.
 """
 
+from dataclasses import replace
+
 import triton
 import triton.language as tl
 from burnish.kernels.common.products import float_dot, weight_dot
+from burnish.kernels.common.tiles import Tile, narrowed
+
+#: columns of the widest tile, weights a thread expands, and stages: more take registers that the sums need
+WIDEST, EXPANDED, STAGES = 128, 64, 4
+
+
+def expanded_tiles(tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
+    """Those of a product that leave registers to expand the weight in."""
+    return tuple(
+        replace(tile, num_stages=min(tile.num_stages, STAGES))
+        for tile in narrowed(tiles, WIDEST)
+        if tile.block_n * tile.block_k <= EXPANDED * 32 * tile.num_warps
+    )
+
+
+def narrow(tile: Tile, group: int) -> bool:
+    """Whether a tile has fewer words of a byte for each ``group`` weights than threads."""
+    return tile.block_n * tile.block_k < 128 * group * tile.num_warps
 
 
 @triton.jit

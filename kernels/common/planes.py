@@ -15,13 +15,15 @@ def weave(a, b, c, d):
 
 
 @triton.jit
-def as_bits(plane):
-    """The plane as integers. Floats are woven so, because Triton 3.9 lays a transposed operand of a matrix unit wrongly
-    where nothing stands between it and what it was woven by."""
-    if plane.dtype.is_floating():
-        return plane.to(tl.int32 if plane.dtype == tl.float32 else tl.int16, bitcast=True)
+def disguised(plane):
+    """The same bits as another type, back from which a woven tile is cast: Triton 3.9 refuses a transposed operand of a
+    matrix unit where nothing stands between it and the weaving."""
+    if plane.dtype == tl.int8:
+        return plane.to(tl.float8e5, bitcast=True)
+    elif plane.dtype == tl.float32:
+        return plane.to(tl.int32, bitcast=True)
     else:
-        return plane
+        return plane.to(tl.int16, bitcast=True)
 
 
 @triton.jit

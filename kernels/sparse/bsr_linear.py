@@ -37,7 +37,9 @@ from burnish.kernels.sparse.bsr_linear_dw import values_gradient
 
 #: block shapes (rows, columns) whose rows a matrix unit takes
 BLOCKS = ((128, 128), (64, 64), (32, 32), (16, 16))
-#: columns of the narrowest tile, for few rows; parts of fp32 operands leave the stack only with more
+#: depths of a step that leave parts of fp32 operands in registers
+FP32_DEPTH = {"sm_80": 16, "sm_90": 32, "sm_100": 32, "gfx942": 32}
+#: columns of the narrowest tile, for few rows
 NARROWEST = 32
 
 
@@ -239,7 +241,9 @@ def quantized(x: torch.Tensor, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
 def tiles(arch: str, dtype: torch.dtype, out: int) -> tuple[Tile, ...]:
     """Those of a product of this type in stripes of ``out`` columns."""
     table = narrowed({1: INT8_GEMM, 2: HALF_GEMM, 4: FULL_GEMM}[dtype.itemsize][arch], out)
-    if dtype == torch.float32 or table[-1].block_n <= NARROWEST:
+    if dtype == torch.float32:
+        return tuple(replace(tile, block_k=min(tile.block_k, FP32_DEPTH[arch])) for tile in table)
+    if table[-1].block_n <= NARROWEST:
         return table
     return *table, replace(table[-1], block_n=NARROWEST)
 
@@ -320,14 +324,16 @@ TYPES = {torch.int8: "*i8", torch.float32: "*fp32", torch.bfloat16: "*bf16", tor
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    """Every tile of every block shape and type of values; the 16-bit types, the bias and the promise on K alternate."""
+    """Every tile with the deepest blocks and with the shallowest, the largest with those between, for each type of
+    values; the 16-bit types, the bias and the promise on K alternate."""
     index = 0
     for out, depth in (*BLOCKS, *bsr_linear_narrow.BLOCKS):
+        count = None if out in (128, 16) else 1
         for dtype in (torch.bfloat16, torch.float32, torch.int8):
-            for tile in tiles(arch, dtype, out) if out >= 16 else ():
+            for tile in tiles(arch, dtype, out)[:count] if out >= 16 else ():
                 yield forward_variant(tile, out, depth, half(dtype, index), index)
                 index += 1
-            for tile in gradient_tiles(arch, dtype, depth, dtype == torch.int8):
+            for tile in gradient_tiles(arch, dtype, depth, dtype == torch.int8)[:count]:
                 yield gradient_variant(tile, depth, out, half(dtype, index), index)
                 index += 1
 
@@ -357,5 +363,5 @@ def gradient_variant(tile: Tile, out: int, depth: int, dtype: torch.dtype, index
     constants = {"PARTS": parts, "EVEN_K": index % 4 < 2, "OUT": out, "DEPTH": depth}
     return Variant(
         f"{depth}x{out}-{tile.name}-{TYPES[dtype][1:]}-{pointer[1:]}", bsr_linear_bwd_dx_kernel, types,
-        constants | tile.constants, tile.num_warps, tile.num_stages, UNITS[pointer],
+        constants | tile.constants, tile.num_warps, tile.num_stages, UNITS[pointer], narrow=depth < 16,
     )  # fmt: skip

@@ -21,17 +21,14 @@ import triton
 import triton.language as tl
 from burnish.kernels.common import target
 from burnish.kernels.common.epilogues import store_linear
-from burnish.kernels.common.expanded import expanded_product, expanded_pull, outer_product
+from burnish.kernels.common.expanded import expanded_product, expanded_pull, expanded_tiles, narrow, outer_product
 from burnish.kernels.common.operands import UNITS, matrix, objection, parts_like, pointer_of, row_parts
-from burnish.kernels.common.planes import as_bits, unweave, unweave_pair, weave
-from burnish.kernels.common.tiles import FULL_GEMM, HALF_GEMM, INT8_GEMM, SPLIT_GEMM, Tile, narrowed, pick, swizzle
+from burnish.kernels.common.planes import disguised, unweave, unweave_pair, weave
+from burnish.kernels.common.tiles import FULL_GEMM, HALF_GEMM, INT8_GEMM, SPLIT_GEMM, Tile, pick, swizzle
 from burnish.kernels.common.variants import Variant
 from burnish.kernels.lowrank.lowrank_linear_sums import add_parts
 from burnish.kernels.quant.int8_linear import column_sums, gradient_parts
 from burnish.kernels.quant.int8_quantize_rows import quantize
-
-#: columns of the widest tile: the expanded weight takes registers beside the sums
-WIDEST = 128
 
 
 @triton.jit
@@ -53,14 +50,14 @@ def sparse24_tile(weight, first_n, first_k, ROWS: tl.constexpr, COLUMNS: tl.cons
     inside = (n < N - first_n)[:, None] & (k < half)[None, :]
     values_ptr += first_n * tl.full([], 1, tl.int64) * half
     values = tl.load(values_ptr + n[:, None] * half + k[None, :], mask=inside, other=0)
-    first, second = unweave_pair(as_bits(values))
+    first, second = unweave_pair(values)
     p, q = positions(metadata_ptr, first_n, first_k, N, eighth, ROWS, COLUMNS)
     none = tl.zeros_like(first)
     dense = weave(
-        tl.where(p == 0, first, none),
-        tl.where(p == 1, first, tl.where(q == 1, second, none)),
-        tl.where(p == 2, first, tl.where(q == 2, second, none)),
-        tl.where(q == 3, second, none),
+        disguised(tl.where(p == 0, first, none)),
+        disguised(tl.where(p == 1, first, tl.where(q == 1, second, none))),
+        disguised(tl.where(p == 2, first, tl.where(q == 2, second, none))),
+        disguised(tl.where(q == 3, second, none)),
     )
     return dense.to(values.dtype, bitcast=True)
 
@@ -196,12 +193,12 @@ def sparse24_linear(
 
 
 def tiles(arch: str, dtype: torch.dtype) -> tuple[Tile, ...]:
-    return narrowed({1: INT8_GEMM, 2: HALF_GEMM, 4: FULL_GEMM}[dtype.itemsize][arch], WIDEST)
+    return expanded_tiles({1: INT8_GEMM, 2: HALF_GEMM, 4: FULL_GEMM}[dtype.itemsize][arch])
 
 
 def gradient_tiles(arch: str, dtype: torch.dtype) -> tuple[Tile, ...]:
     """Those of dx, by the type of values."""
-    return narrowed(SPLIT_GEMM[arch], WIDEST) if dtype == torch.int8 else tiles(arch, dtype)
+    return expanded_tiles(SPLIT_GEMM[arch]) if dtype == torch.int8 else tiles(arch, dtype)
 
 
 def forward(x, row_scales, values, metadata, scale, bias, y, tile=None):  # type: ignore[no-untyped-def]
@@ -254,7 +251,7 @@ def input_gradient(dy, values, metadata, scale, dx, tile=None):  # type: ignore[
 
 def dw_tile(arch: str, itemsize: int) -> Tile:
     """``block_m`` is of N, ``block_n`` of K, ``block_k`` of M."""
-    return Tile(64, 64, 32 if itemsize == 4 and arch != "gfx942" else 64 // itemsize, 8 if itemsize == 4 else 4, 2)
+    return Tile(64, 64, 32 if itemsize == 2 or arch in ("sm_90", "sm_100") else 16, 8 if itemsize == 4 else 4, 2)
 
 
 def values_gradient(dy, x, metadata, dvalues):  # type: ignore[no-untyped-def]
@@ -286,7 +283,7 @@ def variants(arch: str) -> Iterator[Variant]:
             yield Variant(
                 f"{tile.name}-{pointer[1:]}", sparse24_linear_fwd_kernel, types,
                 {"HAS_BIAS": index % 2 == 0, **tile.constants}, tile.num_warps, tile.num_stages,
-                "int8" if dtype == torch.int8 else UNITS[pointer],
+                "int8" if dtype == torch.int8 else UNITS[pointer], narrow(tile, 8),
             )  # fmt: skip
             index += 1
         for tile in gradient_tiles(arch, dtype):
@@ -297,7 +294,7 @@ def variants(arch: str) -> Iterator[Variant]:
             yield Variant(
                 f"{tile.name}-{values[1:]}-{pointer[1:]}", sparse24_linear_bwd_dx_kernel, types,
                 {"PARTS": (2 + index % 2) * (dtype == torch.int8), **tile.constants}, tile.num_warps, tile.num_stages,
-                UNITS[pointer],
+                UNITS[pointer], narrow(tile, 8),
             )  # fmt: skip
             index += 1
     for itemsize, out in ((2, "*bf16"), (2, "*fp32"), (4, "*fp32")):
@@ -306,5 +303,5 @@ def variants(arch: str) -> Iterator[Variant]:
         types |= dict.fromkeys(("rows", "stride_dym", "stride_xm"), "i32")
         yield Variant(
             f"{tile.name}-{pointer[1:]}-{out[1:]}", sparse24_linear_bwd_dw_kernel, types, tile.constants,
-            tile.num_warps, tile.num_stages, UNITS[pointer],
+            tile.num_warps, tile.num_stages, UNITS[pointer], narrow=True,
         )  # fmt: skip

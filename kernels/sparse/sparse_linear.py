@@ -20,16 +20,14 @@ import triton
 import triton.language as tl
 from burnish.kernels.common import target
 from burnish.kernels.common.epilogues import store_linear
-from burnish.kernels.common.expanded import expanded_product, expanded_pull, outer_product
+from burnish.kernels.common.expanded import expanded_product, expanded_pull, expanded_tiles, outer_product
 from burnish.kernels.common.operands import UNITS, matrix, objection, parts_like, pointer_of, row_parts
-from burnish.kernels.common.planes import as_bits, unweave, unweave_pair, weave
-from burnish.kernels.common.tiles import FULL_GEMM, HALF_GEMM, Tile, narrowed, pick, swizzle
+from burnish.kernels.common.planes import disguised, unweave, unweave_pair, weave
+from burnish.kernels.common.tiles import FULL_GEMM, HALF_GEMM, Tile, pick, swizzle
 from burnish.kernels.common.variants import Variant
 from burnish.kernels.lowrank.lowrank_linear_sums import add_parts
 from burnish.kernels.quant.int8_linear import column_sums
 
-#: columns of the widest tile: the expanded weight takes registers beside the sums
-WIDEST = 128
 #: rows and bytes a program of *starts* counts at a time
 START_ROWS, START_BYTES = 8, 128
 
@@ -61,7 +59,7 @@ def places(bitmap_ptr, starts_ptr, first_n, first_k, N, width, tiles, ROWS: tl.c
 def element(values, bits, before, BIT: tl.constexpr):
     """Plane BIT of a tile, and how many values lie before the next plane's elements."""
     kept = (bits >> BIT) & 1
-    return as_bits(tl.load(values + before, mask=kept != 0, other=0.0)), before + kept
+    return disguised(tl.load(values + before, mask=kept != 0, other=0.0)), before + kept
 
 
 @triton.jit
@@ -259,7 +257,7 @@ def starts(bitmap: torch.Tensor, row_starts: torch.Tensor, columns: int) -> torc
 
 
 def tiles(arch: str, dtype: torch.dtype) -> tuple[Tile, ...]:
-    return narrowed({2: HALF_GEMM, 4: FULL_GEMM}[dtype.itemsize][arch], WIDEST)
+    return expanded_tiles({2: HALF_GEMM, 4: FULL_GEMM}[dtype.itemsize][arch])
 
 
 def forward(x, values, bitmap, row_starts, bias, y, tile=None):  # type: ignore[no-untyped-def]
@@ -312,7 +310,7 @@ def input_gradient(dy, values, bitmap, row_starts, dx, tile=None):  # type: igno
 
 def dw_tile(arch: str, itemsize: int) -> Tile:
     """``block_m`` is of N, ``block_n`` of K, ``block_k`` of M."""
-    return Tile(64, 64, 32 if itemsize == 4 and arch != "gfx942" else 64 // itemsize, 8 if itemsize == 4 else 4, 2)
+    return Tile(64, 64, 32 if itemsize == 2 or arch in ("sm_90", "sm_100") else 16, 8 if itemsize == 4 else 4, 2)
 
 
 def values_gradient(dy, x, bitmap, row_starts, dvalues):  # type: ignore[no-untyped-def]
