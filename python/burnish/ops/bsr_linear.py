@@ -52,7 +52,7 @@ from burnish.ops.int8_linear import surrogate as int8_surrogate
 from burnish.ops.int8_linear_pack import reference as int8_pack
 from burnish.ops.int8_quantize_rows import make_rows
 from burnish.ops.lowrank_linear import as_rows, check_bias, check_gradient
-from burnish.registry import Autograd, Backend, Case, Cases, Cost, Invalid, OpSpec, dtype_name, register
+from burnish.registry import Autograd, Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, dtype_name, register
 
 OptTensor = Tensor | None
 
@@ -312,6 +312,8 @@ def _as_int8(args: tuple[Any, ...], scale: Tensor) -> tuple[Any, ...]:
     return (args[0], args[1].char(), *args[2:5], scale, *args[6:])
 
 
+_KERNELS = "burnish.kernels.sparse.bsr_linear"
+
 SPEC = register(
     OpSpec(
         name="bsr_linear",
@@ -320,7 +322,7 @@ SPEC = register(
         reference=reference,
         fake=fake,
         autograd=Autograd(setup_context, backward, surrogate),
-        impls=(),
+        impls=(Impl("triton", f"{_KERNELS}:bsr_linear", f"{_KERNELS}:supports"),),
         cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_INVALID),
         make=make,
         cost=cost,
@@ -403,7 +405,7 @@ BACKWARD = register(
         reference=backward_reference,
         fake=backward_fake,
         autograd=None,
-        impls=(),
+        impls=(Impl("triton", f"{_KERNELS}:bsr_linear_backward", f"{_KERNELS}:supports_backward"),),
         cases=Cases(
             test=(
                 *(case for case in _TEST_CASES if case.values != "extreme" and "bias" not in case.options),

@@ -45,7 +45,7 @@ from burnish.ops.int8_linear_pack import make_weight
 from burnish.ops.int8_linear_pack import reference as pack_int8
 from burnish.ops.int8_quantize_rows import make_rows
 from burnish.ops.lowrank_linear import as_rows, check_bias, check_gradient
-from burnish.registry import Autograd, Backend, Case, Cases, Cost, Invalid, OpSpec, dtype_name, register
+from burnish.registry import Autograd, Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, dtype_name, register
 from burnish.sparse24_format import GROUP, KEPT, STEP, compress, expand, padded, positions
 from burnish.sparse_formats import pick
 
@@ -235,6 +235,8 @@ _INVALID = (
     Invalid("bias length", lambda *a: (*a[:4], a[4][:-1]), "bias has shape .*expected"),
 )
 
+_KERNELS = "burnish.kernels.sparse.sparse24_linear"
+
 SPEC = register(
     OpSpec(
         name="sparse24_linear",
@@ -242,7 +244,7 @@ SPEC = register(
         reference=reference,
         fake=fake,
         autograd=Autograd(setup_context, backward, surrogate),
-        impls=(),
+        impls=(Impl("triton", f"{_KERNELS}:sparse24_linear", f"{_KERNELS}:supports"),),
         cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_INVALID),
         make=make,
         cost=cost,
@@ -330,7 +332,7 @@ BACKWARD = register(
         reference=backward_reference,
         fake=backward_fake,
         autograd=None,
-        impls=(),
+        impls=(Impl("triton", f"{_KERNELS}:sparse24_linear_backward", f"{_KERNELS}:supports_backward"),),
         cases=Cases(
             test=(
                 *(

@@ -39,7 +39,7 @@ from torch import Tensor
 from burnish import dispatch
 from burnish.checks import FLOATING, check_devices, check_floating
 from burnish.ops.lowrank_linear import as_rows, check_bias, check_gradient
-from burnish.registry import Autograd, Backend, Case, Cases, Cost, Invalid, OpSpec, dtype_name, register
+from burnish.registry import Autograd, Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, dtype_name, register
 from burnish.sparse_formats import kept_weights, spread
 
 OptTensor = Tensor | None
@@ -217,6 +217,8 @@ _INVALID = (
     Invalid("bias length", lambda *a: (*a[:4], a[4][:-1]), "bias has shape .*expected"),
 )
 
+_KERNELS = "burnish.kernels.sparse.sparse_linear"
+
 SPEC = register(
     OpSpec(
         name="sparse_linear",
@@ -224,7 +226,7 @@ SPEC = register(
         reference=reference,
         fake=fake,
         autograd=Autograd(setup_context, backward, reference),
-        impls=(),
+        impls=(Impl("triton", f"{_KERNELS}:sparse_linear", f"{_KERNELS}:supports"),),
         cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_INVALID),
         make=make,
         cost=cost,
@@ -306,7 +308,7 @@ BACKWARD = register(
         reference=backward_reference,
         fake=backward_fake,
         autograd=None,
-        impls=(),
+        impls=(Impl("triton", f"{_KERNELS}:sparse_linear_backward", f"{_KERNELS}:supports_backward"),),
         cases=Cases(
             test=(
                 *(case for case in _TEST_CASES if case.options.get("bias") in (None, False)),
