@@ -129,10 +129,10 @@ struct Stage24 {
 
 // An element of y before it is rounded.
 template <class T>
-__device__ inline float finished(Sum24<T> total, float row_scale, float scale, const float* bias) {
+__device__ inline float finished(const Sparse24Problem& p, Sum24<T> total, float row_scale, float scale, float bias) {
   float z = static_cast<float>(total);
   if constexpr (kQuantised24<T>) z = z * (row_scale * scale);
-  return bias != nullptr ? z + *bias : z;
+  return p.bias != nullptr ? z + bias : z;
 }
 
 }  // namespace burnish

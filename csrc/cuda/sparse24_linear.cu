@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (row >= p.x.rows) continue;
       const float row_scale = kQuantised24<T> ? load_coherent(p.row_scale + row) : 1.0f;
       store_from_float(p.y, static_cast<int64_t>(row) * channels + channel, p.y_format,
-                       finished<T>(total[o], row_scale, scale, p.bias != nullptr ? &bias : nullptr));
+                       finished<T>(p, total[o], row_scale, scale, bias));
     }
   }
 }
@@ -311,7 +311,7 @@ __device__ void finish_tile(const Sparse24Problem& p, const Sum24<typename S::T>
     float z[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      z[i] = finished<T>(total[i], row_scale, scale[i], p.bias != nullptr ? bias + i : nullptr);
+      z[i] = finished<T>(p, total[i], row_scale, scale[i], bias[i]);
     }
     store_four(p, row, channel, z);
   }
