@@ -104,6 +104,16 @@ def test_prmt(run: Run) -> None:
         assert np.array_equal(got[:, place], np.where(digit > 7, sign, byte))
 
 
+def test_bits(run: Run) -> None:
+    places = np.arange(32, dtype=np.uint32)
+    sparse = np.concatenate([1 << places, (2 << places) - 1, np.zeros(64, np.uint32)]).astype(np.uint32)
+    a = np.concatenate([sparse, *(words(np.random.default_rng(4), 1600) >> 4 * shift for shift in range(8))])
+    got = signed(run("bits", a, y=np.zeros((len(a), 2), np.uint32), threads=len(a)))
+    bits = a[:, None] >> places & 1
+    assert np.array_equal(got[:, 0], bits.sum(1))
+    assert np.array_equal(got[:, 1], np.where(bits.any(1), 31 - bits[:, ::-1].argmax(1), -1))
+
+
 def test_dp4a(run: Run) -> None:
     a, b, c = words(np.random.default_rng(2), 3, 6400)
     got = run("dp4a", a, b, c, y=np.zeros((6400, 2), np.uint32), threads=6400)

@@ -15,6 +15,12 @@ struct Operand {
   bool aligned;
 };
 
+// t, or a copy, whose elements lie one after the other from an address that is aligned to 16 bytes.
+inline torch::stable::Tensor aligned(const torch::stable::Tensor& t) {
+  const torch::stable::Tensor whole = torch::stable::contiguous(t);
+  return reinterpret_cast<uintptr_t>(whole.const_data_ptr()) % 16 == 0 ? whole : torch::stable::clone(whole);
+}
+
 inline Operand operand_of(const Rows& rows, int64_t element) {
   const auto address = reinterpret_cast<uintptr_t>(rows.tensor.const_data_ptr());
   const int64_t stride = rows.stride * element, width = rows.width * element;

@@ -3,7 +3,7 @@
 //   memory    load, store, load_streaming, load_coherent, copy_async*, atomic_*, draw_ticket
 //   warps     shuffle*, vote_*, ballot, reduce_*
 //   blocks    barrier_sync, barrier_arrive, grid_barrier, cluster_*, load_remote, store_remote, dependen*
-//   words     lop3, prmt, dp4a, pack_fp16, pack_bf16, float_from_fp16
+//   words     lop3, prmt, popcount, highest_bit, dp4a, pack_fp16, pack_bf16, float_from_fp16
 //   matrices  load_matrix, load_matrix_transposed, mma, mma_sparse
 //
 // Kernels contain no asm and no intrinsic of their own but __syncthreads and __syncwarp, so that a plain C++20
@@ -323,6 +323,15 @@ __device__ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t value;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(value) : "r"(a), "r"(b), "r"(selector));
   return value;
+}
+
+__device__ inline int popcount(uint32_t word) { return __popc(word); }
+
+// The place of the highest bit that is set, 31 to 0; -1 without one.
+__device__ inline int highest_bit(uint32_t word) {
+  int place;
+  asm("bfind.u32 %0, %1;" : "=r"(place) : "r"(word));
+  return place;
 }
 
 // sum + the dot product of four bytes, signed or unsigned; wraps around.

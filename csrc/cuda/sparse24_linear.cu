@@ -440,11 +440,6 @@ void start(const Sparse24Problem& p, const Tensor& x, const DeviceLimits& limits
   return wide ? start_few<Few<T, 1, 2, 2>>(p, x, limits) : start_few<Few<T, 1, 1, 4>>(p, x, limits);
 }
 
-Tensor aligned(const Tensor& t) {
-  const Tensor whole = torch::stable::contiguous(t);
-  return reinterpret_cast<uintptr_t>(whole.const_data_ptr()) % 16 == 0 ? whole : torch::stable::clone(whole);
-}
-
 Tensor sparse24_linear(const Tensor& x, const Tensor& values, const Tensor& metadata,
                        const std::optional<Tensor>& scale, const std::optional<Tensor>& bias) {
   constexpr const char* kOp = "sparse24_linear";
