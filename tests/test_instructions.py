@@ -385,6 +385,21 @@ def test_mma_sparse(run: Run, kind: str, selector: int, exact: bool) -> None:
         check_product(got, left, right, c, exact)
 
 
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_mma_sparse_leaves_out_what_is_not_kept(run: Run, kind: str) -> None:
+    """All 16 rows keep the same places, and what lies elsewhere is an infinity or a NaN."""
+    for seed in SEEDS:
+        draw = np.random.default_rng(seed)
+        left, right, c = operands(draw, kind, kind, 32, exact=True)
+        rows, places = sparse_rows(draw, left[:1])
+        rows, places = rows.repeat(16, 0), places.repeat(16, 0)
+        special = np.where(rows[0][:, None] != 0, right, draw.choice([np.inf, -np.inf, np.nan], right.shape))
+        lanes = fragment_a(compressed(rows, places), kind), fragment_b(special, kind)
+        rest = np.concatenate([fragment_c(c).view(np.uint32).ravel(), metadata(places, kind, 0)])
+        got = run(f"mma_sparse {kind} 0", *lanes, rest, y=np.zeros((32, 4), c.dtype), seed=seed)
+        check_product(got, rows, right, c, exact=True)
+
+
 @pytest.mark.parametrize("kind", ["fp16", "int8"])
 def test_metadata_lies_as_cutlass_stores_it(run: Run, kind: str) -> None:
     """PyTorch's converter makes the words that CUTLASS loads: four in a row for the four lanes of a group. Of 16-bit

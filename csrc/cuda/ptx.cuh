@@ -452,6 +452,7 @@ __device__ inline void mma(Sum (&sum)[4], const uint32_t (&a)[4], const uint32_t
 // bits:
 //   bf16, fp16: lanes with t / 2 == Selector bring row g (lower half) and row g + 8, 16 columns from (t % 2) 16 on
 //   int8_t: a lane brings row g + t % 2 * 8, 32 columns from t / 2 * 32 on; Selector is 0
+// What b has at the other places is not multiplied: an infinity or a NaN there leaves the sum as it is.
 template <class A, int Selector = 0, class Sum>
 __device__ inline void mma_sparse(Sum (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t kept) {
   if constexpr (std::is_same_v<A, int8_t>) {

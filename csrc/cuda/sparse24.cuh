@@ -48,10 +48,34 @@ __device__ inline void fetch_unit(Bytes16* slot, const Operand& from, int row, i
   }
 }
 
+// The last unit of a row whose K is no multiple of 8, of 16-bit values: with zeros for those that stand beyond K.
+__device__ inline Bytes16 last_values(const Sparse24Problem& p, int row, int byte) {
+  Bytes16 unit = by_elements<uint32_t>(p.values, row, byte, p.values.width);
+  const int last = p.metadata.width - 1;
+  const uint32_t places = load(p.metadata.data + row * p.metadata.stride + last);
+  uint32_t mask[2] = {};  // for the row's last 8 bytes
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int column = 8 * last + i / 2 * 4 + static_cast<int>(places >> 2 * i & 3);
+    if (column < p.x.width / 2) mask[i / 2] |= 0xffffu << i % 2 * 16;
+  }
+  const bool upper = p.values.width - byte == 16;
+  unit.word[0] &= upper ? ~0u : mask[0];
+  unit.word[1] &= upper ? ~0u : mask[1];
+  unit.word[2] &= mask[0];
+  unit.word[3] &= mask[1];
+  return unit;
+}
+
 // The weight comes from aligned memory: its rows have K rounded up to 8, so that values are whole words.
-template <class... Policy>
-__device__ inline void fetch_values(Bytes16* slot, const Operand& values, int row, int byte, Policy... policy) {
-  fetch_unit<uint32_t>(slot, values, row, byte, policy...);
+template <class T, class... Policy>
+__device__ inline void fetch_values(Bytes16* slot, const Sparse24Problem& p, int row, int byte, Policy... policy) {
+  const bool ragged = !kQuantised24<T> && p.x.width % 16 != 0;
+  if (ragged && row < p.values.rows && byte < p.values.width && byte + 16 >= p.values.width) {
+    store(slot, last_values(p, row, byte));
+  } else {
+    fetch_unit<uint32_t>(slot, p.values, row, byte, policy...);
+  }
 }
 
 template <class... Policy>
@@ -69,6 +93,25 @@ __device__ inline uint32_t with_places(uint32_t word) {
   const uint32_t pairs = word | word >> 1;
   return word | (~(pairs | pairs >> 2) & 0x11111111u) << 2;
 }
+
+// The other two places of each four.
+__device__ inline uint32_t other_places(uint32_t word) {
+  const uint32_t even = (word >> 1 | ~(word >> 3)) & 0x11111111u;  // for 0, 1 and 2, 3: their digits are 4 and 14
+  return word ^ 0x55555555u ^ ((even << 4) - even);
+}
+
+// Bits 15 and 31 where a word of x has an infinity or a NaN: their exponent's ones carry over.
+template <class T>
+__device__ inline uint32_t without_end(uint32_t word) {
+  constexpr uint32_t kExponent = std::is_same_v<T, bf16> ? 0x7f807f80u : 0x7c007c00u;
+  constexpr uint32_t kLowest = std::is_same_v<T, bf16> ? 0x00800080u : 0x04000400u;
+  return (word & kExponent) + kLowest;
+}
+constexpr uint32_t kWithoutEnd = 0x80008000u;
+
+// What a product with x takes of the weight. The instruction leaves out what is not kept, but a zero times an infinity
+// is no zero: where x has one, a second product takes zeros in the places that the first left out.
+enum class Places { kKept, kOthers };
 
 // Stages in shared memory as a warp reads them, from its first channel and its first row of x on. kUnits: of values in
 // a row; two are a step.
@@ -90,37 +133,44 @@ struct Stage24 {
     }
   }
 
-  // sum[channel tile][row tile] += weight * x
-  template <int kChannelTiles, int kRowTiles>
-  __device__ void multiply(Sum24<T> (&sum)[kChannelTiles][kRowTiles][4]) const {
+  // sum[channel tile][row tile] += weight * x. Where kWatch, `seen` gets the bits of without_end.
+  template <Places kPlaces, bool kWatch, int kChannelTiles, int kRowTiles>
+  __device__ void multiply(Sum24<T> (&sum)[kChannelTiles][kRowTiles][4], uint32_t& seen) const {
     uint32_t words[kChannelTiles] = {};
 #pragma unroll
     for (int step = 0; step < kUnits / 2; ++step) {
 #pragma unroll
       for (int j = 0; j < kChannelTiles; ++j) {
         if (kQuantised24<T> || step % 2 == 0) words[j] = kept(j, step);
+        if (kPlaces == Places::kOthers && step % 2 == 0) words[j] = other_places(words[j]);
       }
       if (kQuantised24<T> || step % 2 == 0) {
-        multiply_step<0>(sum, words, step);
+        multiply_step<0, kPlaces, kWatch>(sum, words, step, seen);
       } else {
-        multiply_step<kQuantised24<T> ? 0 : 1>(sum, words, step);
+        multiply_step<kQuantised24<T> ? 0 : 1, kPlaces, kWatch>(sum, words, step, seen);
       }
     }
   }
 
-  template <int kSelector, int kChannelTiles, int kRowTiles>
+  template <int kSelector, Places kPlaces, bool kWatch, int kChannelTiles, int kRowTiles>
   __device__ void multiply_step(Sum24<T> (&sum)[kChannelTiles][kRowTiles][4], const uint32_t (&words)[kChannelTiles],
-                                int step) const {
+                                int step, uint32_t& seen) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
-    uint32_t a[kChannelTiles][4];
+    uint32_t a[kChannelTiles][4] = {};
+    if constexpr (kPlaces == Places::kKept) {
 #pragma unroll
-    for (int j = 0; j < kChannelTiles; ++j) {
-      load_matrix(a[j], values + place<kUnits>(j * 16 + lane % 16, step * 2 + lane / 16));
+      for (int j = 0; j < kChannelTiles; ++j) {
+        load_matrix(a[j], values + place<kUnits>(j * 16 + lane % 16, step * 2 + lane / 16));
+      }
     }
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
       uint32_t b[4];
       load_matrix(b, x + place<2 * kUnits>(i * 8 + lane % 8, step * 4 + lane / 8));
+      if constexpr (kWatch) {
+#pragma unroll
+        for (int word = 0; word < 4; ++word) seen |= without_end<T>(b[word]);
+      }
 #pragma unroll
       for (int j = 0; j < kChannelTiles; ++j) mma_sparse<T, kSelector>(sum[j][i], a[j], b, words[j]);
     }

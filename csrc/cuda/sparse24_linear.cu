@@ -72,7 +72,7 @@ struct FewRing {
 #pragma unroll
     for (int i = 0; i < S::kChannels / 4; ++i) {
       const int row = i * 4 + lane / 8, unit = lane % 8;
-      fetch_values(slots + place<8>(row, unit), p.values, channel + row, at.k + unit * 16, policy);
+      fetch_values<typename S::T>(slots + place<8>(row, unit), p, channel + row, at.k + unit * 16, policy);
     }
     constexpr int kAll = S::kChannels * S::kMetadataUnits;
 #pragma unroll
@@ -168,9 +168,13 @@ __global__ void __launch_bounds__(kThreads, 2)
       __syncwarp();
       if (next.k < p.values.width) {
         const Bytes16* slots = ring.stage_of(stage);
-        Stage24<T, 8>{slots, slots + S::kX, reinterpret_cast<const uint32_t*>(slots + S::kMetadata),
-                      S::kMetadataUnits * 4}
-            .multiply(sum);
+        const Stage24<T, 8> at{slots, slots + S::kX, reinterpret_cast<const uint32_t*>(slots + S::kMetadata),
+                               S::kMetadataUnits * 4};
+        uint32_t seen = 0;
+        at.template multiply<Places::kKept, !kQuantised24<T>>(sum, seen);
+        if constexpr (!kQuantised24<T>) {
+          if (vote_any(kFullWarp, (seen & kWithoutEnd) != 0)) at.template multiply<Places::kOthers, false>(sum, seen);
+        }
       }
       __syncwarp();
       ring.fetch_weight(ahead, stage);
@@ -212,9 +216,9 @@ struct Tiles {
   static constexpr int kMetadataSlots = (kStages + kTurn - 2) / kTurn + 1;
   static constexpr int kMetadata = kStages * kUnits;
   static constexpr int kPitch = kChannels + 4;  // of sums: the lanes of a warp then write to 32 different banks
-  static constexpr size_t kRing = (kMetadata + kMetadataSlots * kChannels) * sizeof(Bytes16);
-  static constexpr size_t kSums = kRows * kPitch * sizeof(uint32_t);
-  static constexpr size_t kShared = kRing > kSums ? kRing : kSums;
+  static constexpr int kEnd = kMetadata + kMetadataSlots * kChannels;
+  static constexpr size_t kShared = kEnd * sizeof(Bytes16) + sizeof(uint32_t);
+  static_assert(kRows * kPitch <= kEnd * 4, "the sums do not fit in the ring's place");
 };
 
 // Blocks that are neighbours share rows of x and of the weight in L2: they take the tiles of eight row tiles together.
@@ -246,7 +250,7 @@ struct TileRing {
 #pragma unroll
     for (int i = 0; i < S::kChannels * 4 / S::kBlock; ++i) {
       const int at = i * (S::kBlock / 4) + thread / 4, unit = thread % 4;
-      fetch_values(slots + place<4>(at, unit), p.values, channel + at, stage * S::kStageBytes + unit * 16);
+      fetch_values<typename S::T>(slots + place<4>(at, unit), p, channel + at, stage * S::kStageBytes + unit * 16);
     }
 #pragma unroll
     for (int i = 0; i < S::kRows * 8 / S::kBlock; ++i) {
@@ -317,13 +321,68 @@ __device__ void finish_tile(const Sparse24Problem& p, const Sum24<typename S::T>
   }
 }
 
+// A warp's part of a tile: its first channel and row of x within the tile, and its sums.
+template <class S>
+struct TileWarp {
+  using T = typename S::T;
+  static constexpr int kChannelTiles = S::kWarpChannels / 16, kRowTiles = S::kWarpRows / 8;
+  static constexpr int kTurns = S::kChannels / S::kWarpChannels;  // warps that read the same x
+  int turn, channel, row;
+  bool busy;
+  uint32_t seen = 0;
+  Sum24<T> sum[kChannelTiles][kRowTiles][4] = {};
+
+  __device__ TileWarp(const Sparse24Problem& p, const TileRing<S>& ring) {
+    const int warp = static_cast<int>(threadIdx.x / 32);
+    turn = warp / 2;
+    channel = turn * S::kWarpChannels;
+    row = warp % 2 * S::kWarpRows;
+    busy = ring.channel + channel < p.values.rows && ring.row + row < p.x.rows;
+  }
+
+  // Adds the products of stages `begin` to `end`. The warps with the same x watch it by turns.
+  template <Places kPlaces>
+  __device__ void multiply(const TileRing<S>& ring, int begin, int end) {
+    int ahead = 0;  // the slot that is fetched next
+#pragma unroll 1
+    for (int i = 0; i < S::kStages - 1; ++i) {
+      if (begin + i < end) ring.fetch(begin + i, ahead);
+      copy_async_commit();
+      ++ahead;
+    }
+    int slot = 0;
+#pragma unroll 1
+    for (int stage = begin; stage < end; ++stage) {
+      copy_async_wait<S::kStages - 2>();
+      __syncthreads();
+      if (stage + S::kStages - 1 < end) ring.fetch(stage + S::kStages - 1, ahead);
+      copy_async_commit();
+      if (busy) {
+        constexpr int kWords = 4 / S::kTurn;  // of metadata in a stage
+        const uint32_t* metadata = reinterpret_cast<const uint32_t*>(ring.metadata_of(stage) + channel);
+        const Bytes16* slots = ring.units + slot * S::kUnits;
+        const Stage24<T, 4> at{slots + channel * 4, slots + S::kX + row * 8, metadata + stage % S::kTurn * kWords, 4};
+        if (!kQuantised24<T> && kPlaces == Places::kKept && stage % kTurns == turn) {
+          at.template multiply<kPlaces, !kQuantised24<T>>(sum, seen);
+        } else {
+          at.template multiply<kPlaces, false>(sum, seen);
+        }
+      }
+      ahead = ahead + 1 == S::kStages ? 0 : ahead + 1;
+      slot = slot + 1 == S::kStages ? 0 : slot + 1;
+    }
+    __syncthreads();  // until all have read the ring
+  }
+};
+
 template <class S>
 __global__ void __launch_bounds__(S::kBlock, 1) sparse24_linear_fwd_kernel_tiles(Sparse24Problem p, int splits) {
   using T = typename S::T;
   Bytes16* shared = shared_memory<Bytes16>();
-  const int channels = p.values.rows, rows = p.x.rows;
-  const TileOf tile(static_cast<int>(blockIdx.x) / splits, (channels - 1) / S::kChannels + 1,
-                    (rows - 1) / S::kRows + 1);
+  uint32_t* special = reinterpret_cast<uint32_t*>(shared + S::kEnd);  // whether x has infinities or NaNs
+  if (threadIdx.x == 0) store(special, 0u);
+  const TileOf tile(static_cast<int>(blockIdx.x) / splits, (p.values.rows - 1) / S::kChannels + 1,
+                    (p.x.rows - 1) / S::kRows + 1);
   const TileRing<S> ring{p, shared, tile.channel * S::kChannels, tile.row * S::kRows};
 
   // the block's stages: as many for each, and whole units of metadata
@@ -331,47 +390,24 @@ __global__ void __launch_bounds__(S::kBlock, 1) sparse24_linear_fwd_kernel_tiles
   const int each = ((all + splits - 1) / splits + S::kTurn - 1) / S::kTurn * S::kTurn;
   const int begin = static_cast<int>(blockIdx.x) % splits * each, end = begin + each < all ? begin + each : all;
 
-  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-  const int channel = warp / 2 * S::kWarpChannels, row = warp % 2 * S::kWarpRows;  // within the tile
-  const bool busy = ring.channel + channel < channels && ring.row + row < rows;
-  constexpr int kChannelTiles = S::kWarpChannels / 16, kRowTiles = S::kWarpRows / 8;
-  Sum24<T> sum[kChannelTiles][kRowTiles][4] = {};
-
-  int ahead = 0;  // the slot that is fetched next
-#pragma unroll 1
-  for (int i = 0; i < S::kStages - 1; ++i) {
-    if (begin + i < end) ring.fetch(begin + i, ahead);
-    copy_async_commit();
-    ++ahead;
-  }
-  int slot = 0;
-#pragma unroll 1
-  for (int stage = begin; stage < end; ++stage) {
-    copy_async_wait<S::kStages - 2>();
+  TileWarp<S> warp(p, ring);
+  warp.template multiply<Places::kKept>(ring, begin, end);
+  if constexpr (!kQuantised24<T>) {
+    if ((warp.seen & kWithoutEnd) != 0) atomic_max(special, 1u);
     __syncthreads();
-    if (stage + S::kStages - 1 < end) ring.fetch(stage + S::kStages - 1, ahead);
-    copy_async_commit();
-    if (busy) {
-      constexpr int kWords = 4 / S::kTurn;  // of metadata in a stage
-      const uint32_t* metadata = reinterpret_cast<const uint32_t*>(ring.metadata_of(stage) + channel);
-      const Bytes16* slots = shared + slot * S::kUnits;
-      Stage24<T, 4>{slots + channel * 4, slots + S::kX + row * 8, metadata + stage % S::kTurn * kWords, 4}.multiply(
-          sum);
-    }
-    ahead = ahead + 1 == S::kStages ? 0 : ahead + 1;
-    slot = slot + 1 == S::kStages ? 0 : slot + 1;
+    if (load(special) != 0) warp.template multiply<Places::kOthers>(ring, begin, end);
   }
 
-  __syncthreads();  // the sums take the ring's place
-  Sum24<T>* sums = reinterpret_cast<Sum24<T>*>(shared);
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  Sum24<T>* sums = reinterpret_cast<Sum24<T>*>(shared);  // in the ring's place
 #pragma unroll
-  for (int j = 0; j < kChannelTiles; ++j) {
+  for (int j = 0; j < warp.kChannelTiles; ++j) {
 #pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) {
+    for (int i = 0; i < warp.kRowTiles; ++i) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        store(sums + (row + i * 8 + lane % 4 * 2 + r % 2) * S::kPitch + channel + j * 16 + r / 2 * 8 + lane / 4,
-              sum[j][i][r]);
+        const int row = warp.row + i * 8 + lane % 4 * 2 + r % 2;
+        store(sums + row * S::kPitch + warp.channel + j * 16 + r / 2 * 8 + lane / 4, warp.sum[j][i][r]);
       }
     }
   }

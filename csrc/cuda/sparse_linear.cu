@@ -16,6 +16,9 @@
 // anywhere, and two loads of x without conflicts: 62 passes for a step at half the weights, 17 columns a cycle, where a
 // multiprocessor's share of an H100's bandwidth brings 14. From four rows of x on, multiplying takes longer than that.
 //
+// Where x has an infinity or a NaN, which a zero does not take away, the columns between the bits are multiplied as
+// well, by zero.
+//
 // Sums are fp32, in an order that the pattern alone decides.
 #include <torch/csrc/stable/library.h>
 
@@ -66,7 +69,7 @@ struct Shape {
   static constexpr int kRows = kRows_;
   static constexpr int kPerWord = Word<T>::kElements;
   static constexpr int kWords = (kRows + kPerWord - 1) / kPerWord;  // of a column of x
-  static constexpr int kUnits = 256 * (2 / kPerWord);  // of the ring: more than two steps can use, see Stream
+  static constexpr int kUnits = 256 * (2 / kPerWord);  // of the ring: a step uses at most half of them and one more
   static constexpr size_t kSpanBytes = kSpan * kWords * sizeof(uint32_t);
   static constexpr size_t kWarpBytes = kUnits * sizeof(Bytes16) + kAhead * 32 * sizeof(uint32_t);
 };
@@ -154,9 +157,13 @@ struct Stream {
   }
 };
 
+// Whether a float is an infinity or a NaN.
+__device__ bool has_no_end(float value) { return (float_bits(value) & 0x7f800000u) == 0x7f800000u; }
+
 // x into shared memory: lanes take 16 bytes each of their 32 columns, and store columns of the same number together.
+// Returns whether the lane found infinities or NaNs.
 template <class S>
-__device__ void keep_x(const Problem& p, uint32_t* kept) {
+__device__ bool keep_x(const Problem& p, uint32_t* kept) {
   using T = typename S::T;
   constexpr int kColumns = 16 / sizeof(T), kUnitsOfLane = 32 / kColumns;
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -166,6 +173,12 @@ __device__ void keep_x(const Problem& p, uint32_t* kept) {
     const unsigned char* from = p.x.data + row * p.x.stride + byte;
     return row < p.x.rows && byte < p.x.width ? load(reinterpret_cast<const Bytes16*>(from)) : Bytes16{};
   };
+  bool special = false;
+  const auto keep = [&](uint32_t* to, uint32_t columns) {
+#pragma unroll
+    for (int i = 0; i < S::kPerWord; ++i) special |= has_no_end(Word<T>::element(columns, i));
+    store(to, columns);
+  };
   const int all = p.spans * S::kWords * kUnitsOfLane;
   for (int i = static_cast<int>(threadIdx.x / 32); i < all; i += static_cast<int>(blockDim.x / 32)) {
     const int span = i / (S::kWords * kUnitsOfLane), word = i / kUnitsOfLane % S::kWords, part = i % kUnitsOfLane;
@@ -174,15 +187,16 @@ __device__ void keep_x(const Problem& p, uint32_t* kept) {
     const Bytes16 even = unit(word * S::kPerWord, byte);
     if constexpr (sizeof(T) == 4) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) store(to + j * 32, even.word[j]);
+      for (int j = 0; j < 4; ++j) keep(to + j * 32, even.word[j]);
     } else {
       const Bytes16 odd = S::kRows > 1 ? unit(word * 2 + 1, byte) : Bytes16{};
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        store(to + j * 32, prmt(even.word[j / 2], odd.word[j / 2], j % 2 == 0 ? 0x5410 : 0x7632));
+        keep(to + j * 32, prmt(even.word[j / 2], odd.word[j / 2], j % 2 == 0 ? 0x5410 : 0x7632));
       }
     }
   }
+  return special;
 }
 
 // sum[row] += value * x[row] of the lane's column number `bit`; x: of the span, at the lane.
@@ -255,7 +269,8 @@ __global__ void __launch_bounds__(32 * kMostWarps, 2) sparse_linear_fwd_kernel(P
   const int warps = static_cast<int>(blockDim.x / 32);
   Bytes16* rings = shared_memory<Bytes16>();
   uint32_t* words = reinterpret_cast<uint32_t*>(rings + warps * S::kUnits);
-  uint32_t* x = words + warps * kAhead * 32;
+  uint32_t* specials = words + warps * kAhead * 32;  // of each warp
+  uint32_t* x = specials + 32;
 
   const int64_t first = (int64_t{blockIdx.x} * warps + warp) * p.each;
   const int64_t begin = first < p.channels ? first : p.channels;
@@ -269,8 +284,10 @@ __global__ void __launch_bounds__(32 * kMostWarps, 2) sparse_linear_fwd_kernel(P
     copy_async_commit();
     ahead.advance(p.spans);
   }
-  keep_x<S>(p, x);
+  const bool special_here = vote_any(kFullWarp, keep_x<S>(p, x));
+  if (lane == 0) store(specials + warp, special_here ? 1u : 0u);
   __syncthreads();
+  const bool special = vote_any(kFullWarp, lane < warps && load(specials + lane) != 0);
 
   int ready[kAhead];  // units that are there when the next steps begin
 #pragma unroll
@@ -290,7 +307,13 @@ __global__ void __launch_bounds__(32 * kMostWarps, 2) sparse_linear_fwd_kernel(P
     const int next = stream.position + shuffle(kFullWarp, counted, 31);
     if (Stream<S>::units_to(next) > ready[0]) copy_async_wait<0>();
     __syncwarp();
-    multiply_word<S>(sum, stream, bits, stream.position + counted - 1, x + at.span * S::kWords * kSpan + lane);
+    const uint32_t* columns = x + at.span * S::kWords * kSpan + lane;
+    multiply_word<S>(sum, stream, bits, stream.position + counted - 1, columns);
+    if (special) {
+      for (int bit = 0; bit < 32; ++bit) {
+        if ((bits >> bit & 1) == 0) multiply_column<S>(sum, 0.0f, columns, bit);
+      }
+    }
     __syncwarp();
     stream.position = next;
 
@@ -311,7 +334,7 @@ template <class S>
 void start(Problem p, const Tensor& x) {
   const DeviceLimits limits = device_limits(x.get_device_index());
   constexpr int kReserved = 1024;  // what the system takes of a multiprocessor's shared memory for each block
-  const int64_t kept = p.spans * static_cast<int64_t>(S::kSpanBytes);
+  const int64_t kept = p.spans * static_cast<int64_t>(S::kSpanBytes) + 32 * static_cast<int64_t>(sizeof(uint32_t));
   const int64_t room = (limits.shared_memory - kReserved - kept) / static_cast<int64_t>(S::kWarpBytes);
   const int64_t warps = std::min<int64_t>(kMostWarps, std::min(room, p.channels));
   const int64_t shared = kept + warps * static_cast<int64_t>(S::kWarpBytes);
