@@ -44,6 +44,7 @@ from burnish.ops.int8_linear import surrogate as int8_smooth
 from burnish.ops.int8_linear_pack import make_weight
 from burnish.ops.int8_linear_pack import reference as pack_int8
 from burnish.ops.int8_quantize_rows import make_rows
+from burnish.ops.int8_quantize_rows import supports_native as on_device
 from burnish.ops.lowrank_linear import as_rows, check_bias, check_gradient
 from burnish.registry import Autograd, Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, dtype_name, register
 from burnish.sparse24_format import GROUP, KEPT, STEP, compress, expand, padded, positions
@@ -244,13 +245,25 @@ SPEC = register(
         reference=reference,
         fake=fake,
         autograd=Autograd(setup_context, backward, surrogate),
-        impls=(Impl("triton", f"{_KERNELS}:sparse24_linear", f"{_KERNELS}:supports"),),
+        impls=(
+            Impl("native", "torch.ops:burnish.sparse24_linear.native", f"{__name__}:supports_native"),
+            Impl("triton", f"{_KERNELS}:sparse24_linear", f"{_KERNELS}:supports"),
+        ),
         cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_INVALID),
         make=make,
         cost=cost,
         baseline=baseline,
     )
 )
+
+
+def supports_native(x: Tensor, values: Tensor, *_: Any) -> str | None:
+    """The CUDA C++ kernels multiply on the sparse tensor cores."""
+    if values.dtype == torch.float32:
+        return "values are fp32, sparse tensor cores take bf16, fp16 and int8"
+    if x.shape[-1] > MAX_K:
+        return f"K is {x.shape[-1]}, the kernel takes at most {MAX_K}"
+    return on_device(x)
 
 
 def backward_reference(

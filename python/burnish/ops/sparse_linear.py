@@ -38,6 +38,7 @@ from torch import Tensor
 
 from burnish import dispatch
 from burnish.checks import FLOATING, check_devices, check_floating
+from burnish.ops.int8_quantize_rows import supports_native as on_device
 from burnish.ops.lowrank_linear import as_rows, check_bias, check_gradient
 from burnish.registry import Autograd, Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, dtype_name, register
 from burnish.sparse_formats import kept_weights, spread
@@ -48,6 +49,10 @@ __all__ = ["sparse_linear"]
 
 #: elements of a row that the bitmap's rows are a multiple of, for which kernels read whole words
 WORD = 64
+#: what csrc/cuda/sparse_linear.cu takes: rows of x, and bytes of them in whole spans of columns
+NATIVE_ROWS = 8
+NATIVE_SPAN = 1024
+NATIVE_X_BYTES = 64 << 10
 
 
 def bitmap_bytes(K: int) -> int:
@@ -226,13 +231,29 @@ SPEC = register(
         reference=reference,
         fake=fake,
         autograd=Autograd(setup_context, backward, reference),
-        impls=(Impl("triton", f"{_KERNELS}:sparse_linear", f"{_KERNELS}:supports"),),
+        impls=(
+            Impl("native", "torch.ops:burnish.sparse_linear.native", f"{__name__}:supports_native"),
+            Impl("triton", f"{_KERNELS}:sparse_linear", f"{_KERNELS}:supports"),
+        ),
         cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_INVALID),
         make=make,
         cost=cost,
         baseline=baseline,
     )
 )
+
+
+def supports_native(x: Tensor, *_: Any) -> str | None:
+    """The CUDA C++ kernel streams the weight once for a few rows, which it keeps in shared memory."""
+    m, k = x.shape[:-1].numel(), x.shape[-1]
+    if m > NATIVE_ROWS:
+        return f"M is {m}, the small-M kernel takes at most {NATIVE_ROWS}"
+    rows = 1 << max(m - 1, 0).bit_length()
+    words = rows if x.dtype == torch.float32 else (rows + 1) // 2
+    taken = (k + NATIVE_SPAN - 1) // NATIVE_SPAN * NATIVE_SPAN * 4 * words
+    if taken > NATIVE_X_BYTES:
+        return f"x takes {taken} bytes of shared memory, the small-M kernel keeps at most {NATIVE_X_BYTES}"
+    return on_device(x)
 
 
 def backward_reference(
