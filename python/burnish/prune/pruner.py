@@ -78,7 +78,7 @@ class Pruner:
         _check_together(criterion, pattern, sparsity, scope, schedule)
         self.criterion, self.pattern, self.scope, self.schedule = criterion, pattern, scope, schedule
         self.steps = 0
-        self._calibration = calibration
+        self._model, self._calibration = model, calibration
         self._layers = _selected(model, _shares(sparsity, pattern), filter_fn)
         owned = owners(model)
         for fqn, layer in self._layers.items():
@@ -110,7 +110,8 @@ class Pruner:
             Whether masks were made; :func:`burnish.prune.report` shows them.
 
         Raises:
-            ValueError: a weight has become NaN or infinite, or was sharded; the model and the count are as they were.
+            ValueError: a weight has become NaN or infinite, or was sharded, or a layer is not there any more; the
+                model and the count are as they were.
         """
         due = self.schedule.due(self.steps)
         if due:
@@ -173,6 +174,10 @@ class Pruner:
 
     def _weight(self, fqn: str, module: torch.nn.Module) -> tuple[Tensor, Tensor | None]:
         """The layer's weight, zero where it is masked, and its mask so far."""
+        if dict(self._model.named_modules()).get(fqn) is not module:
+            raise ValueError(
+                f"Pruner: layer {fqn!r} was exchanged or taken away since, expected the one that was there"
+            )
         parameter, mask = parameter_of(module), mask_of(module)
         if type(parameter) is not torch.nn.Parameter:
             raise ValueError(
