@@ -80,6 +80,13 @@ struct Kernels {
   void (*add_columns)(const Matrix& x, int64_t rows, int64_t columns, double* sums);
   // to[i] = from[i] * factor in another format, count elements.
   void (*convert)(const float* from, float factor, int64_t count, void* to, Format format);
+  int64_t (*count_bits)(const uint8_t* bits, int64_t bytes);
+  // Which elements of a row of 2:4 weights are stored, a bit each, from its metadata.
+  void (*bits_of_metadata)(const uint8_t* metadata, int64_t bytes, uint8_t* bits);
+  // out[k] = the next of the values, which are `size` bytes each, where bit k is set, else zero; count elements.
+  void (*expand)(const void* values, int64_t size, const uint8_t* bits, int64_t count, void* out);
+  // The elements of `dense` whose bit is set, one after the other.
+  void (*compress)(const float* dense, const uint8_t* bits, int64_t count, void* out, Format format);
   // Ceilings of one thread: operations of `steps` rounds of register-only work.
   double (*peak_int8)(int64_t steps);
   double (*peak_fp32)(int64_t steps);

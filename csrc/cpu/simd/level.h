@@ -32,6 +32,10 @@ void store_transposed(const float* from, int64_t stride, int64_t rows, int64_t c
 void add_floats(const float* from, int64_t count, float* to);
 void add_columns(const Matrix& x, int64_t rows, int64_t columns, double* sums);
 void convert(const float* from, float factor, int64_t count, void* to, Format format);
+int64_t count_bits(const uint8_t* bits, int64_t bytes);
+void bits_of_metadata(const uint8_t* metadata, int64_t bytes, uint8_t* bits);
+void expand(const void* values, int64_t size, const uint8_t* bits, int64_t count, void* out);
+void compress(const float* dense, const uint8_t* bits, int64_t count, void* out, Format format);
 double peak_int8(int64_t steps);
 double peak_fp32(int64_t steps);
 double peak_bf16(int64_t steps);

@@ -12,6 +12,7 @@
     prune.masks(model)           # {fqn: mask}, of torch.nn.utils.prune too
     prune.mask_(model, masks)    # given masks, e.g. those of a state_dict, before it is loaded
     prune.remove_(model)         # plain layers with zeros in them
+    report = prune.finalize_(model, measure=batch)   # fast layers without their zeros, where they are faster
     prune.channels_(model, example_inputs, 0.5)     # whole channels, by the torch-pruning package
 
 A :class:`Pruner` joins a criterion (:mod:`burnish.prune.criteria`: what a weight is worth), a pattern
@@ -22,6 +23,7 @@ are configured by.
 
 from burnish.prune.channels import ChannelReport, channels_
 from burnish.prune.criteria import Criterion, Magnitude, Wanda
+from burnish.prune.finalize import finalize_
 from burnish.prune.masking import Mask, mask_, masks, remove_
 from burnish.prune.patterns import Block, Pattern, TwoFour, Unstructured
 from burnish.prune.pruner import Pruner
@@ -46,6 +48,7 @@ __all__ = [
     "Unstructured",
     "Wanda",
     "channels_",
+    "finalize_",
     "mask_",
     "masks",
     "remove_",

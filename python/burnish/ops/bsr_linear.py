@@ -1,0 +1,471 @@
+"""bsr_linear: a linear layer that has only some blocks of its weight, y = x W^T + bias.
+
+==============  ======================  =====================================================================
+x               [..., K]                fp32, bf16, fp16; any strides
+values          [nnzb, bn, bk]          the kept blocks of W [N, K], in x's dtype; or int8 with a scale
+crow_indices    int32 [Nb + 1]          where each row of blocks begins in values; Nb = ceil(N / bn)
+col_indices     int32 [nnzb]            the column of blocks of each, ascending in a row; Kb = ceil(K / bk)
+transposed      int32 [Kb + 1 + 2 nnzb] transpose_index's result: the same blocks by columns, for backward
+scale           fp32 [N] or None        values * scale is the weight; for int8 values, and only for them
+bias            [N] or None             fp32, bf16, fp16
+y               [..., N]                x's dtype
+==============  ======================  =====================================================================
+
+Blocks are 16, 32, 64 or 128 square, 1 x 16 or 4 x 16. ``burnish.block_format`` has the format: compress, expand,
+transpose_index. Where a block passes N or K, x (or dy) counts as padded with zeros and the elements of values there are
+zero. Rows of blocks may be empty, and so may the whole weight: y is then the bias. What is not kept does not exist: a
+NaN of x reaches the outputs that have a block in its column, and no others.
+
+Sums are fp32 and y is rounded once. With int8 values x is quantised row by row as int8_linear does it, and y is
+bit-equal to int8_linear's of the dense weight (there a NaN fills its row). Deterministic, independent of the number of
+threads.
+
+Gradients, of kept blocks alone:
+
+    dx = dy W        dvalues[block] = dy^T x        dbias = sum_m dy
+
+dvalues is zero in the padding. int8 values and their scale are frozen: dx = (dy * scale) values, straight through the
+quantisation of x. Saved for backward: x and the weight. CPU kernels check the range of every index, other backends
+trust them: modules call ``check_index`` where they are made or loaded.
+
+Method: block sparsity, Gray et al. 2017 (GPU Kernels for Block-Sparse Weights).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from burnish import dispatch
+from burnish.block_format import BLOCKS, block_outer, block_product, blocks_along, drawn_blocks
+from burnish.block_format import compress as compress  # beside the op, as users look for them
+from burnish.block_format import expand as expand
+from burnish.block_format import transpose_index as transpose_index
+from burnish.checks import FLOATING, check_devices, check_floating
+from burnish.ops.int8_linear import MAX_K
+from burnish.ops.int8_linear import reference as int8_reference
+from burnish.ops.int8_linear import surrogate as int8_surrogate
+from burnish.ops.int8_linear_pack import reference as int8_pack
+from burnish.ops.int8_quantize_rows import make_rows
+from burnish.ops.lowrank_linear import as_rows, check_bias, check_gradient
+from burnish.registry import Autograd, Backend, Case, Cases, Cost, Invalid, OpSpec, dtype_name, register
+
+OptTensor = Tensor | None
+
+__all__ = ["bsr_linear"]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def reference(
+    x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, transposed: Tensor, scale: OptTensor,
+    bias: OptTensor, N: int,
+) -> Tensor:  # fmt: skip
+    if scale is not None:
+        dense = int8_pack(expand(values, crow_indices, col_indices, N, x.shape[-1]), "rows")
+        return int8_reference(x, dense, scale, bias, 0, None)
+    wide = _wide(x)
+    y = block_product(as_rows(x).to(wide), values.to(wide), crow_indices, col_indices, N)
+    if bias is not None:
+        y = y + bias.to(wide)
+    return y.to(x.dtype).reshape(*x.shape[:-1], N)
+
+
+def surrogate(
+    x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, transposed: Tensor, scale: OptTensor,
+    bias: OptTensor, N: int,
+) -> Tensor:  # fmt: skip
+    if scale is None:
+        return reference(x, values, crow_indices, col_indices, transposed, scale, bias, N)
+    dense = int8_pack(expand(values, crow_indices, col_indices, N, x.shape[-1]), "rows")
+    return int8_surrogate(x, dense, scale, bias, 0, None)
+
+
+def check_weight(
+    op: str, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, transposed: Tensor,
+    scale: OptTensor, N: int,
+) -> None:  # fmt: skip
+    """What forward and backward ask alike: that x and the tensors of a weight of N outputs fit together."""
+    check_floating(op, x=x)
+    torch._check(x.dim() >= 1, lambda: f"{op}: x is a scalar, expected at least one dimension")
+    index = {"crow_indices": crow_indices, "col_indices": col_indices, "transposed": transposed}
+    check_devices(op, x, values=values, scale=scale, **index)
+    expected = x.dtype if scale is None else torch.int8
+    torch._check(
+        values.dtype == expected,
+        lambda: (
+            f"{op}: values is {dtype_name(values.dtype)}, expected {dtype_name(expected)} "
+            + ("as x is, or int8 with a scale" if scale is None else "as there is a scale")
+        ),
+    )
+    torch._check(
+        values.dim() == 3 and tuple(values.shape[1:]) in BLOCKS,
+        lambda: (
+            f"{op}: values has shape {tuple(values.shape)}, expected [nnzb, bn, bk] with blocks of "
+            + ", ".join(f"{bn}x{bk}" for bn, bk in BLOCKS)
+        ),
+    )
+    K = x.shape[-1]
+    torch._check(N >= 1, lambda: f"{op}: N is {N}, expected at least 1")
+    torch._check(scale is None or K <= MAX_K, lambda: f"{op}: K is {K}, expected at most {MAX_K} with int8 values")
+    nnzb, bn, bk = values.shape
+    down, across = blocks_along(N, bn), blocks_along(K, bk)
+    lengths = {"crow_indices": down + 1, "col_indices": nnzb, "transposed": across + 1 + 2 * nnzb}
+    for name, tensor in index.items():
+        torch._check(
+            tensor.dtype == torch.int32,
+            lambda name=name, tensor=tensor: f"{op}: {name} is {dtype_name(tensor.dtype)}, expected int32",
+        )
+        torch._check(
+            tensor.dim() == 1 and tensor.shape[0] == lengths[name],
+            lambda name=name, tensor=tensor: (
+                f"{op}: {name} has shape {tuple(tensor.shape)}, expected "
+                f"[{lengths[name]}] for N={N}, K={K}, {nnzb} blocks of {bn}x{bk}"
+            ),
+        )
+    for name, tensor in {"values": values, **index}.items():
+        torch._check(tensor.is_contiguous(), lambda name=name: f"{op}: {name} is not contiguous")
+    if scale is not None:
+        torch._check(scale.dtype == torch.float32, lambda: f"{op}: scale is {dtype_name(scale.dtype)}, expected fp32")
+        torch._check(
+            scale.dim() == 1 and scale.shape[0] == N,
+            lambda: f"{op}: scale has shape {tuple(scale.shape)}, expected [{N}]",
+        )
+
+
+def fake(
+    x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, transposed: Tensor, scale: OptTensor,
+    bias: OptTensor, N: int,
+) -> Tensor:  # fmt: skip
+    check_weight("bsr_linear", x, values, crow_indices, col_indices, transposed, scale, N)
+    check_bias("bsr_linear", x, bias, N)
+    return x.new_empty((*x.shape[:-1], N))
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, bias, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def backward(ctx: Any, dy: Tensor) -> tuple[OptTensor, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("bsr_linear has no double backward: differentiate it without create_graph=True")
+    x_grad, values_grad = ctx.needs_input_grad[:2]
+    bias_grad = ctx.bias_dtype is not None and ctx.needs_input_grad[6]
+    dx, dvalues, dbias = bsr_linear_backward(dy, *ctx.saved_tensors, x_grad, values_grad, bias_grad)
+    return (
+        dx if x_grad else None,
+        dvalues if values_grad else None,
+        *(None,) * 4,
+        dbias.to(ctx.bias_dtype) if bias_grad else None,
+        None,
+    )
+
+
+def _block(case: Case) -> tuple[int, int]:
+    bn, bk = case.options["block"].split("x")
+    return int(bn), int(bk)
+
+
+def _kept(case: Case) -> int:
+    (bn, bk), n, k = _block(case), case.dims["N"], case.dims["K"]
+    return round(case.options["density"] * blocks_along(n, bn) * blocks_along(k, bk))
+
+
+def make(case: Case, backend: Backend, seed: int) -> tuple[Any, ...]:
+    m, n, k = (case.dims[name] for name in "MNK")
+    generator = torch.Generator().manual_seed(seed)
+    (bn, bk), integers, int8 = _block(case), case.values == "integers", _is_int8(case)
+    down, across = blocks_along(n, bn), blocks_along(k, bk)
+    row, column = drawn_blocks(down, across, _kept(case), generator)
+    crow, col = F.pad(torch.bincount(row, minlength=down).cumsum(0), (1, 0)).int(), column.int()
+    shape = (len(row), bn, bk)
+    if int8:
+        values = torch.randint(-127, 128, shape, generator=generator)
+        values = values.sign() * 127 if case.values == "extreme" else values
+    elif integers:
+        values = torch.randint(-8, 9, shape, generator=generator)
+    else:
+        values = torch.randn(shape, generator=generator) / max(k * case.options["density"], 1.0) ** 0.5
+    values[row[:, None] * bn + torch.arange(bn) >= n] = 0
+    values.transpose(1, 2)[column[:, None] * bk + torch.arange(bk) >= k] = 0
+    kept = case.options.get("bias", case.dtype)  # a dtype, or False
+    if integers:
+        x, bias, scale = (torch.randint(-8, 9, size, generator=generator).float() for size in ((m, k), (n,), (n,)))
+        scale = torch.ones(n)
+    else:
+        x, bias, scale = (torch.randn(size, generator=generator) for size in ((m, k), (n,), (n,)))
+        scale = (scale.abs() + 0.5) / 127 / max(k, 1) ** 0.5
+    x = make_rows(case, seed) if int8 else x.to(case.dtype)
+    return (
+        x, values.to(torch.int8 if int8 else case.dtype), crow, col, transpose_index(crow, col, across),
+        scale if int8 else None, bias.to(kept) if kept else None, n,
+    )  # fmt: skip
+
+
+def _is_int8(case: Case) -> bool:
+    return case.options.get("weights") == "int8"
+
+
+def _weight_bytes(case: Case) -> float:
+    bn, bk = _block(case)
+    size = 1 if _is_int8(case) else case.dtype.itemsize
+    return _kept(case) * (bn * bk * size + 4.0) + 4.0 * case.dims["N"] * (1 / bn + _is_int8(case))
+
+
+def _unit(case: Case) -> str:
+    return "int8" if _is_int8(case) else "bf16" if case.dtype == torch.bfloat16 else "fp32"
+
+
+def cost(case: Case) -> Cost:
+    (m, n, k), (bn, bk) = (case.dims[name] for name in "MNK"), _block(case)
+    moved = (m * k + m * n) * case.dtype.itemsize + _weight_bytes(case)
+    return Cost(2.0 * m * bn * bk * _kept(case), moved, _unit(case))  # type: ignore[arg-type]
+
+
+def _dense(args: tuple[Any, ...], dtype: torch.dtype, K: int, N: int) -> Tensor:
+    values, crow_indices, col_indices, _, scale = args
+    weight = expand(values, crow_indices, col_indices, N, K)
+    return (weight if scale is None else weight * scale[:, None]).to(dtype)
+
+
+def baseline(x: Tensor, *args: Any) -> Callable[[], Tensor]:
+    """torch's linear of the dense weight, in x's dtype."""
+    *weight, bias, N = args
+    dense = _dense(tuple(weight), x.dtype, x.shape[-1], N)
+    offset = None if bias is None else bias.to(x.dtype)
+    return lambda: F.linear(x, dense, offset)
+
+
+def case_of(
+    m: int, n: int, k: int, block: int | str, density: float, dtype: torch.dtype = torch.bfloat16,
+    values: str = "normal", **options: Any,
+) -> Case:  # fmt: skip
+    shape = block if isinstance(block, str) else f"{block}x{block}"
+    return Case({"M": m, "N": n, "K": k}, dtype, values, {"block": shape, "density": density, **options})
+
+
+_BF16, _FP32, _FP16 = torch.bfloat16, torch.float32, torch.float16
+_EDGES = (
+    (3, 49, 65), (5, 63, 100), (7, 65, 129), (0, 16, 32), (1, 1, 1), (1, 64, 64), (2, 16, 0), (17, 100, 96),
+    (33, 130, 67),
+)  # fmt: skip
+_TEST_CASES = (
+    *(case_of(*edge, 16, 0.5, dtype) for dtype in (_FP32, _BF16, _FP16) for edge in _EDGES),
+    *(case_of(*edge, 16, 0.5, dtype, "integers") for dtype in FLOATING for edge in (_EDGES[2], _EDGES[7])),
+    *(case_of(m, 70, 100, 32, 0.4, dtype) for dtype in FLOATING for m in (2, 19, 65)),
+    *(case_of(m, 70, 100, 32, 0.4, dtype, "integers") for dtype in FLOATING for m in (1, 29)),
+    *(case_of(13, 130, 200, 64, 0.5, dtype) for dtype in (_FP32, _BF16)),
+    *(case_of(m, 140, 300, 128, 0.6, _BF16, values) for m, values in ((6, "normal"), (18, "integers"))),
+    *(case_of(m, 33, 50, "1x16", 0.5, dtype) for dtype in (_FP32, _BF16) for m in (1, 3, 20)),
+    *(case_of(m, 33, 50, "4x16", 0.5, dtype) for dtype in (_BF16, _FP16) for m in (1, 4, 20)),
+    *(case_of(9, 33, 50, block, 0.5, _BF16, "integers") for block in ("1x16", "4x16")),
+    *(case_of(*edge, 16, 0.5, dtype, weights="int8") for dtype in (_BF16, _FP32) for edge in (_EDGES[0], (19, 70, 65))),
+    *(case_of(5, 70, 100, block, 0.4, _BF16, weights="int8") for block in (32, 64, 128, "1x16", "4x16")),
+    *(case_of(m, 70, 100, 32, 0.4, _BF16, of, weights="int8") for m in (2, 21) for of in ("integers", "extreme")),
+    *(case_of(m, 40, 48, 16, 0.0, _BF16, **options) for m in (1, 11) for options in ({}, {"weights": "int8"})),
+    case_of(11, 40, 48, 16, 1.0, _FP32),
+    *(case_of(m, 40, 48, 16, 0.5, _BF16, bias=bias) for m, bias in ((2, False), (12, _FP32))),
+)  # fmt: skip
+_SQUARE = (4096, 4096)
+_BENCH_CASES = (
+    *(case_of(m, *_SQUARE, 32, density, bias=False) for density in (0.1, 0.5) for m in (1, 16, 128, 512)),
+    *(case_of(m, *_SQUARE, block, 0.1, bias=False) for block in (16, 64, 128) for m in (1, 128)),
+    *(case_of(m, *_SQUARE, block, 0.1, bias=False) for block in ("1x16", "4x16") for m in (1, 16)),
+    *(case_of(m, *_SQUARE, 32, 0.1, bias=False, weights="int8") for m in (1, 128)),
+    case_of(128, *_SQUARE, 32, 0.1, _FP32, bias=False),
+)
+_INVALID = (
+    Invalid("x int32", lambda x, *r: (x.int(), *r), "x is int32, expected fp32, bf16 or fp16"),
+    Invalid("x fp64", lambda x, *r: (x.double(), *r), "x is fp64, expected fp32, bf16 or fp16"),
+    Invalid("x scalar", lambda x, *r: (x.new_zeros(()), *r), "x is a scalar, expected"),
+    Invalid("x inner dim", lambda x, *r: (x[:, :16], *r), "transposed has shape .*, expected .* K=16"),
+    Invalid("values dtype", lambda x, v, *r: (x, v.half(), *r), "values is fp16, expected fp32 as x is"),
+    Invalid("values int8", lambda x, v, *r: (x, v.char(), *r), "values is int8, expected fp32 as x is, or int8 with"),
+    Invalid("values 2-d", lambda x, v, *r: (x, v.flatten(1), *r), r"values has shape .*, expected \[nnzb, bn, bk\]"),
+    Invalid("values block", lambda x, v, *r: (x, v[:, :8], *r), "values has shape .*, expected .* 16x16, 32x32"),
+    Invalid("values count", lambda x, v, *r: (x, v[1:], *r), "col_indices has shape .*, expected"),
+    Invalid("values strided", lambda x, v, *r: (x, v.mT, *r), "values is not contiguous"),
+    Invalid("crow int64", lambda x, v, c, *r: (x, v, c.long(), *r), "crow_indices is int64, expected int32"),
+    Invalid("crow length", lambda x, v, c, *r: (x, v, c[1:], *r), "crow_indices has shape .*, expected .* N=49"),
+    Invalid("col int64", lambda x, v, c, k, *r: (x, v, c, k.long(), *r), "col_indices is int64, expected int32"),
+    Invalid("col 2-d", lambda x, v, c, k, *r: (x, v, c, k[None], *r), "col_indices has shape .*, expected"),
+    Invalid("transposed", lambda *a: (*a[:4], a[4][:-1], *a[5:]), "transposed has shape .*, expected"),
+    Invalid("scale", lambda *a: (*a[:5], torch.ones(49), *a[6:]), "values is fp32, expected int8 as there is a scale"),
+    Invalid("scale fp64", lambda *a: (*_as_int8(a, torch.ones(49).double()),), "scale is fp64, expected fp32"),
+    Invalid("scale length", lambda *a: (*_as_int8(a, torch.ones(48)),), r"scale has shape .*, expected \[49\]"),
+    Invalid("bias int", lambda *a: (*a[:6], a[6].int(), a[7]), "bias is int32, expected"),
+    Invalid("bias length", lambda *a: (*a[:6], a[6][:-1], a[7]), r"bias has shape .*expected \[49\]"),
+    Invalid("N", lambda *a: (*a[:7], 100), "crow_indices has shape .*, expected"),
+    Invalid("N zero", lambda *a: (*a[:7], 0), "N is 0, expected at least 1"),
+)
+
+
+def _as_int8(args: tuple[Any, ...], scale: Tensor) -> tuple[Any, ...]:
+    return (args[0], args[1].char(), *args[2:5], scale, *args[6:])
+
+
+SPEC = register(
+    OpSpec(
+        name="bsr_linear",
+        schema="(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor transposed, Tensor? scale, "
+        "Tensor? bias, int N) -> Tensor",
+        reference=reference,
+        fake=fake,
+        autograd=Autograd(setup_context, backward, surrogate),
+        impls=(),
+        cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_INVALID),
+        make=make,
+        cost=cost,
+        baseline=baseline,
+    )
+)
+
+
+def backward_reference(
+    dy: Tensor, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, transposed: Tensor,
+    scale: OptTensor, x_grad: bool, values_grad: bool, bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    (nnzb, bn, bk), wide = values.shape, _wide(x)
+    pulled, rows = as_rows(dy).to(wide), as_rows(x).to(wide)
+    dx, dvalues, dbias = x.new_empty(0), x.new_empty(0), pulled.new_empty(0)
+    if x_grad:
+        starts, row, order = transposed.long().split((len(transposed) - 2 * nnzb, nnzb, nnzb))
+        scaled = pulled if scale is None else pulled * scale.to(wide)
+        blocks = values.to(wide).index_select(0, order).transpose(1, 2)
+        dx = block_product(scaled, blocks, starts, row, x.shape[-1]).to(x.dtype).reshape(x.shape)
+    if values_grad:
+        dvalues = block_outer(pulled, rows, crow_indices, col_indices, (bn, bk)).to(x.dtype)
+    if bias_grad:
+        dbias = pulled.sum(0)
+    return dx, dvalues, dbias
+
+
+def backward_fake(
+    dy: Tensor, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, transposed: Tensor,
+    scale: OptTensor, x_grad: bool, values_grad: bool, bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    op = "bsr_linear_backward"
+    torch._check(dy.dim() >= 1, lambda: f"{op}: dy is a scalar, expected at least one dimension")
+    N = dy.shape[-1]
+    check_weight(op, x, values, crow_indices, col_indices, transposed, scale, N)
+    check_gradient(op, dy, x, N)
+    torch._check(
+        scale is None or not values_grad, lambda: f"{op}: values_grad is True, expected False: int8 values are frozen"
+    )
+    dx, dvalues = x.new_empty(x.shape if x_grad else (0,)), x.new_empty(values.shape if values_grad else (0,))
+    return dx, dvalues, x.new_empty(N if bias_grad else 0, dtype=torch.float32)
+
+
+def backward_make(case: Case, backend: Backend, seed: int) -> tuple[Any, ...]:
+    x, *weight, bias, n = make(case, backend, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    shape = (case.dims["M"], n)
+    integers = case.values == "integers"
+    dy = torch.randint(-8, 9, shape, generator=generator) if integers else torch.randn(shape, generator=generator)
+    wanted = case.options.get("grads", "all")
+    return (
+        dy.to(case.dtype), x, *weight, wanted != "values", wanted != "x" and not _is_int8(case), bias is not None,
+    )  # fmt: skip
+
+
+def backward_cost(case: Case) -> Cost:
+    (m, n, k), (bn, bk) = (case.dims[name] for name in "MNK"), _block(case)
+    products = 1 if _is_int8(case) else 2
+    moved = (m * n + (1 + products) * m * k) * case.dtype.itemsize + products * _weight_bytes(case)
+    unit = "fp32" if _is_int8(case) else _unit(case)
+    return Cost(2.0 * products * m * bn * bk * _kept(case), moved, unit)  # type: ignore[arg-type]
+
+
+def backward_baseline(dy: Tensor, x: Tensor, *args: Any) -> Callable[[], Any]:
+    """The products that torch's autograd makes for the dense layer."""
+    *weight, x_grad, values_grad, bias_grad = args
+    dense = _dense(tuple(weight), x.dtype, x.shape[-1], dy.shape[-1])
+    return lambda: (
+        dy @ dense if x_grad else None,
+        dy.T @ x if values_grad else None,
+        dy.sum(0) if bias_grad else None,
+    )
+
+
+BACKWARD = register(
+    OpSpec(
+        name="bsr_linear_backward",
+        schema="(Tensor dy, Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor transposed, "
+        "Tensor? scale, bool x_grad, bool values_grad, bool bias_grad) -> (Tensor, Tensor, Tensor)",
+        reference=backward_reference,
+        fake=backward_fake,
+        autograd=None,
+        impls=(),
+        cases=Cases(
+            test=(
+                *(case for case in _TEST_CASES if case.values != "extreme" and "bias" not in case.options),
+                *(case_of(11, 40, 48, 16, 0.5, _BF16, grads=grads) for grads in ("x", "values")),
+            ),
+            bench=(
+                *(case_of(m, *_SQUARE, 32, 0.1, bias=False) for m in (16, 128, 512)),
+                case_of(128, *_SQUARE, 32, 0.5, bias=False),
+                case_of(128, *_SQUARE, 32, 0.1, bias=False, weights="int8"),
+            ),
+            invalid=(
+                Invalid("dy shape", lambda dy, *r: (dy[..., :-1], *r), "crow_indices|dy has shape .*, expected"),
+                Invalid("dy rows", lambda dy, *r: (dy[:-1], *r), "dy has shape .*, expected"),
+                Invalid("dy dtype", lambda dy, *r: (dy.half(), *r), "dy is fp16, expected fp32 as x is"),
+                Invalid("dy scalar", lambda dy, *r: (dy.new_zeros(()), *r), "dy is a scalar, expected"),
+                Invalid("x int", lambda dy, x, *r: (dy, x.int(), *r), "x is int32, expected"),
+                Invalid("values", lambda dy, x, v, *r: (dy, x, v[1:], *r), "col_indices has shape .*, expected"),
+                Invalid(
+                    "int8 values_grad",
+                    lambda dy, x, v, *r: (dy, x, v.char(), *r[:3], torch.ones(49), *r[4:]),
+                    "values_grad is True, expected False",
+                ),
+            ),
+        ),
+        make=backward_make,
+        cost=backward_cost,
+        baseline=backward_baseline,
+    )
+)
+
+_linear, _inference, _backward = SPEC.overload(), SPEC.entry, BACKWARD.entry
+
+
+def bsr_linear_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients, as :func:`backward_reference` defines them; positional arguments as in the op's schema."""
+    if dispatch.overrides:
+        return dispatch.call(BACKWARD, args, needs_grad=False)
+    return _backward(*args)
+
+
+def bsr_linear(
+    x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, transposed: Tensor, scale: OptTensor,
+    bias: OptTensor, N: int,
+) -> Tensor:  # fmt: skip
+    """``x W^T + bias`` for a W of kept blocks.
+
+    Args:
+        x: ``[..., K]``, fp32, bf16 or fp16.
+        values, crow_indices, col_indices: ``compress``'s of W, values in x's dtype or int8, on x's device.
+        transposed: ``transpose_index``'s of them.
+        scale: fp32 ``[N]`` with int8 values, else None.
+        bias: ``[N]`` fp32, bf16 or fp16, or None.
+        N: rows of W.
+
+    Returns:
+        ``[..., N]`` in x's dtype. Differentiable in x, bias and values that are not int8.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or index that does not fit; the message names the argument.
+    """
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias))
+    args = (x, values, crow_indices, col_indices, transposed, scale, bias, N)
+    if dispatch.overrides:
+        return dispatch.call(SPEC, args, needs_grad)
+    return (_linear if needs_grad else _inference)(*args)
