@@ -78,8 +78,7 @@ class Pruner:
         _check_together(criterion, pattern, sparsity, scope, schedule)
         self.criterion, self.pattern, self.scope, self.schedule = criterion, pattern, scope, schedule
         self.steps = 0
-        self._model = model
-        self._calibration = calibration
+        self._model, self._calibration = model, calibration
         self._layers = _selected(model, _shares(sparsity, pattern), filter_fn)
         owned = owners(model)
         for fqn, layer in self._layers.items():
@@ -115,14 +114,8 @@ class Pruner:
                 as after :func:`burnish.prune.finalize_`; the model and the count are as they were.
         """
         due = self.schedule.due(self.steps)
-        for fqn, layer in self._layers.items() if due else ():
-            there = _module_at(self._model, fqn)
-            if there is not layer.module:
-                raise ValueError(
-                    f"Pruner: layer {fqn!r} is a {type(there).__name__} now, whose zeros are fixed: take the masks "
-                    "back with the report's revert(), or make a new Pruner for what is left to prune"
-                )
         if due:
+            self._check_there()
             with torch.no_grad():
                 self._apply(dict(self._decisions()))
         self.steps += 1
@@ -168,6 +161,17 @@ class Pruner:
             )
         return inputs
 
+    def _check_there(self) -> None:
+        """Raise ValueError if a layer is not in the model any more."""
+        modules = dict(self._model.named_modules())
+        for fqn, layer in self._layers.items():
+            there = modules.get(fqn)
+            if there is not layer.module:
+                raise ValueError(
+                    f"Pruner: layer {fqn!r} is a {type(there).__name__} now, not the layer that was there: after "
+                    "finalize_, take the masks back with the report's revert(), or make a new Pruner for what is left"
+                )
+
     def _decisions(self) -> Iterator[tuple[str, _Decision]]:
         """The new mask, and new values, of every layer as a matrix."""
         weights = {fqn: self._weight(fqn, layer.module) for fqn, layer in self._layers.items()}
@@ -182,6 +186,10 @@ class Pruner:
 
     def _weight(self, fqn: str, module: torch.nn.Module) -> tuple[Tensor, Tensor | None]:
         """The layer's weight, zero where it is masked, and its mask so far."""
+        if dict(self._model.named_modules()).get(fqn) is not module:
+            raise ValueError(
+                f"Pruner: layer {fqn!r} was exchanged or taken away since, expected the one that was there"
+            )
         parameter, mask = parameter_of(module), mask_of(module)
         if type(parameter) is not torch.nn.Parameter:
             raise ValueError(
@@ -223,11 +231,6 @@ class Pruner:
                 module = self._layers[fqn].module
                 parameter = parameter_of(module)
                 parameter.copy_(unmatrix(module, values, parameter.shape))
-
-
-def _module_at(model: torch.nn.Module, fqn: str) -> torch.nn.Module | None:
-    """The module with that fqn, if there is one."""
-    return dict(model.named_modules()).get(fqn)
 
 
 def _check_types(model: Any, criterion: Any, pattern: Any, schedule: Any, calibration: Any) -> None:
