@@ -12,6 +12,7 @@ stages, for each of several seeds:
 dense       trained by AdamW
 N %         the dense network, pruned gradually to N % zeros by magnitude in blocks of 4 x 16 (or by ``--pattern``)
             over the first half of as many epochs again, retrained over the second; the last layer stays dense
+            (2:4, which has one sparsity, goes at once)
 finalized   ``burnish.prune.finalize_``: masked layers become sparse ones where those are faster, as measured here
 int8        the same with int8 values, and the layers that stayed dense by ``burnish.Int8``
 ==========  =========================================================================================================
@@ -133,7 +134,8 @@ def pruned(dense: nn.Module, network: Network, sparsity: float, pattern: prune.P
     model = copy.deepcopy(dense)
     steps = epochs * -(-len(data.train) // BATCH)
     frequency = max(1, steps // 20)
-    schedule = prune.Gradual(0, max(1, steps // 2 // frequency) * frequency, frequency)
+    gradual = prune.Gradual(0, max(1, steps // 2 // frequency) * frequency, frequency)
+    schedule = prune.OneShot() if pattern.fixed else gradual
     goal = {network.pruned: sparsity}
     pruner = prune.Pruner(model, prune.Magnitude(), pattern, goal, schedule=schedule)
     train(model, data, epochs, seed, pruner.step)

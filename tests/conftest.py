@@ -34,6 +34,12 @@ def pytest_configure(config: pytest.Config) -> None:
         triton_interpreter.activate()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What was measured on this machine before decides no test."""
+    os.environ["BURNISH_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def fuzz_examples(request: pytest.FixtureRequest) -> int:
     """How many examples a fuzz test is to run (rule C3)."""

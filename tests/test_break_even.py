@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import burnish
 import pytest
 import torch
 from burnish import cli, density_table, registry
@@ -189,3 +190,39 @@ def test_the_command_prints_keeps_and_draws(
 def test_bad_arguments_are_refused(more: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "--break-even", *more]) == 2
     assert message in capsys.readouterr().err
+
+
+def _kept(fraction: float) -> torch.nn.Linear:
+    linear = torch.nn.Linear(64, 64, bias=False)
+    with torch.no_grad():
+        linear.weight[:, int(64 * fraction) :] = 0
+    return linear
+
+
+@pytest.mark.parametrize(
+    ("config", "op", "form"),
+    [
+        (burnish.Sparse(), "sparse_linear", ""),
+        (burnish.BlockSparse(16), "bsr_linear", "16x16"),
+        (burnish.BlockSparse((4, 16), values="int8"), "bsr_linear", "4x16-int8"),
+    ],
+)
+def test_a_swap_reads_the_table(config: burnish.Config, op: str, form: str) -> None:
+    density_table.save([Entry(op, form, "fp32", 1, 64, 64, 0.4, ((0.4, 1.0),))], "cpu")
+    model = torch.nn.Sequential(_kept(0.25), _kept(0.5))
+    report = burnish.swap_(model, config)
+    kept = {row.fqn: row.reason for row in report.rows}
+    assert kept["0"] is None
+    assert kept["1"] is not None
+    assert kept["1"].startswith("dense is faster here: it keeps 50% of its weights")
+    measured = burnish.swap_(torch.nn.Sequential(_kept(0.5)), config, measure=1)
+    assert "dense is faster here" not in str(measured)
+
+
+def test_a_swap_to_2_4_reads_the_table() -> None:
+    weight = torch.nn.Linear(64, 64)
+    with torch.no_grad():
+        weight.weight.view(-1, 4)[:, 2:] = 0
+    density_table.save([Entry("sparse24_linear", "", "fp32", 1, 64, 64, 0.0, ((0.5, 0.8),))], "cpu")
+    report = burnish.swap_(torch.nn.Sequential(weight), burnish.Sparse24())
+    assert "sparse24_linear wins at no density" in str(report)

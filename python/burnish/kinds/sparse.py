@@ -9,7 +9,8 @@ Sparse         linear layers                                     SparseLinear
 =============  ================================================  ==========================================
 
 Masks of burnish.prune and of torch.nn.utils.prune are read and gone with the old layer. A weight whose zeros do not
-make the pattern keeps its layer, and so does one that would take more bytes without them; a NaN calls the swap off.
+make the pattern keeps its layer, and so does one that would take more bytes without them, and, where the swap is not to
+measure, a linear one that :mod:`burnish.density_table` knows to be slower than dense; a NaN calls the swap off.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from burnish import density_table
 from burnish.configs import BlockSparse, Config, Sparse, Sparse24
 from burnish.errors import PatternError
 from burnish.kinds import linear
@@ -36,9 +38,18 @@ _CLASSES: dict[type[Config], tuple[type[SparseLayer], ...]] = {
     Sparse: (SparseLinear,),
 }
 
+_OPS: dict[type[Config], str] = {BlockSparse: "bsr_linear", Sparse24: "sparse24_linear", Sparse: "sparse_linear"}
+
 
 def _class_for(module: torch.nn.Module, config: Config) -> type[SparseLayer]:
     return _CLASSES[type(config)][1 if isinstance(module, torch.nn.Conv2d) else 0]
+
+
+def _row_of(made: SparseLayer) -> tuple[str, str]:
+    """The op and the form that the density table has a layer under."""
+    config = made.config
+    form = [f"{config.sides[0]}x{config.sides[1]}"] if isinstance(config, BlockSparse) else []
+    return _OPS[type(config)], "-".join(form + ["int8"] * made.is_int8)
 
 
 def convert(request: Request) -> SparseLayer:
@@ -54,6 +65,10 @@ def convert(request: Request) -> SparseLayer:
             f"{made.summary}, it would take {made.nbytes} bytes and takes {dense} now: it has too few zeros or is too "
             "small; prune it further with burnish.prune"
         )
+    if request.shape is None and not isinstance(made, SparseConv2d):
+        reason = density_table.objection(*_row_of(made), masked.weight_of(module), made.density)
+        if reason is not None:
+            raise Kept(reason)
     return made
 
 
