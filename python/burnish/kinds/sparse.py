@@ -51,8 +51,8 @@ def convert(request: Request) -> SparseLayer:
     dense = sum(parameter.nbytes for parameter in masked.plain(module).parameters())
     if made.nbytes >= dense:
         raise Kept(
-            f"{made.summary}, it would take {made.nbytes} bytes and takes {dense} now: it has too few zeros or is too "
-            "small; prune it further with burnish.prune"
+            f"as {made.summary} it would take {made.nbytes} bytes, and it takes {dense}: it has too few zeros or is "
+            "too small; prune it further with burnish.prune"
         )
     return made
 
