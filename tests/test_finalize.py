@@ -196,9 +196,7 @@ def test_no_mask_can_change_afterwards() -> None:
     pruner.step()
     report = prune.finalize_(model)
     before, steps = snapshot(model), pruner.steps
-    with pytest.raises(
-        ValueError, match="layer '0' is a BlockSparseLinear now, whose zeros are fixed: take the masks b"
-    ):
+    with pytest.raises(ValueError, match="layer '0' was exchanged or taken away since"):
         pruner.step()
     with pytest.raises(ValueError, match="mask_: the model has no linear or convolution layer '0'"):
         prune.mask_(model, {"0": torch.ones(64, 64, dtype=torch.bool)})

@@ -32,7 +32,7 @@ def lowest_first(scores: list[float], count: int) -> set[int]:
     return set(sorted(range(len(scores)), key=lambda index: (scores[index], index))[:count])
 
 
-def expected_mask(pattern: prune.patterns.Pattern, scores: np.ndarray, sparsity: float) -> np.ndarray:
+def expected_mask(pattern: prune.Pattern, scores: np.ndarray, sparsity: float) -> np.ndarray:
     """What a pattern is to do, one unit at a time."""
     N, K = scores.shape
     kept = np.ones((N, K), dtype=bool)

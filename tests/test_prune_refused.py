@@ -262,6 +262,17 @@ def test_weights_that_become_nan_stop_a_schedule_where_it_was() -> None:
     assert pruning.steps == 1
 
 
+def test_layers_that_were_exchanged_stop_a_schedule() -> None:
+    model = Model()
+    pruning = pruner(model, schedule=prune.Gradual(0, 4))
+    pruning.step()
+    model.head = nn.Linear(32, 50)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="layer 'head' was exchanged or taken away since"):
+        pruning.step()
+    assert same(before, snapshot(model))
+
+
 def test_an_interruption_while_masks_are_put_on_takes_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model()
     before = snapshot(model)

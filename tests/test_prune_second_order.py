@@ -20,7 +20,7 @@ def damped(taken: Inputs) -> np.ndarray:
 
 
 def brute_force(
-    weight: np.ndarray, H: np.ndarray, pattern: prune.patterns.Pattern, sparsity: float, width: int
+    weight: np.ndarray, H: np.ndarray, pattern: prune.Pattern, sparsity: float, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Columns from left to right; each weight that goes is made up for by those to its right, by a linear system."""
     W, (N, K) = weight.copy(), weight.shape

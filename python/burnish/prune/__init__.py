@@ -22,23 +22,26 @@ are configured by.
 """
 
 from burnish.prune.channels import ChannelReport, channels_
-from burnish.prune.criteria import Magnitude, Wanda
+from burnish.prune.criteria import Criterion, Magnitude, Wanda
 from burnish.prune.finalize import finalize_
 from burnish.prune.masking import Mask, mask_, masks, remove_
-from burnish.prune.patterns import Block, TwoFour, Unstructured
+from burnish.prune.patterns import Block, Pattern, TwoFour, Unstructured
 from burnish.prune.pruner import Pruner
-from burnish.prune.schedules import Gradual, OneShot
+from burnish.prune.schedules import Gradual, OneShot, Schedule
 from burnish.prune.second_order import SecondOrder
 from burnish.prune.sparsity import SparsityReport, report
 
 __all__ = [
     "Block",
     "ChannelReport",
+    "Criterion",
     "Gradual",
     "Magnitude",
     "Mask",
     "OneShot",
+    "Pattern",
     "Pruner",
+    "Schedule",
     "SecondOrder",
     "SparsityReport",
     "TwoFour",

@@ -163,12 +163,12 @@ def _detach(module: torch.nn.Module) -> None:
     parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
 
 
-def remove_(model: torch.nn.Module) -> tuple[str, ...]:
+def remove_(model: torch.nn.Module) -> torch.nn.Module:
     """Take all masks off and leave zeros in their place: ordinary layers, whose parameters are the ones that were
     there. Masks of torch.nn.utils.prune, on any tensor, are taken off too.
 
     Returns:
-        The fqns of the layers that had a mask.
+        The model.
 
     Raises:
         TypeError: not a module.
@@ -203,7 +203,7 @@ def remove_(model: torch.nn.Module) -> tuple[str, ...]:
             with torch.no_grad():  # torch's product leaves negative zeros, and NaN under NaN
                 getattr(module, f"{name}_orig").masked_fill_(getattr(module, f"{name}_mask") == 0, 0)
             torch_prune.remove(module, name)
-    return (*own, *(fqn for fqn in theirs if fqn not in own))
+    return model
 
 
 def _parametrization(module: torch.nn.Module) -> Mask | None:

@@ -78,8 +78,7 @@ class Pruner:
         _check_together(criterion, pattern, sparsity, scope, schedule)
         self.criterion, self.pattern, self.scope, self.schedule = criterion, pattern, scope, schedule
         self.steps = 0
-        self._model = model
-        self._calibration = calibration
+        self._model, self._calibration = model, calibration
         self._layers = _selected(model, _shares(sparsity, pattern), filter_fn)
         owned = owners(model)
         for fqn, layer in self._layers.items():
@@ -111,17 +110,10 @@ class Pruner:
             Whether masks were made; :func:`burnish.prune.report` shows them.
 
         Raises:
-            ValueError: a weight has become NaN or infinite, or was sharded, or its layer is not in the model any more,
-                as after :func:`burnish.prune.finalize_`; the model and the count are as they were.
+            ValueError: a weight has become NaN or infinite, or was sharded, or a layer is not there any more; the
+                model and the count are as they were.
         """
         due = self.schedule.due(self.steps)
-        for fqn, layer in self._layers.items() if due else ():
-            there = _module_at(self._model, fqn)
-            if there is not layer.module:
-                raise ValueError(
-                    f"Pruner: layer {fqn!r} is a {type(there).__name__} now, whose zeros are fixed: take the masks "
-                    "back with the report's revert(), or make a new Pruner for what is left to prune"
-                )
         if due:
             with torch.no_grad():
                 self._apply(dict(self._decisions()))
@@ -182,6 +174,10 @@ class Pruner:
 
     def _weight(self, fqn: str, module: torch.nn.Module) -> tuple[Tensor, Tensor | None]:
         """The layer's weight, zero where it is masked, and its mask so far."""
+        if dict(self._model.named_modules()).get(fqn) is not module:
+            raise ValueError(
+                f"Pruner: layer {fqn!r} was exchanged or taken away since, expected the one that was there"
+            )
         parameter, mask = parameter_of(module), mask_of(module)
         if type(parameter) is not torch.nn.Parameter:
             raise ValueError(
@@ -223,11 +219,6 @@ class Pruner:
                 module = self._layers[fqn].module
                 parameter = parameter_of(module)
                 parameter.copy_(unmatrix(module, values, parameter.shape))
-
-
-def _module_at(model: torch.nn.Module, fqn: str) -> torch.nn.Module | None:
-    """The module with that fqn, if there is one."""
-    return dict(model.named_modules()).get(fqn)
 
 
 def _check_types(model: Any, criterion: Any, pattern: Any, schedule: Any, calibration: Any) -> None:
