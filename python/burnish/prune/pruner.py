@@ -110,11 +110,12 @@ class Pruner:
             Whether masks were made; :func:`burnish.prune.report` shows them.
 
         Raises:
-            ValueError: a weight has become NaN or infinite, or was sharded, or a layer is not there any more; the
-                model and the count are as they were.
+            ValueError: a weight has become NaN or infinite, or was sharded, or its layer is not in the model any more,
+                as after :func:`burnish.prune.finalize_`; the model and the count are as they were.
         """
         due = self.schedule.due(self.steps)
         if due:
+            self._check_there()
             with torch.no_grad():
                 self._apply(dict(self._decisions()))
         self.steps += 1
@@ -159,6 +160,17 @@ class Pruner:
                 f"calibration.to({str(weight.device)!r})"
             )
         return inputs
+
+    def _check_there(self) -> None:
+        """Raise ValueError if a layer is not in the model any more."""
+        modules = dict(self._model.named_modules())
+        for fqn, layer in self._layers.items():
+            there = modules.get(fqn)
+            if there is not layer.module:
+                raise ValueError(
+                    f"Pruner: layer {fqn!r} is a {type(there).__name__} now, not the layer that was there: after "
+                    "finalize_, take the masks back with the report's revert(), or make a new Pruner for what is left"
+                )
 
     def _decisions(self) -> Iterator[tuple[str, _Decision]]:
         """The new mask, and new values, of every layer as a matrix."""
