@@ -247,7 +247,7 @@ REFUSED = {
     "values": (masked, {"values": "int4"}, ValueError, "finalize_: values is 'int4', expected one of: float, int8"),
     "measure": (masked, {"measure": 0}, TypeError, "finalize_: measure is 0, expected a positive number of rows or"),
     "rows of images": (masked, {"measure": 8}, SwapError, "finalize_: measure is a number of rows and layer 'conv' is"),
-    "two parametrizations": (twice, {}, SwapError, "layer 'any' has another parametrization beside its mask: remove"),
+    "two parametrizations": (twice, {}, SwapError, "layer 'any' cannot lose its mask: it has another parametr"),
     "NaN": (spoiled, {}, SwapError, "finalize_: layer 'any': the weight has NaN or Inf in 1 of 4096 places"),
     "root": (root, {}, SwapError, "finalize_: the model itself is a masked layer, which cannot be exchanged in place"),
     "sharded": (sharded, {}, SwapError, "the weight of layer '0' is a Shard, expected a plain parameter"),

@@ -12,6 +12,8 @@ import torch
 from burnish import BlockSparse, Sparse, Sparse24
 from burnish.nn import BlockSparseLinear, Int8Linear, Sparse24Linear, SparseLinear
 from burnish.ops.int8_quantize_rows import int8_quantize_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sparse_models import FLOAT, INT8, KINDS, fresh, mask_for, pair, pruned
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -311,6 +313,33 @@ def test_eight_threads_give_one_result(name: str) -> None:
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda _: layer(x), range(64)))
     assert all(torch.equal(result, expected) for result in results)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_pattern_round_trips_and_computes_what_it_stands_for(data: st.DataObject) -> None:
+    rows, columns = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
+    config = data.draw(
+        st.sampled_from([Sparse(), Sparse24(), *(BlockSparse(side) for side in (16, 32, (1, 16), (4, 16)))])
+    )
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    weight = torch.randn(rows, columns)
+    if isinstance(config, Sparse24):
+        weight.masked_fill_(~mask_for(config, rows, columns), 0)
+    for row in data.draw(st.sets(st.integers(0, rows - 1))):
+        weight[row] = 0
+    if data.draw(st.booleans()) and not isinstance(config, Sparse24):  # a single block, or weight
+        weight[(torch.arange(rows) != rows // 2)] = 0
+        weight[:, (torch.arange(columns) != columns // 2)] = 0
+    linear = nn.Linear(columns, rows)
+    linear.weight = nn.Parameter(weight)
+    layer = {Sparse: SparseLinear, Sparse24: Sparse24Linear, BlockSparse: BlockSparseLinear}[type(config)].from_float(
+        linear, config
+    )
+    assert torch.equal(layer.to_dense(), weight)
+    x = torch.randn(data.draw(st.integers(0, 5)), columns)
+    torch.testing.assert_close(layer(x), linear(x), rtol=1e-5, atol=1e-5)
+    layer.load_state_dict(layer.state_dict())
 
 
 def test_conv1d_is_transposed() -> None:

@@ -73,6 +73,13 @@ BAD_CALLS = {
     "x scalar": (lambda: fresh("any")(torch.zeros(())), RuntimeError, r"x has shape \(\), expected \[..., 70\]"),
     "x dtype": (lambda: fresh("2:4")(torch.zeros(2, 70).half()), RuntimeError, "expected fp16 as x is"),
     "x int": (lambda: fresh("2:4 int8")(torch.zeros(2, 70).int()), RuntimeError, "x is int32, expected fp32"),
+    "bias masked": (
+        lambda: ANY(nn.utils.prune.random_unstructured(nn.Linear(8, 4), "bias", 0.5)), TypeError, "its bias has a mask",
+    ),
+    "weight norm": (
+        lambda: ANY(nn.utils.parametrizations.weight_norm(nn.Linear(8, 4))), TypeError, "it has another parametriza",
+    ),
+    "weight hook": (lambda: ANY(nn.utils.spectral_norm(nn.Linear(8, 4))), TypeError, "its weight is computed by a h"),
     "conv groups": (lambda: SparseConv2d(8, 8, 3, groups=2, density=1), ValueError, "groups is 2, expected 1"),
     "conv from groups": (lambda: CONV(nn.Conv2d(8, 8, 3, groups=2)), ValueError, "the module has 2 groups, expected 1"),
     "conv module": (lambda: CONV(nn.Linear(8, 4)), TypeError, "the module is Linear, expected nn.Conv2d"),

@@ -103,7 +103,7 @@ def test_layers_without_the_pattern_are_kept_with_the_place() -> None:
     report = swap_(model, {"group": BlockSparse(), "head": BlockSparse(32), "mid": BlockSparse(16, density=0.1)})
     reasons = {row.fqn: row.reason for row in report.kept}
     assert reasons["group"] == "it has 2 groups; block-sparse has kernels for one"
-    assert reasons["head"].startswith("BlockSparseLinear 32x32 blocks, 100 % kept, it would take 16")
+    assert reasons["head"].startswith("as BlockSparseLinear 32x32 blocks, 100 % kept it would take 16")
     assert "of its blocks have non-zeros, more than the density of 10 %" in reasons["mid"]
     assert not report.swapped
     kept = swap_(Model(), Sparse()).kept[1]

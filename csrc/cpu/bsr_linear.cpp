@@ -8,6 +8,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cstring>
+
 #include "cpu/isa.h"
 
 namespace burnish {
@@ -15,7 +17,8 @@ namespace {
 
 constexpr int64_t kMaxDepth = 131072;  // of int8 values: int32 sums hold it
 constexpr int64_t kBlocks[][2] = {{16, 16}, {32, 32}, {64, 64}, {128, 128}, {1, 16}, {4, 16}};
-constexpr int64_t kPanelBytes = int64_t{8} << 20;  // of x, packed together: they stay in L3
+constexpr int64_t kPanelBytes = int64_t{1} << 20;  // of x, packed together: they stay in L2
+constexpr int64_t kFewRows = 4;                    // up to which x is read as it lies
 constexpr int64_t kTileRows = 16;                  // outputs that are finished together, at least
 
 const int32_t* check_vector(const char* op, const char* name, const Tensor& tensor, int64_t length,
@@ -204,6 +207,39 @@ void multiply_rows(const Kernels& level, const BlockWeight& w, const Matrix& x, 
   copies.trim();
 }
 
+// A few rows of x: nothing is packed.
+void multiply_few(const Kernels& level, const BlockWeight& w, const Matrix& x, int64_t rows, const Sink& y) {
+  static thread_local Scratch scratch;
+  const int64_t padded = w.across * w.bk, size = size_of(w.format), bytes = round_up(padded * size, 64);
+  Matrix from = x;
+  if (padded != w.K) {  // the last block is read whole
+    scratch.reserve(Scratch::bytes<char>(rows * bytes));
+    auto* copy = scratch.take<char>(rows * bytes);
+    for (int64_t m = 0; m < rows; ++m) {
+      std::memcpy(copy + m * bytes, x.at(m, 0).data, static_cast<size_t>(w.K * size));
+      std::fill(copy + m * bytes + w.K * size, copy + m * bytes + padded * size, char{0});
+    }
+    from = {copy, bytes, x.format};
+  }
+  for_blocks(w.crow, w.down, 1, 1, w.bn * w.bk * rows, [&](int64_t first, int64_t last, int64_t) {
+    for (int64_t r = first; r < last; ++r) {
+      const int64_t begin = w.crow[r];
+      BlockProduct product{};
+      product.weights = w.values + begin * w.block_bytes();
+      product.weight_bytes = w.block_bytes();
+      product.row_bytes = w.bk * size;
+      product.panels = static_cast<const char*>(from.data);
+      product.piece_bytes = w.bk * size;
+      product.step_bytes = from.stride;
+      product.pieces = w.col + begin;
+      product.segments = w.crow[r + 1] - begin;
+      product.steps = w.bk;
+      product.format = w.format;
+      level.block_dot(product, std::min(w.bn, w.N - r * w.bn), rows, y.at(0, r * w.bn));
+    }
+  });
+}
+
 Tensor bsr_linear(const Tensor& x, const Tensor& values, const Tensor& crow, const Tensor& col,
                   const Tensor& transposed, const std::optional<Tensor>& scale, const std::optional<Tensor>& bias,
                   int64_t N) {
@@ -219,6 +255,10 @@ Tensor bsr_linear(const Tensor& x, const Tensor& values, const Tensor& crow, con
   const float* scales = w.int8 ? as_floats(*scale, floats.take<float>(N)) : nullptr;
   const Kernels& level = kernels();
   char* out = static_cast<char*>(y.mutable_data_ptr());
+  if (M <= kFewRows && !w.int8) {
+    if (M > 0) multiply_few(level, w, from.matrix, M, {nullptr, 0, false, out, N, w.format, biases});
+    return y;
+  }
   const int64_t group = level.panel_columns, row_bytes = std::max<int64_t>(w.across * w.bk, 1) * 4;
   const int64_t most = std::max<int64_t>(1, kPanelBytes / (row_bytes * group)) * group;
   for (int64_t m = 0; m < M; m += most) {

@@ -171,17 +171,6 @@ Matrix scaled(const Kernels& level, const Matrix& dy, int64_t M, int64_t N, cons
   return {dz, N * 4, Format::kFloat};
 }
 
-// dy or x as a product of `format` takes it: itself, or a copy in `storage`.
-Matrix as_operand(const Kernels& level, const Matrix& x, int64_t rows, int64_t width, Format format, Scratch& storage) {
-  if (format == x.format) return x;
-  storage.reserve(Block::bytes(rows, width, format));
-  const Block copy = Block::take(storage, rows, width, format);
-  parallel_for(0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)), [&](int64_t begin, int64_t end) {
-    level.take_rows(x, begin, end - begin, 0, width, nullptr, Block{copy.row(begin), copy.stride, format}.matrix());
-  });
-  return copy.matrix();
-}
-
 std::tuple<Tensor, Tensor, Tensor> bsr_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& values,
                                                        const Tensor& crow, const Tensor& col, const Tensor& transposed,
                                                        const std::optional<Tensor>& scale, bool x_grad,
@@ -205,13 +194,13 @@ std::tuple<Tensor, Tensor, Tensor> bsr_linear_backward(const Tensor& dy, const T
   if (x_grad) {
     const Backward call{level, w, M, w.int8 || w.bn == 1 ? Format::kFloat : format};
     const Matrix dz = w.int8 ? scaled(level, pulled.matrix, M, N, *scale, left)
-                             : as_operand(level, pulled.matrix, M, N, call.format, left);
+                             : in_format(level, pulled.matrix, M, N, call.format, left);
     pull_all(call, dz, static_cast<char*>(dx.mutable_data_ptr()));
   }
   if (values_grad) {
     const Backward call{level, w, M, format};
-    const Matrix dz = as_operand(level, pulled.matrix, M, N, format, left);
-    gather(call, dz, as_operand(level, from.matrix, M, K, format, right),
+    const Matrix dz = in_format(level, pulled.matrix, M, N, format, left);
+    gather(call, dz, in_format(level, from.matrix, M, K, format, right),
            static_cast<char*>(dvalues.mutable_data_ptr()));
   }
   if (bias_grad) sum_columns(level, pulled.matrix, M, N, dbias.mutable_data_ptr<float>());

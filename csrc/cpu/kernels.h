@@ -115,7 +115,10 @@ struct Kernels {
   void (*dot)(const Matrix& x, int64_t rows, const Matrix& w, int64_t columns, int64_t depth, const Sink& sink);
   // sums [rows, columns], columns written up to a whole vector.
   void (*block_product)(const BlockProduct& args, int64_t rows, int64_t columns, float* sums, int64_t stride);
-  // The same of int8 weights, at most 128 rows: out = float(sum) * (row_scale[column] * channel_scale[row]) +
+  // The same for a few columns, which are rows of x in weights' own format, `step_bytes` apart, `steps` elements wide
+  // in a piece: at most 128 rows. sink is [columns, rows].
+  void (*block_dot)(const BlockProduct& args, int64_t rows, int64_t columns, const Sink& sink);
+  // block_product of int8 weights, at most 128 rows: out = float(sum) * (row_scale[column] * channel_scale[row]) +
   // bias[row].
   void (*int8_block_product)(const BlockProduct& args, int64_t rows, int64_t columns, const float* row_scale,
                              const float* channel_scale, const float* bias, float* out, int64_t stride);

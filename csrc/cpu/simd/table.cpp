@@ -23,6 +23,7 @@ const Kernels& kernels_of<Isa::BURNISH_ISA>() {
                                   multiply,
                                   dot,
                                   block_product,
+                                  block_dot,
                                   int8_block_product,
                                   take_rows,
                                   drop_sums,

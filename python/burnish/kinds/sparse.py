@@ -62,8 +62,8 @@ def convert(request: Request) -> SparseLayer:
     dense = sum(parameter.nbytes for parameter in masked.plain(module).parameters())
     if made.nbytes >= dense:
         raise Kept(
-            f"{made.summary}, it would take {made.nbytes} bytes and takes {dense} now: it has too few zeros or is too "
-            "small; prune it further with burnish.prune"
+            f"as {made.summary} it would take {made.nbytes} bytes, and it takes {dense}: it has too few zeros or is "
+            "too small; prune it further with burnish.prune"
         )
     if request.shape is None and not isinstance(made, SparseConv2d):
         reason = density_table.objection(*_row_of(made), masked.weight_of(module), made.density)

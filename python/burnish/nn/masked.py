@@ -40,32 +40,47 @@ def _matrix(module: torch.nn.Module, tensor: Tensor) -> Tensor:
     return tensor.t() if is_conv1d(module) else tensor.flatten(1)
 
 
+def refusal(module: Any) -> str | None:
+    """What makes the weight or the bias, beside one mask on the weight, as a clause; None if nothing does."""
+    if parametrize.is_parametrized(module) and not _has_mask_alone(module):
+        return "it has another parametrization beside a mask on its weight: remove that first"
+    if mask_of(module) is None and "weight" not in module._parameters:
+        return "its weight is computed by a hook (weight or spectral norm): remove that first"
+    if "bias" not in module._parameters:
+        return "its bias has a mask: call torch.nn.utils.prune.remove first"
+    return None
+
+
+def _has_mask_alone(module: Any) -> bool:
+    """Whether the only parametrization of a parametrized module is a mask on its weight."""
+    chains = module.parametrizations
+    return list(chains) == ["weight"] and len(chains["weight"]) == 1 and mask_of(module) is not None
+
+
 def plain(module: Any, *, zeros: bool = False) -> Any:
     """What ``module`` would be without the mask on its weight, a layer that shares all else with it; itself where it
     has none. With ``zeros``, the weight is a new parameter that has them where the mask does."""
-    if mask_of(module) is None:
+    mask = mask_of(module)
+    if mask is None:
         return module
     weight = weight_of(module)
     if zeros:
-        weight = Parameter(torch.where(mask_of(module), weight.detach(), 0), weight.requires_grad)  # type: ignore[arg-type]
+        weight = Parameter(torch.where(mask, weight.detach(), 0), weight.requires_grad)
     cls: Any = type(module)
-    state = dict(vars(module))
-    modules = dict(module._modules)
-    if parametrize.is_parametrized(module, "weight"):
-        chains = module.parametrizations
-        if list(chains) == ["weight"] and len(chains["weight"]) == 1:  # others stay, for whoever looks
-            cls = cls.__mro__[1]  # torch derived the class of a parametrized module from its own
-            del modules["parametrizations"]
-    state.pop("weight", None)  # what torch.nn.utils.prune computed last
+    state, modules, pre_hooks = dict(vars(module)), dict(module._modules), module._forward_pre_hooks
+    if parametrize.is_parametrized(module) and _has_mask_alone(module):  # others stay, for whoever looks
+        cls = cls.__mro__[1]  # torch derived the class of a parametrized module from its own
+        del modules["parametrizations"]
+    if any(map(_masks_weight, pre_hooks.values())):
+        pre_hooks = OrderedDict((key, hook) for key, hook in pre_hooks.items() if not _masks_weight(hook))
+        state.pop("weight", None)  # what the hook computed last
     twin = cls.__new__(cls)
     vars(twin).update(
         state,
         _modules=modules,
         _parameters={"weight": weight, **{n: p for n, p in module._parameters.items() if n != "weight_orig"}},
         _buffers={name: buffer for name, buffer in module._buffers.items() if name != "weight_mask"},
-        _forward_pre_hooks=OrderedDict(
-            (key, hook) for key, hook in module._forward_pre_hooks.items() if not _masks_weight(hook)
-        ),
+        _forward_pre_hooks=pre_hooks,
     )
     return twin
 

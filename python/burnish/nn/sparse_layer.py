@@ -201,7 +201,8 @@ class SparseLayer(torch.nn.Module):
             config: kept as ``config``.
 
         Raises:
-            TypeError: another kind of module or configuration, or a dtype without kernels.
+            TypeError: another kind of module or configuration, a weight or bias that something else than one mask
+                computes, or a dtype without kernels.
             PatternError: a ValueError: the weight has non-zeros where the pattern has none, or more than ``density``.
             ValueError: the weight has a NaN or an infinity, or is on meta.
         """
@@ -210,6 +211,9 @@ class SparseLayer(torch.nn.Module):
         if not isinstance(config, cls.CONFIG):
             raise TypeError(f"{who}: config is {config!r}, expected a burnish.{cls.CONFIG.__name__}")
         cls._check_module(module, who)
+        refusal = masked.refusal(module)
+        if refusal is not None:
+            raise TypeError(f"{who}: {refusal}")
         source = masked.weight_of(module)
         if type(source) not in (Tensor, Parameter):
             raise TypeError(f"{who}: the weight is a {type(source).__name__}, expected a plain tensor")

@@ -24,7 +24,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.nn.utils import parametrize
 
 from burnish import kinds
 from burnish.configs import BlockSparse, Config, Sparse, Sparse24
@@ -70,6 +69,8 @@ def finalize_(
         _decide(layers, values)
         return carry_out(model, layers, measure, unmask=True)
     except (SwapError, TypeError) as error:
+        if not str(error).startswith("swap_:"):
+            raise
         raise type(error)(str(error).replace("swap_:", "finalize_:", 1)) from error
 
 
@@ -100,12 +101,9 @@ def _check(layer: Layer) -> None:
     module = layer.module
     if not layer.places:
         raise SwapError("finalize_: the model itself is a masked layer, which cannot be exchanged in place: wrap it")
-    if parametrize.is_parametrized(module):
-        chains: Any = module.parametrizations
-        if list(chains) != ["weight"] or len(chains["weight"]) > 1:
-            raise SwapError(
-                f"finalize_: layer {layer.fqn!r} has another parametrization beside its mask: remove that first"
-            )
+    reason = masked.refusal(module)
+    if reason is not None:
+        raise SwapError(f"finalize_: layer {layer.fqn!r} cannot lose its mask: {reason}")
     weight = parameter_of(module)
     if type(weight) is not torch.nn.Parameter:
         raise SwapError(
