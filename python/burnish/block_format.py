@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from burnish.checks import check_devices, check_floating
+from burnish.registry import dtype_name
+
 #: the shapes of a block that kernels know: rows of N by columns of K
 BLOCKS = ((16, 16), (32, 32), (64, 64), (128, 128), (1, 16), (4, 16))
 
@@ -121,10 +124,77 @@ def check_index(what: str, crow_indices: Tensor, col_indices: Tensor, Kb: int) -
         )
 
 
-def drawn_blocks(down: int, across: int, kept: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """``kept`` places of a grid of blocks, at random: their rows and columns, in order."""
+def check_weight(
+    op: str, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, transposed: Tensor,
+    scale: Tensor | None, N: int,
+) -> None:  # fmt: skip
+    """What forward and backward ask alike: that x and the tensors of a weight of N outputs fit together."""
+    check_floating(op, x=x)
+    torch._check(x.dim() >= 1, lambda: f"{op}: x is a scalar, expected at least one dimension")
+    index = {"crow_indices": crow_indices, "col_indices": col_indices, "transposed": transposed}
+    check_devices(op, x, values=values, scale=scale, **index)
+    expected = x.dtype if scale is None else torch.int8
+    torch._check(
+        values.dtype == expected,
+        lambda: (
+            f"{op}: values is {dtype_name(values.dtype)}, expected {dtype_name(expected)} "
+            + ("as x is, or int8 with a scale" if scale is None else "as there is a scale")
+        ),
+    )
+    torch._check(
+        values.dim() == 3 and tuple(values.shape[1:]) in BLOCKS,
+        lambda: (
+            f"{op}: values has shape {tuple(values.shape)}, expected [nnzb, bn, bk] with blocks of "
+            + ", ".join(f"{bn}x{bk}" for bn, bk in BLOCKS)
+        ),
+    )
+    K = x.shape[-1]
+    torch._check(N >= 1, lambda: f"{op}: N is {N}, expected at least 1")
+    nnzb, bn, bk = values.shape
+    down, across = blocks_along(N, bn), blocks_along(K, bk)
+    lengths = {"crow_indices": down + 1, "col_indices": nnzb, "transposed": across + 1 + 2 * nnzb}
+    for name, tensor in index.items():
+        torch._check(
+            tensor.dtype == torch.int32,
+            lambda name=name, tensor=tensor: f"{op}: {name} is {dtype_name(tensor.dtype)}, expected int32",
+        )
+        torch._check(
+            tensor.dim() == 1 and tensor.shape[0] == lengths[name],
+            lambda name=name, tensor=tensor: (
+                f"{op}: {name} has shape {tuple(tensor.shape)}, expected "
+                f"[{lengths[name]}] for N={N}, K={K}, {nnzb} blocks of {bn}x{bk}"
+            ),
+        )
+    for name, tensor in {"values": values, **index}.items():
+        torch._check(tensor.is_contiguous(), lambda name=name: f"{op}: {name} is not contiguous")
+    if scale is not None:
+        torch._check(scale.dtype == torch.float32, lambda: f"{op}: scale is {dtype_name(scale.dtype)}, expected fp32")
+        torch._check(
+            scale.dim() == 1 and scale.shape[0] == N,
+            lambda: f"{op}: scale has shape {tuple(scale.shape)}, expected [{N}]",
+        )
+
+
+def draw(
+    N: int, K: int, block: tuple[int, int], kept: int, what: str, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight of ``kept`` blocks at random places: values, which are still to be converted, crow_indices and
+    col_indices. ``what`` is ``normal``, ``integers``, ``int8`` or ``extreme``."""
+    bn, bk = block
+    down, across = blocks_along(N, bn), blocks_along(K, bk)
     places = torch.randperm(down * across, generator=generator)[:kept].sort().values
-    return places // max(across, 1), places % max(across, 1)
+    row, column = places // max(across, 1), places % max(across, 1)
+    shape = (len(places), bn, bk)
+    if what == "normal":
+        values = torch.randn(shape, generator=generator) / max(kept * bn * bk / N, 1.0) ** 0.5
+    else:
+        limit = 8 if what == "integers" else 127
+        values = torch.randint(-limit, limit + 1, shape, generator=generator)
+        values = values.sign() * 127 if what == "extreme" else values
+    values[row[:, None] * bn + torch.arange(bn) >= N] = 0
+    values.transpose(1, 2)[column[:, None] * bk + torch.arange(bk) >= K] = 0
+    crow = F.pad(torch.bincount(row, minlength=down).cumsum(0), (1, 0))
+    return values, crow.to(torch.int32), column.to(torch.int32)
 
 
 def block_product(x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, N: int) -> Tensor:

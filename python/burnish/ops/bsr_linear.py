@@ -41,22 +41,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from burnish import dispatch
-from burnish.block_format import BLOCKS, block_outer, block_product, blocks_along, drawn_blocks
+from burnish.block_format import block_outer, block_product, blocks_along, check_weight, draw
 from burnish.block_format import compress as compress  # beside the op, as users look for them
 from burnish.block_format import expand as expand
 from burnish.block_format import transpose_index as transpose_index
-from burnish.checks import FLOATING, check_devices, check_floating
+from burnish.checks import FLOATING
 from burnish.ops.int8_linear import MAX_K
 from burnish.ops.int8_linear import reference as int8_reference
 from burnish.ops.int8_linear import surrogate as int8_surrogate
 from burnish.ops.int8_linear_pack import reference as int8_pack
 from burnish.ops.int8_quantize_rows import make_rows
 from burnish.ops.lowrank_linear import as_rows, check_bias, check_gradient
-from burnish.registry import Autograd, Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, dtype_name, register
+from burnish.registry import Autograd, Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, register
 
 OptTensor = Tensor | None
 
 __all__ = ["bsr_linear"]
+
+_UNITS = {torch.bfloat16: "bf16"}  # what else is multiplied as fp32
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -87,63 +89,15 @@ def surrogate(
     return int8_surrogate(x, dense, scale, bias, 0, None)
 
 
-def check_weight(
-    op: str, x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, transposed: Tensor,
-    scale: OptTensor, N: int,
-) -> None:  # fmt: skip
-    """What forward and backward ask alike: that x and the tensors of a weight of N outputs fit together."""
-    check_floating(op, x=x)
-    torch._check(x.dim() >= 1, lambda: f"{op}: x is a scalar, expected at least one dimension")
-    index = {"crow_indices": crow_indices, "col_indices": col_indices, "transposed": transposed}
-    check_devices(op, x, values=values, scale=scale, **index)
-    expected = x.dtype if scale is None else torch.int8
-    torch._check(
-        values.dtype == expected,
-        lambda: (
-            f"{op}: values is {dtype_name(values.dtype)}, expected {dtype_name(expected)} "
-            + ("as x is, or int8 with a scale" if scale is None else "as there is a scale")
-        ),
-    )
-    torch._check(
-        values.dim() == 3 and tuple(values.shape[1:]) in BLOCKS,
-        lambda: (
-            f"{op}: values has shape {tuple(values.shape)}, expected [nnzb, bn, bk] with blocks of "
-            + ", ".join(f"{bn}x{bk}" for bn, bk in BLOCKS)
-        ),
-    )
-    K = x.shape[-1]
-    torch._check(N >= 1, lambda: f"{op}: N is {N}, expected at least 1")
-    torch._check(scale is None or K <= MAX_K, lambda: f"{op}: K is {K}, expected at most {MAX_K} with int8 values")
-    nnzb, bn, bk = values.shape
-    down, across = blocks_along(N, bn), blocks_along(K, bk)
-    lengths = {"crow_indices": down + 1, "col_indices": nnzb, "transposed": across + 1 + 2 * nnzb}
-    for name, tensor in index.items():
-        torch._check(
-            tensor.dtype == torch.int32,
-            lambda name=name, tensor=tensor: f"{op}: {name} is {dtype_name(tensor.dtype)}, expected int32",
-        )
-        torch._check(
-            tensor.dim() == 1 and tensor.shape[0] == lengths[name],
-            lambda name=name, tensor=tensor: (
-                f"{op}: {name} has shape {tuple(tensor.shape)}, expected "
-                f"[{lengths[name]}] for N={N}, K={K}, {nnzb} blocks of {bn}x{bk}"
-            ),
-        )
-    for name, tensor in {"values": values, **index}.items():
-        torch._check(tensor.is_contiguous(), lambda name=name: f"{op}: {name} is not contiguous")
-    if scale is not None:
-        torch._check(scale.dtype == torch.float32, lambda: f"{op}: scale is {dtype_name(scale.dtype)}, expected fp32")
-        torch._check(
-            scale.dim() == 1 and scale.shape[0] == N,
-            lambda: f"{op}: scale has shape {tuple(scale.shape)}, expected [{N}]",
-        )
-
-
 def fake(
     x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, transposed: Tensor, scale: OptTensor,
     bias: OptTensor, N: int,
 ) -> Tensor:  # fmt: skip
     check_weight("bsr_linear", x, values, crow_indices, col_indices, transposed, scale, N)
+    K = x.shape[-1]
+    torch._check(
+        scale is None or K <= MAX_K, lambda: f"bsr_linear: K is {K}, expected at most {MAX_K} with int8 values"
+    )
     check_bias("bsr_linear", x, bias, N)
     return x.new_empty((*x.shape[:-1], N))
 
@@ -183,29 +137,16 @@ def make(case: Case, backend: Backend, seed: int) -> tuple[Any, ...]:
     m, n, k = (case.dims[name] for name in "MNK")
     generator = torch.Generator().manual_seed(seed)
     (bn, bk), integers, int8 = _block(case), case.values == "integers", _is_int8(case)
-    down, across = blocks_along(n, bn), blocks_along(k, bk)
-    row, column = drawn_blocks(down, across, _kept(case), generator)
-    crow, col = F.pad(torch.bincount(row, minlength=down).cumsum(0), (1, 0)).int(), column.int()
-    shape = (len(row), bn, bk)
-    if int8:
-        values = torch.randint(-127, 128, shape, generator=generator)
-        values = values.sign() * 127 if case.values == "extreme" else values
-    elif integers:
-        values = torch.randint(-8, 9, shape, generator=generator)
-    else:
-        values = torch.randn(shape, generator=generator) / max(k * case.options["density"], 1.0) ** 0.5
-    values[row[:, None] * bn + torch.arange(bn) >= n] = 0
-    values.transpose(1, 2)[column[:, None] * bk + torch.arange(bk) >= k] = 0
+    what = "extreme" if case.values == "extreme" else "int8" if int8 else "integers" if integers else "normal"
+    values, crow, col = draw(n, k, (bn, bk), _kept(case), what, generator)
     kept = case.options.get("bias", case.dtype)  # a dtype, or False
+    x, bias, scale = (torch.randn(size, generator=generator) for size in ((m, k), (n,), (n,)))
+    scale = (scale.abs() + 0.5) / 127 / max(k, 1) ** 0.5
     if integers:
-        x, bias, scale = (torch.randint(-8, 9, size, generator=generator).float() for size in ((m, k), (n,), (n,)))
-        scale = torch.ones(n)
-    else:
-        x, bias, scale = (torch.randn(size, generator=generator) for size in ((m, k), (n,), (n,)))
-        scale = (scale.abs() + 0.5) / 127 / max(k, 1) ** 0.5
+        x, bias, scale = (4 * x).round().clamp(-8, 8), (4 * bias).round(), torch.ones(n)
     x = make_rows(case, seed) if int8 else x.to(case.dtype)
     return (
-        x, values.to(torch.int8 if int8 else case.dtype), crow, col, transpose_index(crow, col, across),
+        x, values.to(torch.int8 if int8 else case.dtype), crow, col, transpose_index(crow, col, blocks_along(k, bk)),
         scale if int8 else None, bias.to(kept) if kept else None, n,
     )  # fmt: skip
 
@@ -220,17 +161,14 @@ def _weight_bytes(case: Case) -> float:
     return _kept(case) * (bn * bk * size + 4.0) + 4.0 * case.dims["N"] * (1 / bn + _is_int8(case))
 
 
-def _unit(case: Case) -> str:
-    return "int8" if _is_int8(case) else "bf16" if case.dtype == torch.bfloat16 else "fp32"
-
-
 def cost(case: Case) -> Cost:
     (m, n, k), (bn, bk) = (case.dims[name] for name in "MNK"), _block(case)
     moved = (m * k + m * n) * case.dtype.itemsize + _weight_bytes(case)
-    return Cost(2.0 * m * bn * bk * _kept(case), moved, _unit(case))  # type: ignore[arg-type]
+    unit = "int8" if _is_int8(case) else _UNITS.get(case.dtype, "fp32")
+    return Cost(2.0 * m * bn * bk * _kept(case), moved, unit)  # type: ignore[arg-type]
 
 
-def _dense(args: tuple[Any, ...], dtype: torch.dtype, K: int, N: int) -> Tensor:
+def _dense(args: list[Any], dtype: torch.dtype, K: int, N: int) -> Tensor:
     values, crow_indices, col_indices, _, scale = args
     weight = expand(values, crow_indices, col_indices, N, K)
     return (weight if scale is None else weight * scale[:, None]).to(dtype)
@@ -239,7 +177,7 @@ def _dense(args: tuple[Any, ...], dtype: torch.dtype, K: int, N: int) -> Tensor:
 def baseline(x: Tensor, *args: Any) -> Callable[[], Tensor]:
     """torch's linear of the dense weight, in x's dtype."""
     *weight, bias, N = args
-    dense = _dense(tuple(weight), x.dtype, x.shape[-1], N)
+    dense = _dense(weight, x.dtype, x.shape[-1], N)
     offset = None if bias is None else bias.to(x.dtype)
     return lambda: F.linear(x, dense, offset)
 
@@ -284,7 +222,6 @@ _BENCH_CASES = (
 )
 _INVALID = (
     Invalid("x int32", lambda x, *r: (x.int(), *r), "x is int32, expected fp32, bf16 or fp16"),
-    Invalid("x fp64", lambda x, *r: (x.double(), *r), "x is fp64, expected fp32, bf16 or fp16"),
     Invalid("x scalar", lambda x, *r: (x.new_zeros(()), *r), "x is a scalar, expected"),
     Invalid("x inner dim", lambda x, *r: (x[:, :16], *r), "transposed has shape .*, expected .* K=16"),
     Invalid("values dtype", lambda x, v, *r: (x, v.half(), *r), "values is fp16, expected fp32 as x is"),
@@ -295,21 +232,18 @@ _INVALID = (
     Invalid("values strided", lambda x, v, *r: (x, v.mT, *r), "values is not contiguous"),
     Invalid("crow int64", lambda x, v, c, *r: (x, v, c.long(), *r), "crow_indices is int64, expected int32"),
     Invalid("crow length", lambda x, v, c, *r: (x, v, c[1:], *r), "crow_indices has shape .*, expected .* N=49"),
-    Invalid("col int64", lambda x, v, c, k, *r: (x, v, c, k.long(), *r), "col_indices is int64, expected int32"),
     Invalid("col 2-d", lambda x, v, c, k, *r: (x, v, c, k[None], *r), "col_indices has shape .*, expected"),
     Invalid("transposed", lambda *a: (*a[:4], a[4][:-1], *a[5:]), "transposed has shape .*, expected"),
     Invalid("scale", lambda *a: (*a[:5], torch.ones(49), *a[6:]), "values is fp32, expected int8 as there is a scale"),
-    Invalid("scale fp64", lambda *a: (*_as_int8(a, torch.ones(49).double()),), "scale is fp64, expected fp32"),
-    Invalid("scale length", lambda *a: (*_as_int8(a, torch.ones(48)),), r"scale has shape .*, expected \[49\]"),
+    Invalid(
+        "scale fp64", lambda x, v, *r: (x, v.char(), *r[:3], x.double()[0], *r[4:]), "scale is fp64, expected fp32"
+    ),
+    Invalid("scale length", lambda x, v, *r: (x, v.char(), *r[:3], x[0], *r[4:]), r"scale has shape .* \[49\]"),
     Invalid("bias int", lambda *a: (*a[:6], a[6].int(), a[7]), "bias is int32, expected"),
     Invalid("bias length", lambda *a: (*a[:6], a[6][:-1], a[7]), r"bias has shape .*expected \[49\]"),
     Invalid("N", lambda *a: (*a[:7], 100), "crow_indices has shape .*, expected"),
     Invalid("N zero", lambda *a: (*a[:7], 0), "N is 0, expected at least 1"),
 )
-
-
-def _as_int8(args: tuple[Any, ...], scale: Tensor) -> tuple[Any, ...]:
-    return (args[0], args[1].char(), *args[2:5], scale, *args[6:])
 
 
 _KERNELS = "burnish.kernels.sparse.bsr_linear"
@@ -336,7 +270,7 @@ def backward_reference(
     scale: OptTensor, x_grad: bool, values_grad: bool, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (nnzb, bn, bk), wide = values.shape, _wide(x)
-    pulled, rows = as_rows(dy).to(wide), as_rows(x).to(wide)
+    pulled = as_rows(dy).to(wide)
     dx, dvalues, dbias = x.new_empty(0), x.new_empty(0), pulled.new_empty(0)
     if x_grad:
         starts, row, order = transposed.long().split((len(transposed) - 2 * nnzb, nnzb, nnzb))
@@ -344,7 +278,7 @@ def backward_reference(
         blocks = values.to(wide).index_select(0, order).transpose(1, 2)
         dx = block_product(scaled, blocks, starts, row, x.shape[-1]).to(x.dtype).reshape(x.shape)
     if values_grad:
-        dvalues = block_outer(pulled, rows, crow_indices, col_indices, (bn, bk)).to(x.dtype)
+        dvalues = block_outer(pulled, as_rows(x).to(wide), crow_indices, col_indices, (bn, bk)).to(x.dtype)
     if bias_grad:
         dbias = pulled.sum(0)
     return dx, dvalues, dbias
@@ -370,8 +304,8 @@ def backward_make(case: Case, backend: Backend, seed: int) -> tuple[Any, ...]:
     x, *weight, bias, n = make(case, backend, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     shape = (case.dims["M"], n)
-    integers = case.values == "integers"
-    dy = torch.randint(-8, 9, shape, generator=generator) if integers else torch.randn(shape, generator=generator)
+    dy = torch.randn(shape, generator=generator)
+    dy = (4 * dy).round().clamp(-8, 8) if case.values == "integers" else dy
     wanted = case.options.get("grads", "all")
     return (
         dy.to(case.dtype), x, *weight, wanted != "values", wanted != "x" and not _is_int8(case), bias is not None,
@@ -382,14 +316,14 @@ def backward_cost(case: Case) -> Cost:
     (m, n, k), (bn, bk) = (case.dims[name] for name in "MNK"), _block(case)
     products = 1 if _is_int8(case) else 2
     moved = (m * n + (1 + products) * m * k) * case.dtype.itemsize + products * _weight_bytes(case)
-    unit = "fp32" if _is_int8(case) else _unit(case)
+    unit = "fp32" if _is_int8(case) else _UNITS.get(case.dtype, "fp32")
     return Cost(2.0 * products * m * bn * bk * _kept(case), moved, unit)  # type: ignore[arg-type]
 
 
 def backward_baseline(dy: Tensor, x: Tensor, *args: Any) -> Callable[[], Any]:
-    """The products that torch's autograd makes for the dense layer."""
+    """torch's own products for the dense layer."""
     *weight, x_grad, values_grad, bias_grad = args
-    dense = _dense(tuple(weight), x.dtype, x.shape[-1], dy.shape[-1])
+    dense = _dense(weight, x.dtype, x.shape[-1], dy.shape[-1])
     return lambda: (
         dy @ dense if x_grad else None,
         dy.T @ x if values_grad else None,
