@@ -6,6 +6,7 @@
 // two products. Levels without such permutations expand a row of int8 and multiply it as it is; bf16 they leave to the
 // products of dense rows.
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/simd/element.h"
 #include "cpu/simd/level.h"
@@ -64,6 +65,10 @@ struct Words {
   }
   static constexpr bool kOffset = false;
   static BURNISH_INLINE __m512i offset() { return _mm512_setzero_si512(); }
+  // the values at places below `count`: a NaN beyond K counts for nothing
+  static BURNISH_INLINE __m512i below(__m512i values, __m512i index, int64_t count) {
+    return _mm512_maskz_mov_epi16(_mm512_cmplt_epu16_mask(index, _mm512_set1_epi16(static_cast<short>(count))), values);
+  }
 };
 
 // x is unsigned here, q + 128: each sum is too large by 128 times the sum of the values.
@@ -104,6 +109,8 @@ struct Bytes {
   }
   static constexpr bool kOffset = true;
   static BURNISH_INLINE __m512i offset() { return _mm512_set1_epi8(static_cast<char>(0x80)); }
+  // values beyond K meet zeros of q
+  static BURNISH_INLINE __m512i below(__m512i values, __m512i, int64_t) { return values; }
 };
 
 // Four rows of the weight; `ahead`: bytes to those that may be prefetched.
@@ -113,9 +120,9 @@ struct Quad {
   int64_t values_ahead, metadata_ahead;
 };
 
-// out[m][n] = row m of x times row n of the quad.
+// out[m][n] = row m of x times row n of the quad, rows of `width` elements.
 template <class Kind, int MR>
-void tile(const Quad& quad, const char* x, int64_t x_stride, int64_t row_bytes, typename Kind::Out* out) {
+void tile(const Quad& quad, const char* x, int64_t x_stride, int64_t width, typename Kind::Out* out) {
   alignas(64) static constexpr typename Kind::Lanes kLanes;
   const __m512i offset = _mm512_load_si512(kLanes.offset), group = _mm512_load_si512(kLanes.group);
   typename Kind::Sum sum[MR][kWeights], excess[kWeights];
@@ -123,13 +130,16 @@ void tile(const Quad& quad, const char* x, int64_t x_stride, int64_t row_bytes, 
     excess[n] = Kind::zero();
     BURNISH_UNROLL for (int m = 0; m < MR; ++m) sum[m][n] = Kind::zero();
   }
-  const auto step = [&](int64_t block, const uint8_t* const(&metadata)[kWeights],
-                        const char* const(&values)[kWeights]) __attribute__((always_inline)) {
+  constexpr int64_t kBlock = Kind::kMetadata * kStep24;
+  const int64_t blocks = width / kBlock, left = width % kBlock;
+  const auto step = [&](int64_t block, const uint8_t* const(&metadata)[kWeights], const char* const(&values)[kWeights],
+                        auto last) __attribute__((always_inline)) {
     __m512i index[kWeights], value[kWeights];
     BURNISH_UNROLL for (int n = 0; n < kWeights; ++n) {
       const __m512i fields = _mm512_multishift_epi64_epi8(offset, Kind::metadata(metadata[n]));
       index[n] = _mm512_ternarylogic_epi64(fields, Kind::low_bits(), group, 0xea);  // fields & 3 | group
       value[n] = _mm512_loadu_si512(values[n]);
+      if constexpr (decltype(last)::value) value[n] = Kind::below(value[n], index[n], left);
       if constexpr (Kind::kOffset) Kind::multiply_add(excess[n], Kind::offset(), value[n]);
     }
     BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
@@ -140,7 +150,6 @@ void tile(const Quad& quad, const char* x, int64_t x_stride, int64_t row_bytes, 
       }
     }
   };
-  const int64_t blocks = row_bytes / Kind::kMetadata;
   for (int64_t block = 0; block < blocks; ++block) {
     const uint8_t* metadata[kWeights];
     const char* values[kWeights];
@@ -150,20 +159,20 @@ void tile(const Quad& quad, const char* x, int64_t x_stride, int64_t row_bytes, 
       __builtin_prefetch(values[n] + quad.values_ahead, 0, 3);
     }
     __builtin_prefetch(quad.metadata[0] + quad.metadata_ahead + block * Kind::kMetadata * kWeights, 0, 3);
-    step(block, metadata, values);
+    step(block, metadata, values, std::false_type());
   }
-  if (row_bytes % Kind::kMetadata != 0) {  // what is left of the rows, beside zeros
-    const int64_t left = row_bytes % Kind::kMetadata, size = left * 64 / Kind::kMetadata;
-    alignas(64) char copies[kWeights][64 + 64] = {};
+  if (left > 0) {
+    const int64_t bytes = (left + kStep24 - 1) / kStep24;
+    alignas(64) char copies[kWeights][128] = {};
     const uint8_t* metadata[kWeights];
     const char* values[kWeights];
     for (int n = 0; n < kWeights; ++n) {
-      memcpy(copies[n], quad.values[n] + blocks * 64, static_cast<size_t>(size));
-      memcpy(copies[n] + 64, quad.metadata[n] + blocks * Kind::kMetadata, static_cast<size_t>(left));
+      memcpy(copies[n], quad.values[n] + blocks * 64, static_cast<size_t>(bytes * 64 / Kind::kMetadata));
+      memcpy(copies[n] + 64, quad.metadata[n] + blocks * Kind::kMetadata, static_cast<size_t>(bytes));
       values[n] = copies[n];
       metadata[n] = reinterpret_cast<const uint8_t*>(copies[n] + 64);
     }
-    step(blocks, metadata, values);
+    step(blocks, metadata, values, std::true_type());
   }
   BURNISH_UNROLL for (int m = 0; m < MR; ++m) Kind::add_all(sum[m], excess, out + m * kFinished);
 }
@@ -189,7 +198,7 @@ void multiply(const Sparse24Weight& weight, const char* x, int64_t x_stride, int
           quad.values[j] = static_cast<const char*>(weight.values) + row * value_bytes;
           quad.metadata[j] = weight.metadata + row * weight.row_bytes;
         }
-        kTiles[last - first - 1](quad, x + first * x_stride, x_stride, weight.row_bytes, out + i);
+        kTiles[last - first - 1](quad, x + first * x_stride, x_stride, weight.width, out + i);
       }
       for (int64_t m = first; m < last; ++m) finish(m, n, columns, out + (m - first) * kFinished);
     }
