@@ -69,7 +69,8 @@ struct Sparse24Weight {
   const void* values;
   const uint8_t* metadata;
   int64_t row_bytes;  // of metadata
-  int64_t rows;
+  int64_t rows;       // N
+  int64_t width;      // K
 };
 
 // y = float(q W^T) * (row_scale * scale) + bias.

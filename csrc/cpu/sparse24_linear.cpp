@@ -135,10 +135,11 @@ Tensor sparse24_linear(const Tensor& x, const Tensor& values, const Tensor& meta
                format,
                bias.has_value() ? as_floats(*bias, floats.take<float>(N)) : nullptr};
   const Operand rows(x);
-  const Sparse24Weight weight{values.const_data_ptr(), metadata.const_data_ptr<uint8_t>(), metadata.size(1), N};
+  const Sparse24Weight weight{values.const_data_ptr(), metadata.const_data_ptr<uint8_t>(), metadata.size(1), N, K};
   if (scale.has_value()) {
     multiply_int8(rows, weight, as_floats(*scale, floats.take<float>(N)), y.bias, y.y);
-  } else if (format == Format::kBf16 && level.sparse24_dot != nullptr && is_finite(rows)) {
+  } else if (rows.rows.count <= kFewRowsSparse && format == Format::kBf16 && level.sparse24_dot != nullptr &&
+             is_finite(rows)) {
     const Matrix whole = whole_blocks(rows, padded);
     for_blocks(weight,
                [&](int64_t begin, int64_t end) { level.sparse24_dot(weight, whole, rows.rows.count, begin, end, y); });

@@ -6,6 +6,7 @@
 // two products. Levels without such permutations expand a row of int8 and multiply it as it is; bf16 they leave to the
 // products of dense rows.
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/simd/element.h"
 #include "cpu/simd/level.h"
@@ -32,7 +33,8 @@ void finish_int8(const Sparse24Int8& args, int64_t row, int64_t column, int64_t 
 #if defined(__AVX512BF16__)
 
 constexpr int kWeights = 4;  // rows of the weight side by side
-constexpr int kMaxRows = 4;  // of x: 4 x 4 sums, 4 of indices, 4 of values, 2 of x, a selection and two constants
+constexpr int kMaxRows = 4;  // of x: 4 x 4 sums, 4 of indices, 4 of values, 2 of x, a selection and three constants
+constexpr int64_t kChunkBytes = 4096;  // of a row of x, multiplied with some rows of the weight: four stay in L1
 
 struct Words {
   using Sum = Vec;
@@ -59,11 +61,15 @@ struct Words {
   }
   static BURNISH_INLINE Vec zero() { return Vec(0.0f); }
   static BURNISH_INLINE void multiply_add(Vec& sum, __m512i x, __m512i values) { Pairs::multiply_add(sum, values, x); }
-  static BURNISH_INLINE void add_all(const Vec (&sum)[kWeights], const Vec (&)[kWeights], float* out) {
-    add_lanes(sum, out);
+  static BURNISH_INLINE void add_all(const Vec (&sum)[kWeights], float* out) {
+    float sums[kWeights];
+    add_lanes(sum, sums);
+    BURNISH_UNROLL for (int n = 0; n < kWeights; ++n) out[n] += sums[n];
   }
-  static constexpr bool kOffset = false;
-  static BURNISH_INLINE __m512i offset() { return _mm512_setzero_si512(); }
+  // the values at places below `count`: a NaN beyond K counts for nothing
+  static BURNISH_INLINE __m512i below(__m512i values, __m512i index, int64_t count) {
+    return _mm512_maskz_mov_epi16(_mm512_cmplt_epu16_mask(index, _mm512_set1_epi16(static_cast<short>(count))), values);
+  }
 };
 
 // x is unsigned here, q + 128: each sum is too large by 128 times the sum of the values.
@@ -92,45 +98,47 @@ struct Bytes {
   static BURNISH_INLINE void multiply_add(__m512i& sum, __m512i x, __m512i values) {
     asm volatile("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(values));
   }
-  static BURNISH_INLINE void add_all(const __m512i (&sum)[kWeights], const __m512i (&excess)[kWeights], int32_t* out) {
+  static BURNISH_INLINE void add_all(const __m512i (&sum)[kWeights], int32_t* out) {
     __m256i half[kWeights];
     BURNISH_UNROLL for (int n = 0; n < kWeights; ++n) {
-      const __m512i exact = _mm512_sub_epi32(sum[n], excess[n]);
-      half[n] = _mm256_add_epi32(_mm512_castsi512_si256(exact), _mm512_extracti64x4_epi64(exact, 1));
+      half[n] = _mm256_add_epi32(_mm512_castsi512_si256(sum[n]), _mm512_extracti64x4_epi64(sum[n], 1));
     }
     const __m256i both = _mm256_hadd_epi32(_mm256_hadd_epi32(half[0], half[1]), _mm256_hadd_epi32(half[2], half[3]));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
-                     _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1)));
+    const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+    auto* to = reinterpret_cast<__m128i*>(out);
+    _mm_storeu_si128(to, _mm_add_epi32(_mm_loadu_si128(to), sums));
   }
-  static constexpr bool kOffset = true;
-  static BURNISH_INLINE __m512i offset() { return _mm512_set1_epi8(static_cast<char>(0x80)); }
+  // values beyond K meet zeros of q
+  static BURNISH_INLINE __m512i below(__m512i values, __m512i, int64_t) { return values; }
 };
 
-// Four rows of the weight; `ahead`: bytes to those that may be prefetched.
+// A chunk of four rows of the weight; `ahead`, `next`: what may be prefetched, values and metadata of the next four.
 struct Quad {
   const char* values[kWeights];
   const uint8_t* metadata[kWeights];
-  int64_t values_ahead, metadata_ahead;
+  int64_t ahead;
+  const uint8_t* next;
 };
 
-// out[m][n] = row m of x times row n of the quad.
+// out[m][n] += row m of x times row n of the quad, rows of `width` elements.
 template <class Kind, int MR>
-void tile(const Quad& quad, const char* x, int64_t x_stride, int64_t row_bytes, typename Kind::Out* out) {
+void tile(const Quad& quad, const char* x, int64_t x_stride, int64_t width, typename Kind::Out* out) {
   alignas(64) static constexpr typename Kind::Lanes kLanes;
   const __m512i offset = _mm512_load_si512(kLanes.offset), group = _mm512_load_si512(kLanes.group);
-  typename Kind::Sum sum[MR][kWeights], excess[kWeights];
-  BURNISH_UNROLL for (int n = 0; n < kWeights; ++n) {
-    excess[n] = Kind::zero();
-    BURNISH_UNROLL for (int m = 0; m < MR; ++m) sum[m][n] = Kind::zero();
+  typename Kind::Sum sum[MR][kWeights];
+  BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
+    BURNISH_UNROLL for (int n = 0; n < kWeights; ++n) sum[m][n] = Kind::zero();
   }
-  const auto step = [&](int64_t block, const uint8_t* const(&metadata)[kWeights],
-                        const char* const(&values)[kWeights]) __attribute__((always_inline)) {
+  constexpr int64_t kBlock = Kind::kMetadata * kStep24;
+  const int64_t blocks = width / kBlock, left = width % kBlock;
+  const auto step = [&](int64_t block, const uint8_t* const(&metadata)[kWeights], const char* const(&values)[kWeights],
+                        auto last) __attribute__((always_inline)) {
     __m512i index[kWeights], value[kWeights];
     BURNISH_UNROLL for (int n = 0; n < kWeights; ++n) {
       const __m512i fields = _mm512_multishift_epi64_epi8(offset, Kind::metadata(metadata[n]));
       index[n] = _mm512_ternarylogic_epi64(fields, Kind::low_bits(), group, 0xea);  // fields & 3 | group
       value[n] = _mm512_loadu_si512(values[n]);
-      if constexpr (Kind::kOffset) Kind::multiply_add(excess[n], Kind::offset(), value[n]);
+      if constexpr (decltype(last)::value) value[n] = Kind::below(value[n], index[n], left);
     }
     BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
       const char* from = x + m * x_stride + block * 128;
@@ -140,32 +148,31 @@ void tile(const Quad& quad, const char* x, int64_t x_stride, int64_t row_bytes, 
       }
     }
   };
-  const int64_t blocks = row_bytes / Kind::kMetadata;
   for (int64_t block = 0; block < blocks; ++block) {
     const uint8_t* metadata[kWeights];
     const char* values[kWeights];
     BURNISH_UNROLL for (int n = 0; n < kWeights; ++n) {
       metadata[n] = quad.metadata[n] + block * Kind::kMetadata;
       values[n] = quad.values[n] + block * 64;
-      __builtin_prefetch(values[n] + quad.values_ahead, 0, 3);
+      __builtin_prefetch(values[n] + quad.ahead, 0, 3);
     }
-    __builtin_prefetch(quad.metadata[0] + quad.metadata_ahead + block * Kind::kMetadata * kWeights, 0, 3);
-    step(block, metadata, values);
+    __builtin_prefetch(quad.next + block * Kind::kMetadata * kWeights, 0, 3);
+    step(block, metadata, values, std::false_type());
   }
-  if (row_bytes % Kind::kMetadata != 0) {  // what is left of the rows, beside zeros
-    const int64_t left = row_bytes % Kind::kMetadata, size = left * 64 / Kind::kMetadata;
-    alignas(64) char copies[kWeights][64 + 64] = {};
+  if (left > 0) {
+    const int64_t bytes = (left + kStep24 - 1) / kStep24;
+    alignas(64) char copies[kWeights][128] = {};
     const uint8_t* metadata[kWeights];
     const char* values[kWeights];
     for (int n = 0; n < kWeights; ++n) {
-      memcpy(copies[n], quad.values[n] + blocks * 64, static_cast<size_t>(size));
-      memcpy(copies[n] + 64, quad.metadata[n] + blocks * Kind::kMetadata, static_cast<size_t>(left));
+      memcpy(copies[n], quad.values[n] + blocks * 64, static_cast<size_t>(bytes * 64 / Kind::kMetadata));
+      memcpy(copies[n] + 64, quad.metadata[n] + blocks * Kind::kMetadata, static_cast<size_t>(bytes));
       values[n] = copies[n];
       metadata[n] = reinterpret_cast<const uint8_t*>(copies[n] + 64);
     }
-    step(blocks, metadata, values);
+    step(blocks, metadata, values, std::true_type());
   }
-  BURNISH_UNROLL for (int m = 0; m < MR; ++m) Kind::add_all(sum[m], excess, out + m * kFinished);
+  BURNISH_UNROLL for (int m = 0; m < MR; ++m) Kind::add_all(sum[m], out + m * kFinished);
 }
 
 // finish(row, column, count, sums) for the product of `rows` rows of x and rows [begin, end) of the weight.
@@ -174,26 +181,45 @@ void multiply(const Sparse24Weight& weight, const char* x, int64_t x_stride, int
               const Finish& finish) {
   using Tile = void (*)(const Quad&, const char*, int64_t, int64_t, typename Kind::Out*);
   static constexpr Tile kTiles[kMaxRows] = {tile<Kind, 1>, tile<Kind, 2>, tile<Kind, 3>, tile<Kind, 4>};
+  constexpr int64_t kBlocks = kChunkBytes / 128, kChunk = kBlocks * Kind::kMetadata * kStep24;
   const int64_t passes = (rows + kMaxRows - 1) / kMaxRows, value_bytes = weight.row_bytes * 64 / Kind::kMetadata;
   for (int64_t n = begin; n < end; n += kFinished) {
     const int64_t columns = std::min(kFinished, end - n);
     for (int64_t pass = 0; pass < passes; ++pass) {
       const int64_t first = rows * pass / passes, last = rows * (pass + 1) / passes;
-      typename Kind::Out out[kMaxRows * kFinished];
-      for (int64_t i = 0; i < columns; i += kWeights) {
-        Quad quad;
-        quad.values_ahead = pass == 0 ? kWeights * value_bytes : 0;
-        quad.metadata_ahead = pass == 0 ? kWeights * weight.row_bytes : 0;
-        for (int64_t j = 0; j < kWeights; ++j) {
-          const int64_t row = n + std::min(i + j, columns - 1);
-          quad.values[j] = static_cast<const char*>(weight.values) + row * value_bytes;
-          quad.metadata[j] = weight.metadata + row * weight.row_bytes;
+      typename Kind::Out out[kMaxRows * kFinished] = {};
+      for (int64_t chunk = 0; chunk * kChunk < weight.width; ++chunk) {
+        const int64_t from = chunk * kBlocks;
+        for (int64_t i = 0; i < columns; i += kWeights) {
+          Quad quad;
+          for (int64_t j = 0; j < kWeights; ++j) {
+            const int64_t row = n + std::min(i + j, columns - 1);
+            quad.values[j] = static_cast<const char*>(weight.values) + row * value_bytes + from * 64;
+            quad.metadata[j] = weight.metadata + row * weight.row_bytes + from * Kind::kMetadata;
+          }
+          quad.ahead = pass == 0 ? kWeights * value_bytes : 0;
+          quad.next = quad.metadata[0] +
+                      (pass == 0 ? kWeights * weight.row_bytes + (kWeights - 1) * from * Kind::kMetadata : 0);
+          kTiles[last - first - 1](quad, x + first * x_stride + chunk * kChunkBytes, x_stride,
+                                   std::min(kChunk, weight.width - chunk * kChunk), out + i);
         }
-        kTiles[last - first - 1](quad, x + first * x_stride, x_stride, weight.row_bytes, out + i);
       }
       for (int64_t m = first; m < last; ++m) finish(m, n, columns, out + (m - first) * kFinished);
     }
   }
+}
+
+// 128 times the sum of a row's values.
+int32_t excess(const char* values, int64_t bytes) {
+  const __m512i offset = _mm512_set1_epi8(static_cast<char>(0x80));
+  __m512i sum = _mm512_setzero_si512();
+  int64_t at = 0;
+  for (; at + 64 <= bytes; at += 64) Bytes::multiply_add(sum, offset, _mm512_loadu_si512(values + at));
+  if (at < bytes) {
+    const __mmask64 left = (__mmask64{1} << (bytes - at)) - 1;
+    Bytes::multiply_add(sum, offset, _mm512_maskz_loadu_epi8(left, values + at));
+  }
+  return _mm512_reduce_add_epi32(sum);
 }
 
 #else
@@ -232,8 +258,17 @@ void sparse24_dot(const Sparse24Weight& weight, const Matrix& x, int64_t rows, i
 }
 
 void sparse24_int8(const Sparse24Int8& args, int64_t begin, int64_t end, void*) {
+  const int64_t value_bytes = args.weight.row_bytes * 4;
+  int32_t too_large[kFinished];
+  int64_t known = -1;
   multiply<Bytes>(args.weight, static_cast<const char*>(args.q), args.q_stride, args.rows, begin, end,
-                  [&](int64_t row, int64_t column, int64_t count, const int32_t* sums) {
+                  [&](int64_t row, int64_t column, int64_t count, int32_t* sums) {
+                    const char* values = static_cast<const char*>(args.weight.values) + column * value_bytes;
+                    for (int64_t i = 0; i < count; ++i) {
+                      if (known != column) too_large[i] = excess(values + i * value_bytes, value_bytes);
+                      sums[i] -= too_large[i];
+                    }
+                    known = column;
                     finish_int8(args, row, column, count, sums);
                   });
 }
