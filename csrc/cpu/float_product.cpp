@@ -268,8 +268,7 @@ void project(const Kernels& level, const Matrix& x, int64_t rows, int64_t depth,
   scratch.trim();
 }
 
-Matrix in_product_format(const Kernels& level, const Matrix& x, int64_t rows, int64_t width, Scratch& storage) {
-  const Format format = level.product_format(x.format);
+Matrix in_format(const Kernels& level, const Matrix& x, int64_t rows, int64_t width, Format format, Scratch& storage) {
   if (format == x.format) return x;
   storage.reserve(Block::bytes(rows, width, format));
   const Block copy = Block::take(storage, rows, width, format);
@@ -278,6 +277,10 @@ Matrix in_product_format(const Kernels& level, const Matrix& x, int64_t rows, in
     level.take_rows(x, begin, end - begin, 0, width, nullptr, part.matrix());
   });
   return copy.matrix();
+}
+
+Matrix in_product_format(const Kernels& level, const Matrix& x, int64_t rows, int64_t width, Scratch& storage) {
+  return in_format(level, x, rows, width, level.product_format(x.format), storage);
 }
 
 }  // namespace burnish

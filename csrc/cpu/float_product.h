@@ -112,7 +112,10 @@ void project(const Kernels& level, const Matrix& x, int64_t rows, int64_t depth,
 void round_projection(const Kernels& level, const Block& sums, int64_t parts, int64_t rows, int64_t columns,
                       float factor, const Projection& to);
 
-// x in the product format: itself where it has it, else a copy in `storage`, made by all threads.
+// x in `format`, its own or kFloat: itself where it has it, else a copy in `storage`, made by all threads.
+Matrix in_format(const Kernels& level, const Matrix& x, int64_t rows, int64_t width, Format format, Scratch& storage);
+
+// x in the product format.
 Matrix in_product_format(const Kernels& level, const Matrix& x, int64_t rows, int64_t width, Scratch& storage);
 
 }  // namespace burnish

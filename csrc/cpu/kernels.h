@@ -41,6 +41,20 @@ struct Int8Dx {
   Format dx_format;
 };
 
+// C [rows, columns] = sum over segments of W_s P_s: rows of weights as they lie, by a piece of a packed panel each.
+struct BlockProduct {
+  const char* weights;    // of the first segment
+  int64_t weight_bytes;   // from a segment's to the next
+  int64_t row_bytes;      // from a row to the next
+  const char* panels;     // pieces [steps, columns] of 32-bit words: a float, two of bf16, four bytes of x + 128
+  int64_t piece_bytes;    // from a piece to the next
+  int64_t step_bytes;     // from a step to the next
+  const int32_t* pieces;  // the piece that each segment meets; null: in order
+  int64_t segments;
+  int64_t steps;  // of a segment: words of a row of weights
+  Format format;  // of weights and panels, a product format
+};
+
 struct Kernels {
   const char* name;
   // Quantise `width` consecutive elements; q is written up to `padded`, zero from width on. Returns 128 * sum(q).
@@ -55,6 +69,7 @@ struct Kernels {
                     float* out);
   // How the level multiplies elements of a format: kBf16 as pairs where it can, everything else as kFloat.
   Format (*product_format)(Format format);
+  int64_t lanes;          // floats of a vector
   int64_t panel_columns;  // columns of a whole panel
   // W's panel: `columns` columns (zero up to a whole vector) by `depth`, from rows [columns, depth] or [depth,
   // columns].
@@ -65,6 +80,15 @@ struct Kernels {
                    const Ahead& ahead);
   // The same for a few rows, W [columns, depth] as it lies in memory; X and W of one format, whichever.
   void (*dot)(const Matrix& x, int64_t rows, const Matrix& w, int64_t columns, int64_t depth, const Sink& sink);
+  // sums [rows, columns], columns written up to a whole vector.
+  void (*block_product)(const BlockProduct& args, int64_t rows, int64_t columns, float* sums, int64_t stride);
+  // The same for a few columns, which are rows of x in weights' own format, `step_bytes` apart, `steps` elements wide
+  // in a piece: at most 128 rows. sink is [columns, rows].
+  void (*block_dot)(const BlockProduct& args, int64_t rows, int64_t columns, const Sink& sink);
+  // block_product of int8 weights, at most 128 rows: out = float(sum) * (row_scale[column] * channel_scale[row]) +
+  // bias[row].
+  void (*int8_block_product)(const BlockProduct& args, int64_t rows, int64_t columns, const float* row_scale,
+                             const float* channel_scale, const float* bias, float* out, int64_t stride);
   // Rows [row, row + rows) of x, `width` elements from column `column` (a multiple of 8) on, into `out`, a product
   // format, with dropout or without (null).
   void (*take_rows)(const Matrix& x, int64_t row, int64_t rows, int64_t column, int64_t width, const Dropout* dropout,

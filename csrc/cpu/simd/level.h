@@ -22,6 +22,10 @@ void pack_columns(const Matrix& w, int64_t columns, int64_t depth, void* panel);
 void multiply(const Matrix& x, int64_t rows, const void* panel, int64_t columns, int64_t depth, const Sink& sink,
               const Ahead& ahead);
 void dot(const Matrix& x, int64_t rows, const Matrix& w, int64_t columns, int64_t depth, const Sink& sink);
+void block_product(const BlockProduct& args, int64_t rows, int64_t columns, float* sums, int64_t stride);
+void block_dot(const BlockProduct& args, int64_t rows, int64_t columns, const Sink& sink);
+void int8_block_product(const BlockProduct& args, int64_t rows, int64_t columns, const float* row_scale,
+                        const float* channel_scale, const float* bias, float* out, int64_t stride);
 void finish_row(const float* sums, int64_t count, const Sink& sink);
 void take_rows(const Matrix& x, int64_t row, int64_t rows, int64_t column, int64_t width, const Dropout* dropout,
                const Matrix& out);
