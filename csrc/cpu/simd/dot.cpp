@@ -12,6 +12,32 @@ namespace {
 constexpr int kRows = 4, kColumns = 4;
 constexpr int kBlock = 16;  // columns that are finished together
 
+<<<<<<< HEAD
+=======
+#if defined(__AVX512BF16__)
+struct DotPairs {
+  using Stored = bf16;
+  using Part = __m512i;
+  static constexpr int64_t kDepth = 32;
+  static BURNISH_INLINE Part load_part(const bf16* p) { return _mm512_loadu_si512(p); }
+  static BURNISH_INLINE Part load_part(const bf16* p, int64_t count) {
+    return _mm512_maskz_loadu_epi16((__mmask32{1} << count) - 1, p);
+  }
+  static BURNISH_INLINE void multiply_add(Vec& sum, Part w, Part x) { Pairs::multiply_add(sum, w, x); }
+};
+#endif
+
+template <class T>
+struct DotFloats {
+  using Stored = T;
+  using Part = Vec;
+  static constexpr int64_t kDepth = Vec::kLanes;
+  static BURNISH_INLINE Part load_part(const T* p) { return load(p, kDepth); }
+  static BURNISH_INLINE Part load_part(const T* p, int64_t count) { return load(p, count); }
+  static BURNISH_INLINE void multiply_add(Vec& sum, Part w, Part x) { sum = fma(w, x, sum); }
+};
+
+>>>>>>> expand
 template <class Dot, int MR>
 void tile(const char* x, int64_t x_stride, const char* w, int64_t w_stride, int64_t depth, float* out) {
   using Stored = typename Dot::Stored;
