@@ -15,18 +15,6 @@ def weave(a, b, c, d):
 
 
 @triton.jit
-def disguised(plane):
-    """The same bits as another type, back from which a woven tile is cast: Triton 3.9 refuses a transposed operand of a
-    matrix unit where nothing stands between it and the weaving."""
-    if plane.dtype == tl.int8:
-        return plane.to(tl.float8e5, bitcast=True)
-    elif plane.dtype == tl.float32:
-        return plane.to(tl.int32, bitcast=True)
-    else:
-        return plane.to(tl.int16, bitcast=True)
-
-
-@triton.jit
 def unweave_pair(tile):
     """The two planes of a tile."""
     return tl.split(tl.reshape(tile, (tile.shape[0], tile.shape[1] // 2, 2)))

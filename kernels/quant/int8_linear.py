@@ -42,8 +42,8 @@ FUSED_MAX_ROWS = 32
 TWO_PARTS_MIN_N = 128
 #: the widest tile whose accumulators leave registers for an activation's slope
 SLOPE_MAX_COLUMNS = 128
-#: rows and columns a program of the column sum covers, and rows it loads at once
-SUM_ROWS, SUM_COLUMNS, SUM_STEP = 256, 128, 32
+#: rows and columns a program of the column sum covers, and rows it loads at once: 16 sums of 16 round the least
+SUM_ROWS, SUM_COLUMNS, SUM_STEP = 256, 128, 16
 
 
 @triton.jit

@@ -76,7 +76,7 @@ def blocks_product(
 ):
     """The sum over a list's blocks of x's columns times the block, a tile [BLOCK_M, BLOCK_N] of the list's stripe."""
     k, n = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N)
-    SIZE: tl.constexpr = OUT * DEPTH
+    size = tl.full([], OUT * DEPTH, tl.int64)
     STRIDE_N: tl.constexpr = 1 if TRANSPOSED else DEPTH
     STRIDE_K: tl.constexpr = OUT if TRANSPOSED else 1
     x_offsets = tl.minimum(tl.arange(0, BLOCK_M), (rows_left - 1).to(tl.int32))[:, None] * stride_xm
@@ -89,7 +89,7 @@ def blocks_product(
         for step in range(first * STEPS, last * STEPS):
             within = step % STEPS * BLOCK_K
             column = index * DEPTH + within
-            w = tl.load(values_ptr + block.to(tl.int64) * SIZE + within * STRIDE_K + w_offsets)
+            w = tl.load(values_ptr + block * size + within * STRIDE_K + w_offsets)
             inside = k < K - column
             if EVEN_K:
                 x = tl.load(x_ptr + column + x_offsets + k[None, :])
@@ -104,7 +104,7 @@ def blocks_product(
         for start in range(first, last, BLOCK_K // DEPTH):
             entry = start + k // DEPTH
             inside = entry < last
-            w_block = values_ptr + block.to(tl.int64)[:, None] * SIZE
+            w_block = values_ptr + block[:, None] * size
             w = tl.load(w_block + w_offsets, mask=inside[:, None], other=0)
             columns = tl.max_contiguous(tl.multiple_of(index * DEPTH + k % DEPTH, [VECTOR]), [VECTOR])
             if not EVEN_K:

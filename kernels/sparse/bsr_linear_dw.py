@@ -78,7 +78,7 @@ def dw_tile(arch: str, out: int, depth: int, itemsize: int) -> Tile:
     block_m = min(out, 64 if itemsize == 4 else 128)
     block_n = max(depth, 64) if itemsize == 4 else 128
     block_k = (32 if arch in SHARED else 16) if itemsize == 4 else 64 if block_m < 128 or arch in SHARED else 32
-    warps = 8 if block_m * block_n * itemsize > 16384 else 4
+    warps = 8 if block_m * block_n > (1024 if itemsize == 4 else 8192) else 4
     return Tile(block_m, block_n, block_k, warps, 2 if arch == "gfx942" else 3)
 
 

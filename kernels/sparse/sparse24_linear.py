@@ -23,7 +23,7 @@ from burnish.kernels.common import target
 from burnish.kernels.common.epilogues import store_linear
 from burnish.kernels.common.expanded import expanded_product, expanded_pull, expanded_tiles, narrow, outer_product
 from burnish.kernels.common.operands import UNITS, matrix, objection, parts_like, pointer_of, row_parts
-from burnish.kernels.common.planes import disguised, unweave, unweave_pair, weave
+from burnish.kernels.common.planes import unweave, unweave_pair, weave
 from burnish.kernels.common.tiles import FULL_GEMM, HALF_GEMM, INT8_GEMM, SPLIT_GEMM, Tile, pick, swizzle
 from burnish.kernels.common.variants import Variant
 from burnish.kernels.lowrank.lowrank_linear_sums import add_parts
@@ -53,13 +53,12 @@ def sparse24_tile(weight, first_n, first_k, ROWS: tl.constexpr, COLUMNS: tl.cons
     first, second = unweave_pair(values)
     p, q = positions(metadata_ptr, first_n, first_k, N, eighth, ROWS, COLUMNS)
     none = tl.zeros_like(first)
-    dense = weave(
-        disguised(tl.where(p == 0, first, none)),
-        disguised(tl.where(p == 1, first, tl.where(q == 1, second, none))),
-        disguised(tl.where(p == 2, first, tl.where(q == 2, second, none))),
-        disguised(tl.where(q == 3, second, none)),
+    return weave(
+        tl.where(p == 0, first, none),
+        tl.where(p == 1, first, tl.where(q == 1, second, none)),
+        tl.where(p == 2, first, tl.where(q == 2, second, none)),
+        tl.where(q == 3, second, none),
     )
-    return dense.to(values.dtype, bitcast=True)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from burnish.kernels.common import target
 from burnish.kernels.common.epilogues import store_linear
 from burnish.kernels.common.expanded import expanded_product, expanded_pull, expanded_tiles, outer_product
 from burnish.kernels.common.operands import UNITS, matrix, objection, parts_like, pointer_of, row_parts
-from burnish.kernels.common.planes import disguised, unweave, unweave_pair, weave
+from burnish.kernels.common.planes import unweave, unweave_pair, weave
 from burnish.kernels.common.tiles import FULL_GEMM, HALF_GEMM, Tile, pick, swizzle
 from burnish.kernels.common.variants import Variant
 from burnish.kernels.lowrank.lowrank_linear_sums import add_parts
@@ -59,7 +59,7 @@ def places(bitmap_ptr, starts_ptr, first_n, first_k, N, width, tiles, ROWS: tl.c
 def element(values, bits, before, BIT: tl.constexpr):
     """Plane BIT of a tile, and how many values lie before the next plane's elements."""
     kept = (bits >> BIT) & 1
-    return disguised(tl.load(values + before, mask=kept != 0, other=0.0)), before + kept
+    return tl.load(values + before, mask=kept != 0, other=0.0), before + kept
 
 
 @triton.jit
@@ -77,8 +77,7 @@ def sparse_tile(weight, first_n, first_k, ROWS: tl.constexpr, COLUMNS: tl.conste
     f, before = element(values, bits, before, 5)
     g, before = element(values, bits, before, 6)
     h, before = element(values, bits, before, 7)
-    dense = tl.interleave(weave(a, c, e, g), weave(b, d, f, h))
-    return dense.to(values_ptr.dtype.element_ty, bitcast=True)
+    return tl.interleave(weave(a, c, e, g), weave(b, d, f, h))
 
 
 @triton.jit
