@@ -13,7 +13,15 @@ from typing import Any
 import burnish
 import torch
 import torch.distributed as dist
-from burnish.nn import Int8Linear, LowRankConv2d, LowRankLinear
+from burnish.nn import (
+    BlockSparseLinear,
+    Int8Linear,
+    LowRankConv2d,
+    LowRankLinear,
+    Sparse24Linear,
+    SparseConv2d,
+    SparseLinear,
+)
 from torch import nn
 
 STEPS, ROWS = 4, 8
@@ -37,6 +45,35 @@ def lowrank_model() -> nn.Module:
     )
 
 
+class Beside(nn.Module):
+    """A layer and what goes past it, so that gradients do where the layer has no weights."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Any) -> Any:
+        return x + self.layer(x)
+
+
+def sparse_model() -> nn.Module:
+    """Trainable values: blocks and single weights in odd numbers, fewer blocks than there are processes, and none."""
+    torch.manual_seed(0)
+    empty = nn.Linear(21, 21)
+    nn.init.zeros_(empty.weight)
+    return nn.Sequential(
+        BlockSparseLinear(24, 36, density=0.9, block=(4, 16)),
+        Sparse24Linear(36, 36),
+        nn.Unflatten(1, (4, 3, 3)),
+        SparseConv2d(4, 7, 3, padding=1, density=0.3, block=16),
+        nn.Flatten(),
+        SparseLinear(63, 21, density=0.25),
+        Beside(BlockSparseLinear.from_float(empty)),
+        Sparse24Linear(21, 8, values="int8"),
+        BlockSparseLinear(8, 5, density=1, values="int8"),
+    )
+
+
 def train(net: nn.Module, rank: int = 0, ranks: int = 1) -> None:
     """A few steps on this rank's share of the rows; the mean over ranks is the mean over all rows."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -49,7 +86,7 @@ def train(net: nn.Module, rank: int = 0, ranks: int = 1) -> None:
 
 
 #: what the processes train, one after the other
-MODELS = {"int8": model, "lowrank": lowrank_model}
+MODELS = {"int8": model, "lowrank": lowrank_model, "sparse": sparse_model}
 
 
 def distributed(rank: int, kind: str, folder: str) -> None:

@@ -62,7 +62,7 @@ def same(before: dict, after: dict) -> bool:
         }
 
     return plain(before) == plain(after) and all(
-        torch.equal(value[1].view(torch.uint8), after[fqn][2][name][1].view(torch.uint8))
+        torch.equal(value[1].flatten().view(torch.uint8), after[fqn][2][name][1].flatten().view(torch.uint8))
         for fqn, entry in before.items()
         for name, value in entry[2].items()
     )

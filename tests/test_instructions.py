@@ -104,6 +104,16 @@ def test_prmt(run: Run) -> None:
         assert np.array_equal(got[:, place], np.where(digit > 7, sign, byte))
 
 
+def test_bits(run: Run) -> None:
+    places = np.arange(32, dtype=np.uint32)
+    sparse = np.concatenate([1 << places, (2 << places) - 1, np.zeros(64, np.uint32)]).astype(np.uint32)
+    a = np.concatenate([sparse, *(words(np.random.default_rng(4), 1600) >> 4 * shift for shift in range(8))])
+    got = signed(run("bits", a, y=np.zeros((len(a), 2), np.uint32), threads=len(a)))
+    bits = a[:, None] >> places & 1
+    assert np.array_equal(got[:, 0], bits.sum(1))
+    assert np.array_equal(got[:, 1], np.where(bits.any(1), 31 - bits[:, ::-1].argmax(1), -1))
+
+
 def test_dp4a(run: Run) -> None:
     a, b, c = words(np.random.default_rng(2), 3, 6400)
     got = run("dp4a", a, b, c, y=np.zeros((6400, 2), np.uint32), threads=6400)
@@ -373,6 +383,21 @@ def test_mma_sparse(run: Run, kind: str, selector: int, exact: bool) -> None:
         rest = np.concatenate([fragment_c(c).view(np.uint32).ravel(), metadata(places, kind, selector)])
         got = run(f"mma_sparse {kind} {selector}", *lanes, rest, y=np.zeros((32, 4), c.dtype), seed=seed)
         check_product(got, left, right, c, exact)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_mma_sparse_leaves_out_what_is_not_kept(run: Run, kind: str) -> None:
+    """All 16 rows keep the same places, and what lies elsewhere is an infinity or a NaN."""
+    for seed in SEEDS:
+        draw = np.random.default_rng(seed)
+        left, right, c = operands(draw, kind, kind, 32, exact=True)
+        rows, places = sparse_rows(draw, left[:1])
+        rows, places = rows.repeat(16, 0), places.repeat(16, 0)
+        special = np.where(rows[0][:, None] != 0, right, draw.choice([np.inf, -np.inf, np.nan], right.shape))
+        lanes = fragment_a(compressed(rows, places), kind), fragment_b(special, kind)
+        rest = np.concatenate([fragment_c(c).view(np.uint32).ravel(), metadata(places, kind, 0)])
+        got = run(f"mma_sparse {kind} 0", *lanes, rest, y=np.zeros((32, 4), c.dtype), seed=seed)
+        check_product(got, rows, right, c, exact=True)
 
 
 @pytest.mark.parametrize("kind", ["fp16", "int8"])

@@ -61,6 +61,8 @@ PROMISED = {
     "dependents_start": r"PREEXIT",
     "lop3": r"LOP3\.LUT",
     "prmt": r"PRMT",
+    "popcount": r"\bPOPC\b",
+    "highest_bit": r"\bFLO\.U32\b",
     "dp4a": r"IDP\.4A\.[SU]8\.[SU]8",
     "pack_fp16": r"F2FP\.(F16\.F32\.)?PACK_AB",
     "pack_bf16": r"F2FP\.BF16\.(F32\.)?PACK_AB",
@@ -81,6 +83,7 @@ PROMISED = {
 EXACT = {
     "Lop3": [rf"LOP3\.LUT.*, 0x{table:x}, " for table in (0x80, 0xEA, 0x96, 0xE8, 0xCA)],
     "Prmt": [r"PRMT R\d+, R\d+, R\d+, R\d+"],
+    "Bits": [PROMISED["popcount"], PROMISED["highest_bit"]],
     "Dp4a": [r"IDP\.4A\.S8\.S8", r"IDP\.4A\.U8\.U8"],
     "Pack": [PROMISED["pack_fp16"], PROMISED["pack_bf16"]],
     "FromFp16": [PROMISED["float_from_fp16"]],

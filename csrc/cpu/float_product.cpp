@@ -18,6 +18,11 @@ constexpr int64_t kRowsByRows = 12;
 constexpr int64_t kRowBlock = 512;  // rows that meet a packed panel: x's chunk of them stays in L2
 constexpr int64_t kPartialBytes = int64_t{4} << 20;
 
+// Elements of `columns` rows of W that are packed together.
+int64_t longest(int64_t columns, Format format) {
+  return std::min(kPanelBytes / (round_up(columns, 16) * size_of(format)), kLongest);
+}
+
 // A piece of a term's depth, packed at once.
 struct Step {
   const Term* term;
@@ -28,8 +33,7 @@ struct Step {
 std::vector<Step> steps_of(const std::vector<Term>& terms, int64_t columns) {
   std::vector<Step> steps;
   for (const Term& term : terms) {
-    const int64_t fitting = std::min(kPanelBytes / (round_up(columns, 16) * size_of(term.x.format)), kLongest);
-    const int64_t chunk = term.weight.transposed ? kChunkTransposed : fitting;
+    const int64_t chunk = term.weight.transposed ? kChunkTransposed : longest(columns, term.x.format);
     for (int64_t k = 0; k < term.depth; k += chunk) steps.push_back({&term, {k, std::min(k + chunk, term.depth)}});
     if (term.depth == 0 && &term == &terms.back() && steps.empty()) steps.push_back({&term, {0, 0}});
   }
@@ -39,6 +43,7 @@ std::vector<Step> steps_of(const std::vector<Term>& terms, int64_t columns) {
 // The memory that packing `columns` of a step reads.
 Ahead memory_of(const Step& step, Range columns) {
   const Weight& weight = step.term->weight;
+  if (weight.compressed != nullptr) return {};
   const int64_t size = size_of(weight.matrix.format);
   if (weight.transposed) {
     const Matrix from = weight.matrix.at(step.depth.begin, columns.begin);
@@ -59,15 +64,17 @@ int64_t packed_bytes(const Kernels& level, const Step& step) {
   return level.panel_columns * round_up(step.depth.size() * size_of(step.term->x.format), 4);
 }
 
-// The panels of `columns` for a step, one after the other, `panel_bytes` apart; `kept` holds rows after dropout.
+// The panels of `columns` for a step, one after the other, `panel_bytes` apart; `kept` is for a copy to pack from.
 void pack(const Kernels& level, const Step& step, Range columns, char* panels, int64_t panel_bytes, const Block& kept) {
   const Weight& weight = step.term->weight;
-  Matrix from = weight.transposed ? weight.matrix.at(step.depth.begin, columns.begin)
-                                  : weight.matrix.at(columns.begin, step.depth.begin);
-  if (weight.dropout != nullptr) {
-    level.take_rows(weight.matrix, step.depth.begin, step.depth.size(), columns.begin, columns.size(), weight.dropout,
-                    kept.matrix());
-    from = kept.matrix();
+  const auto [row, column] = weight.transposed ? std::pair{step.depth, columns} : std::pair{columns, step.depth};
+  Matrix from = kept.matrix();
+  if (weight.compressed != nullptr) {
+    weight.compressed->take(level, row, column, kept);
+  } else if (weight.dropout != nullptr) {
+    level.take_rows(weight.matrix, row.begin, row.size(), column.begin, column.size(), weight.dropout, from);
+  } else {
+    from = weight.matrix.at(row.begin, column.begin);
   }
   for (int64_t n = 0; n < columns.size(); n += level.panel_columns, panels += panel_bytes) {
     const int64_t count = std::min(level.panel_columns, columns.size() - n);
@@ -104,7 +111,7 @@ void add_products(const Kernels& level, const std::vector<Term>& terms, int64_t 
   static thread_local Scratch scratch;
   const std::vector<Step> steps = steps_of(terms, std::min(level.panel_columns, columns.size()));
   if (steps.size() == 1 && sink.y != nullptr && rows >= 2 * kRowsByRows && dropout == nullptr &&
-      terms[0].weight.dropout == nullptr &&
+      terms[0].weight.dropout == nullptr && terms[0].weight.compressed == nullptr &&
       packed_bytes(level, steps[0]) * ((columns.size() + level.panel_columns - 1) / level.panel_columns) <=
           kPackedWhole) {
     return add_product_by_rows(level, steps[0], rows, columns, sink);
@@ -114,12 +121,16 @@ void add_products(const Kernels& level, const std::vector<Term>& terms, int64_t 
       std::clamp<int64_t>(kTileBytes / std::max<int64_t>(1, rows * level.panel_columns * 4), 1, kPanelsTransposed);
   const int64_t group = (terms[0].weight.transposed ? wide : 1) * level.panel_columns;
   const int64_t panel_bytes = kPanelBytes + 64 * level.panel_columns;
+  const Format format = terms[0].x.format;
+  const bool transposed = terms[0].weight.transposed;
+  const int64_t kept_rows = transposed ? kChunkTransposed : group;
+  const int64_t kept_columns = transposed ? group : longest(std::min(level.panel_columns, columns.size()), format);
   scratch.reserve(Block::bytes(rows, group, Format::kFloat) +
                   Scratch::bytes<char>(group / level.panel_columns * panel_bytes) +
-                  Block::bytes(kChunkTransposed, group, terms[0].x.format));
+                  Block::bytes(kept_rows, kept_columns, format));
   const Block tile = Block::take(scratch, rows, group, Format::kFloat);
   char* panels = scratch.take<char>(group / level.panel_columns * panel_bytes);
-  const Block kept = Block::take(scratch, kChunkTransposed, group, terms[0].x.format);
+  const Block kept = Block::take(scratch, kept_rows, kept_columns, format);
   for (int64_t n = columns.begin; n < columns.end; n += group) {
     const Range here{n, std::min(n + group, columns.end)};
     Sink sums = sink.at(0, n);

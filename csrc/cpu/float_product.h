@@ -10,11 +10,15 @@
 
 namespace burnish {
 
+class Compressed;
+
 // W of a product, [columns, depth], or where `transposed` [depth, columns] in memory; then its elements may be dropped.
+// A compressed one has no memory: it is made dense where it is packed.
 struct Weight {
   Matrix matrix;
   bool transposed;
   const Dropout* dropout = nullptr;
+  const Compressed* compressed = nullptr;
 };
 
 // X W^T: X [rows, depth] in a product format.
@@ -51,6 +55,14 @@ struct Block {
 struct Range {
   int64_t begin, end;
   int64_t size() const { return end - begin; }
+};
+
+// A matrix that is stored in another form.
+class Compressed {
+ public:
+  virtual ~Compressed() = default;
+  // out = these rows and columns, dense, in out's format, a product format. Columns begin at a multiple of 8.
+  virtual void take(const Kernels& level, Range rows, Range columns, const Block& out) const = 0;
 };
 
 // `columns` (from a whole panel on) of sink = the sum of the terms, for `rows` rows of X. With `dropout`, the first

@@ -13,12 +13,10 @@
 // block's next tile. Tensor cores (m16n8k32) take the channels as their 16 rows and x as their 8 columns: a byte of
 // weight is then touched by one instruction for 8 rows of x, and at M = 1 dp4a would need as many cycles.
 //
-// A tile with long rows is split over several blocks where the device would otherwise have idle ones. Partial sums are
-// int32, exact, and the block that finishes last adds them, so the result does not depend on any order.
+// Tiles are split as few_rows.cuh has it; partial sums are int32, exact.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <optional>
 
 #include "check.h"
@@ -40,10 +38,6 @@ constexpr int kMaxRows = 16;
 constexpr int kMaxWidth = 131072;      // int32 sums cannot overflow up to here
 constexpr int kMaxChannels = 1 << 30;  // an int32 counts channels past the last tile of the last block
 constexpr int kStageBytes = 128;
-// Below this many bytes a block, splitting a tile costs more than it saves: the exchange is three trips to L2, about
-// 1.5 us, in which one multiprocessor fetches 64 bytes a cycle.
-constexpr int64_t kSplitBytes = 128 << 10;
-
 struct Problem {
   int8_t* q;             // [rows, width], zero beyond x's K; written by the first launch
   float* row_scale;      // [rows], likewise
@@ -51,32 +45,16 @@ struct Problem {
   const float* scale;    // [channels]
   const void* bias;      // [channels], or null
   void* y;               // [rows, channels]
-  int32_t* partial;      // [tiles, splits, outputs of a tile]; not used by one split
-  uint32_t* tickets;     // [tiles], zero
-  int width;             // a multiple of 16; 16 of the longest rows are 2 MB, so 32 bits index q
+  Splits<int32_t> splits;
+  int width;  // a multiple of 16; 16 of the longest rows are 2 MB, so 32 bits index q
   int rows;
   int channels;
-  int splits;
   Activation activation;
   Format bias_format;
   Format y_format;
 };
 
-// What a warp fetches next. Blocks take every gridDim.x-th tile, and of its rows the stages of one split, blockIdx.y;
-// step s of a warp is stage (s * splits + split) * kWarps + warp.
-struct Cursor {
-  int tile;
-  int k;  // the stage's first byte in a row
-
-  __device__ static int first_k() { return static_cast<int>(blockIdx.y * kWarps + threadIdx.x / 32) * kStageBytes; }
-  __device__ void advance(int end, int splits) {
-    k += splits * (kWarps * kStageBytes);
-    if (k >= end) {
-      k = first_k();
-      tile += static_cast<int>(gridDim.x);
-    }
-  }
-};
+using Cursor = TileCursor<kStageBytes>;
 
 // kRowTiles: 8 rows of x each. kChannelTiles: 16 channels each. One stage of a warp's ring in 16-byte slots a lane:
 // weights [half][row of 8 channels], then q [half][row tile], where a half is 64 of the stage's 128 bytes.
@@ -128,7 +106,7 @@ struct Ring {
         const Bytes16* source = at.tile < tiles ? q_source(at, i) : nullptr;
         values[stage][i] = source != nullptr ? load_coherent(source) : Bytes16{};
       }
-      at.advance(end, p.splits);
+      at.advance(end, p.splits.count);
     }
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) {
@@ -155,34 +133,11 @@ struct Ring {
   }
 };
 
-template <int kRowTiles, int kChannelTiles>
-struct Exchange : Gather<int32_t, kRowTiles, kChannelTiles> {
-  using Base = Gather<int32_t, kRowTiles, kChannelTiles>;
-  using Base::kOutputs;
-
-  // Adds the splits of a tile; true in the block that has the result, the one that came last.
-  static __device__ bool add_splits(const Problem& p, int tile, uint32_t* ticket, int32_t (&total)[kOutputs]) {
-    int32_t* sums = p.partial + static_cast<int64_t>(tile) * p.splits * kOutputs * kThreads + threadIdx.x;
-#pragma unroll
-    for (int o = 0; o < kOutputs; ++o) store(sums + (static_cast<int>(blockIdx.y) * kOutputs + o) * kThreads, total[o]);
-    __syncthreads();
-    if (threadIdx.x == 0) store(ticket, draw_ticket(p.tickets + tile));
-    __syncthreads();
-    if (load(ticket) != static_cast<uint32_t>(p.splits - 1)) return false;
-#pragma unroll
-    for (int o = 0; o < kOutputs; ++o) {
-      total[o] = 0;
-      for (int s = 0; s < p.splits; ++s) total[o] += load_coherent(sums + (s * kOutputs + o) * kThreads);
-    }
-    return true;
-  }
-};
-
 // At least two blocks a multiprocessor: one's epilogue and barriers leave the other's fetches running.
 template <int kRowTiles, int kChannelTiles, int kStages>
 __global__ void __launch_bounds__(kThreads, 2) int8_linear_fwd_kernel(Problem p) {
   using Fetch = Ring<kRowTiles, kChannelTiles, kStages>;
-  using Sums = Exchange<kRowTiles, kChannelTiles>;
+  using Sums = Gather<int32_t, kRowTiles, kChannelTiles>;
   Bytes16* shared = shared_memory<Bytes16>();
   int32_t* words = reinterpret_cast<int32_t*>(shared + Fetch::kUnits);
   uint32_t* ticket = reinterpret_cast<uint32_t*>(words + Sums::kWords);
@@ -190,8 +145,8 @@ __global__ void __launch_bounds__(kThreads, 2) int8_linear_fwd_kernel(Problem p)
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int tiles = (p.channels - 1) / Sums::kChannels + 1;
-  const int steps = (p.width + p.splits * (kWarps * kStageBytes) - 1) / (p.splits * (kWarps * kStageBytes));
-  const int end = steps * p.splits * (kWarps * kStageBytes);  // of k: every warp takes as many steps, of zeros at last
+  const int steps = Cursor::steps(p.width, p.splits.count);
+  const int end = steps * p.splits.count * (kWarps * kStageBytes);  // of k
   const Fetch ring{p, tiles, lane / 4, lane % 4 * 16, shared + warp * kStages * Fetch::kSlots * 32 + lane};
   const uint64_t policy = evict_first_policy();
 
@@ -202,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, 2) int8_linear_fwd_kernel(Problem p)
     for (int stage = 0; stage < kStages; ++stage) {
       ring.fetch_weight(ahead, stage, policy);
       copy_async_commit();
-      ahead.advance(end, p.splits);
+      ahead.advance(end, p.splits.count);
     }
   }
   dependency_wait();
@@ -228,13 +183,13 @@ __global__ void __launch_bounds__(kThreads, 2) int8_linear_fwd_kernel(Problem p)
       ring.fetch_weight(ahead, stage, policy);
       ring.fetch_q(ahead, stage);
       copy_async_commit();
-      ahead.advance(end, p.splits);
+      ahead.advance(end, p.splits.count);
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
 
     int32_t total[Sums::kOutputs];
     Sums::gather(words, sum, 0, total);
-    if (p.splits > 1 && !Sums::add_splits(p, tile, ticket, total)) continue;
+    if (p.splits.count > 1 && !Sums::add_splits(p.splits, tile, ticket, total)) continue;
 #pragma unroll
     for (int o = 0; o < Sums::kOutputs; ++o) {
       const int row = Sums::first_row() + o * Sums::kRowStep;
@@ -254,31 +209,20 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <int kRowTiles, int kChannelTiles, int kStages>
 void start(Problem p, const Rows& x, const DeviceLimits& limits, cudaStream_t stream) {
   using Fetch = Ring<kRowTiles, kChannelTiles, kStages>;
-  using Sums = Exchange<kRowTiles, kChannelTiles>;
+  using Sums = Gather<int32_t, kRowTiles, kChannelTiles>;
   constexpr size_t kShared = Fetch::kUnits * sizeof(Bytes16) + (Sums::kWords + 1) * sizeof(int32_t);
   static_assert(kShared <= (99 << 10), "more shared memory than a block of the smaller GPUs gets");
 
-  constexpr int kReserved = 1024;  // what the system takes of a multiprocessor's shared memory for each block
-  const int64_t places =
-      int64_t{limits.multiprocessors} * std::max(1, limits.shared_memory / (static_cast<int>(kShared) + kReserved));
   const int64_t tiles = ceil_div(p.channels, Sums::kChannels);
-  p.splits = static_cast<int>(
-      std::max<int64_t>(1, std::min(places / tiles, int64_t{Sums::kChannels} * p.width / kSplitBytes)));
-  Tensor partial, tickets;
-  if (p.splits > 1) {
-    const int64_t outputs = tiles * p.splits * Sums::kOutputs * kThreads;
-    partial = torch::stable::new_empty(x.tensor, {outputs}, ScalarType::Int);
-    tickets = torch::stable::new_zeros(x.tensor, {tiles}, ScalarType::Int);
-    p.partial = partial.mutable_data_ptr<int32_t>();
-    p.tickets = reinterpret_cast<uint32_t*>(tickets.mutable_data_ptr<int32_t>());
-  }
+  const TilePlan plan =
+      plan_tiles(x.tensor, limits, kShared, tiles, int64_t{Sums::kChannels} * p.width, Sums::kOutputs * kThreads);
+  p.splits = plan.meet<int32_t>();
   quantize_rows(x, p.q, p.width, p.row_scale, stream);
-  const dim3 grid(static_cast<unsigned>(std::min(tiles, places / p.splits)), static_cast<unsigned>(p.splits));
   if (limits.dependent_launch) {
-    launch_dependent(int8_linear_fwd_kernel<kRowTiles, kChannelTiles, kStages>, grid, dim3(kThreads), kShared, stream,
-                     p);
+    launch_dependent(int8_linear_fwd_kernel<kRowTiles, kChannelTiles, kStages>, plan.grid, dim3(kThreads), kShared,
+                     stream, p);
   } else {
-    launch(int8_linear_fwd_kernel<kRowTiles, kChannelTiles, kStages>, grid, dim3(kThreads), kShared, stream, p);
+    launch(int8_linear_fwd_kernel<kRowTiles, kChannelTiles, kStages>, plan.grid, dim3(kThreads), kShared, stream, p);
   }
 }
 

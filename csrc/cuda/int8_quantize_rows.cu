@@ -15,6 +15,7 @@
 
 #include "check.h"
 #include "cuda/ptx.cuh"
+#include "cuda/word.cuh"
 #include "math/half.h"
 #include "math/int8.h"
 
@@ -29,25 +30,6 @@ constexpr int kMinBlock = 128;
 // Resident threads that the registers must allow: with 64 bytes under way in each, four times what bandwidth asks for.
 // Asked for less, ptxas spills to fit 1536 of them.
 constexpr int kResident = 1024;
-
-// The fp32 values in a 32-bit word of T; the 16-bit types have two.
-template <class T>
-struct Word;
-template <>
-struct Word<float> {
-  static constexpr int kElements = 1;
-  static __device__ float element(uint32_t word, int) { return bits_float(word); }
-};
-template <>
-struct Word<bf16> {
-  static constexpr int kElements = 2;
-  static __device__ float element(uint32_t word, int i) { return bits_float(i == 0 ? word << 16 : word & 0xffff0000u); }
-};
-template <>
-struct Word<fp16> {
-  static constexpr int kElements = 2;
-  static __device__ float element(uint32_t word, int i) { return float_from_fp16(i == 0 ? word : word >> 16); }
-};
 
 // 16 bytes of a row, the unit of aligned rows. kHeld units a thread are 64 bytes in flight: a full multiprocessor has
 // 128 KB, where 3.35 TB/s x 600 ns / 132 = 15 KB would do, so that few resident rows are enough as well.

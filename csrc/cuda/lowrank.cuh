@@ -21,19 +21,11 @@
 
 #include "cuda/few_rows.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/operand.cuh"
 #include "cuda/ptx.cuh"
 #include "math/philox.h"
 
 namespace burnish {
-
-// Rows of bytes. Where not `aligned` to 16 bytes in address, stride and width, they are fetched by elements.
-struct Operand {
-  const unsigned char* data;
-  int64_t stride;
-  int rows;
-  int width;
-  bool aligned;
-};
 
 struct LowRankProblem {
   Operand x, A, B;
@@ -152,6 +144,7 @@ struct Cursor {
 // 4 row + column. kElement: bytes of an element of T, for rows that are not aligned.
 template <class S, int kElement>
 struct LowRankRing {
+  using Element = std::conditional_t<kElement == 2, uint16_t, uint32_t>;
   Bytes16* units;   // the warp's
   int row, column;  // the lane's unit in each slot, which it fetches: row of 8, byte of 64
 
@@ -175,7 +168,7 @@ struct LowRankRing {
           copy_async16(slot, from.weight.data + at * from.weight.stride + byte,
                        at < from.weight.rows && byte < from.end, policy);
         } else {
-          store(slot, by_elements(from.weight, at, byte, from.end));
+          store(slot, by_elements<Element>(from.weight, at, byte, from.end));
         }
       }
       if (from.kind == Kind::kUp) continue;
@@ -186,24 +179,10 @@ struct LowRankRing {
         if (from.x.aligned) {
           copy_async16(slot, from.x.data + at * from.x.stride + byte, at < from.x.rows && byte < from.end);
         } else {
-          store(slot, by_elements(from.x, at, byte, from.end));
+          store(slot, by_elements<Element>(from.x, at, byte, from.end));
         }
       }
     }
-  }
-
-  __device__ static Bytes16 by_elements(const Operand& from, int at, int byte, int end) {
-    using Element = std::conditional_t<kElement == 2, uint16_t, uint32_t>;
-    Bytes16 unit{};
-    if (at >= from.rows) return unit;
-    const unsigned char* first = from.data + at * from.stride + byte;
-#pragma unroll
-    for (int i = 0; i < 16; i += kElement) {
-      if (byte + i < end) {
-        unit.word[i / 4] |= uint32_t{load(reinterpret_cast<const Element*>(first + i))} << i % 4 * 8;
-      }
-    }
-    return unit;
   }
 
   // Zeros where x drops out, in the lane's units. A call of the generator decides one unit of 16-bit elements, or two

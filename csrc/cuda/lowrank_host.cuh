@@ -23,14 +23,6 @@ constexpr int64_t kMaxLowRankChannels = 1 << 30;  // and the channels past the l
 // read A, and every block waits for all of them.
 constexpr int64_t kPartsShare = 64;
 
-inline Operand operand_of(const Rows& rows, int64_t element) {
-  const auto address = reinterpret_cast<uintptr_t>(rows.tensor.const_data_ptr());
-  const int64_t stride = rows.stride * element, width = rows.width * element;
-  const bool aligned = address % 16 == 0 && width % 16 == 0 && (rows.count == 1 || stride % 16 == 0);
-  return {static_cast<const unsigned char*>(rows.tensor.const_data_ptr()), stride, static_cast<int>(rows.count),
-          static_cast<int>(width), aligned};
-}
-
 // The checked operands of a call.
 struct LowRankCall {
   Rows x, A, B;

@@ -3,7 +3,7 @@
 //   memory    load, store, load_streaming, load_coherent, copy_async*, atomic_*, draw_ticket
 //   warps     shuffle*, vote_*, ballot, reduce_*
 //   blocks    barrier_sync, barrier_arrive, grid_barrier, cluster_*, load_remote, store_remote, dependen*
-//   words     lop3, prmt, dp4a, pack_fp16, pack_bf16, float_from_fp16
+//   words     lop3, prmt, popcount, highest_bit, dp4a, pack_fp16, pack_bf16, float_from_fp16
 //   matrices  load_matrix, load_matrix_transposed, mma, mma_sparse
 //
 // Kernels contain no asm and no intrinsic of their own but __syncthreads and __syncwarp, so that a plain C++20
@@ -325,6 +325,15 @@ __device__ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   return value;
 }
 
+__device__ inline int popcount(uint32_t word) { return __popc(word); }
+
+// The place of the highest bit that is set, 31 to 0; -1 without one.
+__device__ inline int highest_bit(uint32_t word) {
+  int place;
+  asm("bfind.u32 %0, %1;" : "=r"(place) : "r"(word));
+  return place;
+}
+
 // sum + the dot product of four bytes, signed or unsigned; wraps around.
 __device__ inline int32_t dp4a(int32_t a, int32_t b, int32_t sum) { return __dp4a(a, b, sum); }
 
@@ -443,6 +452,7 @@ __device__ inline void mma(Sum (&sum)[4], const uint32_t (&a)[4], const uint32_t
 // bits:
 //   bf16, fp16: lanes with t / 2 == Selector bring row g (lower half) and row g + 8, 16 columns from (t % 2) 16 on
 //   int8_t: a lane brings row g + t % 2 * 8, 32 columns from t / 2 * 32 on; Selector is 0
+// What b has at the other places is not multiplied: an infinity or a NaN there leaves the sum as it is.
 template <class A, int Selector = 0, class Sum>
 __device__ inline void mma_sparse(Sum (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t kept) {
   if constexpr (std::is_same_v<A, int8_t>) {

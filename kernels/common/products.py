@@ -169,3 +169,16 @@ def scaled_product(
         dz_block += dz_step
         weight_ptr += width.to(tl.int64) * BLOCK_K
     return product
+
+
+@triton.jit
+def weight_dot(x, w, product, scale_ptr, columns, inside, PARTS: tl.constexpr):
+    """product + x w: int8 by int8 in int32, floats in fp32, or, where the columns of a float x take the scales of an
+    int8 w, PARTS bf16 parts of x * scale in fp32."""
+    if PARTS > 0:
+        scales = tl.load(scale_ptr + columns, mask=inside, other=0.0)
+        return split_dot(x.to(tl.float32) * scales[None, :], w.to(tl.bfloat16), product, PARTS)
+    elif w.dtype == tl.int8:
+        return tl.dot(x, w, product, out_dtype=tl.int32)
+    else:
+        return float_dot(x, w, product)

@@ -8,7 +8,7 @@ integer kernels do not depend on it. Shared memory of a pipelined int8 tile is a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 import triton.language as tl
@@ -45,6 +45,9 @@ class Tile:
 
 #: rows of tiles that share their columns' weights in L2 before the walk moves on
 GROUP_M = 8
+
+#: rows of the tallest tile, and elements of the largest that is cut to four warps: 32 sums a thread
+MAX_ROWS, THIN = 256, 4096
 
 #: bytes that L2 delivers while a kernel starts: 2 us at 4 TB/s, the order of an A100 or H100, not a measurement
 LAUNCH_BYTES = 8 << 20
@@ -132,6 +135,20 @@ def pick(tiles: tuple[Tile, ...], m: int, n: int, sm_count: int) -> Tile:
         if count >= sm_count:
             return tile
     return fitting[max(range(len(counts)), key=counts.__getitem__)]
+
+
+def narrowed(tiles: tuple[Tile, ...], columns: int) -> tuple[Tile, ...]:
+    """The tiles of a product whose output comes in stripes of ``columns`` columns, a power of two: no tile is wider,
+    and a large one that was takes more rows instead, up to :data:`MAX_ROWS`."""
+    fitted = []
+    for tile in tiles:
+        block_n = min(tile.block_n, columns)
+        tall = min(tile.block_m * tile.block_n // block_n, MAX_ROWS) if tile.block_m >= 128 else tile.block_m
+        for rows in (tall, tile.block_m):
+            cut = rows * block_n < tile.block_m * tile.block_n
+            warps = 4 if cut and rows * block_n <= THIN else tile.num_warps
+            fitted.append(replace(tile, block_m=rows, block_n=block_n, num_warps=warps))
+    return tuple({(tile.block_m, tile.block_n): tile for tile in fitted}.values())
 
 
 @triton.jit

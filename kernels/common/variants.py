@@ -17,7 +17,8 @@ class Variant:
 
     ``types`` gives each run-time argument's type in Triton's notation (``"*bf16"``, ``"i32"``). All of them are taken
     for multiples of 16 (bytes, for pointers), as aligned tensors with N and K multiples of 16 have them, except ``M``.
-    ``unit`` is the matrix instruction expected.
+    ``unit`` is the matrix instruction expected. ``narrow``: single bytes or 16-bit elements are accessed, because the
+    data says where they are, or because a tile has fewer words than the program has threads.
     """
 
     label: str
@@ -27,6 +28,7 @@ class Variant:
     num_warps: int
     num_stages: int = 1
     unit: Unit | None = None
+    narrow: bool = False
 
     @property
     def id(self) -> str:

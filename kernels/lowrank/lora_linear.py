@@ -29,6 +29,8 @@ import triton
 import triton.language as tl
 from burnish import dropout as mask
 from burnish.kernels.common import target
+from burnish.kernels.common.epilogues import store_rows
+from burnish.kernels.common.operands import UNITS, matrix, objection, parts_of, pointer_of
 from burnish.kernels.common.products import column_slices, float_product
 from burnish.kernels.common.tiles import FULL_GEMM, HALF_GEMM, Tile, swizzle
 from burnish.kernels.common.variants import Variant
@@ -38,18 +40,12 @@ from burnish.kernels.lowrank.lowrank_linear import pull
 from burnish.kernels.lowrank.lowrank_linear_products import down
 from burnish.kernels.lowrank.lowrank_linear_sums import (
     TILE_RANK_BLOCK,
-    UNITS,
     Dropout,
     Sums,
     add_lowrank,
     drop_arguments,
     lowrank_tile,
-    matrix,
-    objection,
-    parts_of,
-    pointer_of,
     rank_block,
-    store_rows,
 )
 from burnish.kernels.quant import int8_linear
 

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from burnish.kernels.common import target
+from burnish.kernels.common.epilogues import preactivation, store_rows
+from burnish.kernels.common.operands import pointer_of
 from burnish.kernels.common.products import column_slices, int8_product, scaled_product
 from burnish.kernels.common.tiles import INT8_GEMM, SPLIT_GEMM, Tile, pick, swizzle
 from burnish.kernels.common.variants import Variant, of_tile
@@ -23,11 +25,9 @@ from burnish.kernels.lowrank.lowrank_linear_sums import (
     add_lowrank,
     drop_arguments,
     lowrank_tile,
-    pointer_of,
     rank_block,
-    store_rows,
 )
-from burnish.kernels.quant.int8_linear import gradient_parts, preactivation
+from burnish.kernels.quant.int8_linear import gradient_parts
 from burnish.kernels.quant.int8_quantize_rows import quantize
 
 #: where int8_linear's tiles leave no registers for fp32 parts and a mask: more warps, or less tile

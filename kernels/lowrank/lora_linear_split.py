@@ -13,17 +13,16 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+from burnish.kernels.common.epilogues import store_rows
+from burnish.kernels.common.operands import UNITS, pointer_of
 from burnish.kernels.common.products import float_product
 from burnish.kernels.common.tiles import FULL_GEMM, HALF_GEMM, Tile
 from burnish.kernels.common.variants import Variant
 from burnish.kernels.lowrank.lowrank_linear_sums import (
     TILE_RANK_BLOCK,
-    UNITS,
     drop_arguments,
     lowrank_tile,
-    pointer_of,
     rank_block,
-    store_rows,
     stored,
 )
 

@@ -33,6 +33,8 @@ import torch
 import triton
 import triton.language as tl
 from burnish.kernels.common import target
+from burnish.kernels.common.epilogues import store_rows
+from burnish.kernels.common.operands import UNITS, matrix, objection, pointer_of
 from burnish.kernels.common.products import float_dot
 from burnish.kernels.common.tiles import LAUNCH_BYTES, Tile
 from burnish.kernels.common.variants import Variant
@@ -40,15 +42,10 @@ from burnish.kernels.lowrank.lowrank_linear_products import down, down_tile, dw
 from burnish.kernels.lowrank.lowrank_linear_sums import (
     MAX_RANK_BLOCK,
     TILE_RANK_BLOCK,
-    UNITS,
     Dropout,
     Sums,
     add_lowrank,
-    matrix,
-    objection,
-    pointer_of,
     rank_block,
-    store_rows,
     stored,
 )
 

@@ -18,21 +18,17 @@ import torch
 import triton
 import triton.language as tl
 from burnish.kernels.common import target
+from burnish.kernels.common.operands import MAX_WIDTH, UNITS, parts_like, parts_of, pointer_of
 from burnish.kernels.common.philox import kept
 from burnish.kernels.common.products import float_dot
 from burnish.kernels.common.tiles import Tile
 from burnish.kernels.common.variants import Variant
 from burnish.kernels.lowrank.lowrank_linear_sums import (
     MAX_RANK_BLOCK,
-    MAX_WIDTH,
-    UNITS,
     Dropout,
     Sums,
     add_parts,
     drop_arguments,
-    parts_like,
-    parts_of,
-    pointer_of,
     rank_block,
     stored,
 )

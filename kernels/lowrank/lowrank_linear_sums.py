@@ -4,9 +4,6 @@ A rank-sized intermediate is a :class:`Sums`: fp32, with one split for each part
 Whoever reads it adds the splits in order, multiplies by its factor and rounds to x's dtype (:func:`stored`), so no
 launch is spent on that. Gradients summed in parts are added by *sum*, likewise in order. Nothing is added atomically:
 the bits depend on the shapes and the device alone.
-
-Matrices come with a last stride of 1 and rows at most :data:`MAX_WIDTH` elements apart (:func:`matrix` copies what is
-not), so offsets within a tile fit 32 bits.
 """
 
 from __future__ import annotations
@@ -18,21 +15,17 @@ import torch
 import triton
 import triton.language as tl
 from burnish import dropout as mask
-from burnish.kernels.common import target
 from burnish.kernels.common.philox import kept
 from burnish.kernels.common.products import float_dot
 from burnish.kernels.common.tiles import LAUNCH_BYTES
-from burnish.kernels.common.variants import Unit, Variant
+from burnish.kernels.common.variants import Variant
 
-UNITS: dict[str, Unit] = {"*fp32": "bf16", "*bf16": "bf16", "*fp16": "fp16"}
-#: the widest rows whose offsets in a tile of 256 fit 32 bits, with a bit to spare
-MAX_WIDTH = 1 << 22
 #: ranks that a program holds beside a tile of something else, by the operands' bytes; beyond, it goes through blocks
 MAX_RANK_BLOCK = {2: 64, 4: 32}
 #: and that it adds to a tile at a time
 TILE_RANK_BLOCK = {2: 64, 4: 16}
-#: elements a program of *sum* adds, and the most parts that anything is summed in
-SUM_BLOCK, MAX_PARTS = 512, 32
+#: elements a program of *sum* adds
+SUM_BLOCK = 512
 
 
 @triton.jit
@@ -125,27 +118,6 @@ def lowrank_tile(
 
 
 @triton.jit
-def store_rows(
-    y,  # fp32 [ROWS, COLUMNS]
-    bias_ptr,  # [N]; not read unless HAS_BIAS
-    y_ptr,  # [M, N], from the tile's first row on
-    rows_left,
-    first_n,
-    N,
-    HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Write a tile of y, plus its bias, rounded once."""
-    m, n = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    in_columns = n < N - first_n
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + first_n + n, mask=in_columns, other=0.0).to(tl.float32)[None, :]
-    inside = (m < rows_left)[:, None] & in_columns[None, :]
-    tl.store(y_ptr + first_n + m[:, None] * N + n[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def lowrank_linear_bwd_dw_kernel_sum(
     parts_ptr,  # fp32 [parts, size]
     out_ptr,  # [size]
@@ -204,41 +176,9 @@ def drop_arguments(dropout: Dropout | None, like: torch.Tensor) -> tuple[torch.T
     return (like, 0) if dropout is None else (dropout.seed, dropout.threshold)
 
 
-def objection(x: torch.Tensor, *widths: int) -> str | None:
-    """Why the kernels of this family cannot run on x's device or these widths."""
-    if max(widths) > MAX_WIDTH:
-        return f"a row has {max(widths)} elements, the kernels index {MAX_WIDTH}"
-    return target.objection(x)
-
-
-def matrix(x: torch.Tensor) -> torch.Tensor:
-    """x [..., K] as [rows, K] with a last stride of 1 and rows within reach; a view where strides allow."""
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return rows if rows.stride(1) == 1 and rows.stride(0) <= MAX_WIDTH else rows.contiguous()
-
-
-def pointer_of(itemsize: int, index: int) -> str:
-    """The operands' type in variant ``index``: the 16-bit types, whose code is alike, alternate."""
-    return "*fp32" if itemsize == 4 else ("*bf16", "*fp16")[index % 2]
-
-
 def rank_block(rank: int, most: int) -> int:
     """The ranks a program holds, of at most ``most``: a power of two, 16 at least."""
     return min(max(triton.next_power_of_2(rank), 16), most)
-
-
-def parts_of(steps: int, programs: int, sm_count: int) -> int:
-    """How many parts of a sum of ``steps`` steps fill the GPU, where one part makes ``programs`` programs."""
-    if programs >= sm_count:
-        return 1
-    return max(1, min(triton.cdiv(2 * sm_count, programs), steps // 2, MAX_PARTS))
-
-
-def parts_like(whole: torch.Tensor | None, parts: int) -> torch.Tensor | None:
-    """fp32 [parts, *whole.shape]; one part is the result itself."""
-    if whole is None or parts == 1:
-        return whole
-    return torch.empty((parts, *whole.shape), dtype=torch.float32, device=whole.device)
 
 
 def add_parts(parts: torch.Tensor, whole: torch.Tensor) -> None:

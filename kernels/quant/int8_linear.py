@@ -29,6 +29,7 @@ import torch
 import triton
 import triton.language as tl
 from burnish.kernels.common import target
+from burnish.kernels.common.epilogues import preactivation
 from burnish.kernels.common.numerics import activate, activation_slope, magnitude_bits, quantize_int8, row_scale
 from burnish.kernels.common.products import column_slices, int8_product, scaled_product
 from burnish.kernels.common.tiles import INT8_GEMM, LAUNCH_BYTES, SPLIT_GEMM, Tile, pick, swizzle
@@ -43,16 +44,6 @@ TWO_PARTS_MIN_N = 128
 SLOPE_MAX_COLUMNS = 128
 #: rows and columns a program of the column sum covers, and rows it loads at once
 SUM_ROWS, SUM_COLUMNS, SUM_STEP = 256, 128, 32
-
-
-@triton.jit
-def preactivation(product, row_scales, scale_ptr, bias_ptr, n, N, HAS_BIAS: tl.constexpr):
-    """z = float(product) * (row_scale * channel_scale) + bias, rounded after each operation; any value where n >= N."""
-    channel_scales = tl.load(scale_ptr + n, mask=n < N, other=0.0)
-    z = product.to(tl.float32) * (row_scales[:, None] * channel_scales[None, :])
-    if HAS_BIAS:
-        z = z + tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    return z
 
 
 @triton.jit

@@ -3,6 +3,7 @@
     burnish doctor                          what this machine can run, and why not the rest
     burnish bench [OP ...] [--peers]        time ops against torch and other libraries
     burnish bench [OP ...] --counters       count what their CUDA C++ kernels move and do, on the CPU
+    burnish bench [OP ...] --break-even     find the density below which sparse ops beat the dense layer, for swap_
     burnish swap MODULE:FUNCTION            swap a model's layers and print the report
     burnish new-op NAME                     scaffold an op that builds, passes the tests and is timed
 
@@ -85,6 +86,10 @@ def _parser() -> _Parser:
         "--counters", action="store_true",
         help="instead of timing, count what the CUDA C++ kernels move and do, on the CPU",
     )  # fmt: skip
+    bench.add_argument(
+        "--break-even", action="store_true",
+        help="instead, find the density below which each sparse op beats the dense layer; swap_ reads the table",
+    )  # fmt: skip
     bench.add_argument("--json", metavar="FILE", help="write the rows and the machine to FILE")
     bench.add_argument("--plot", metavar="FILE", help="write a chart to FILE, a PNG")
 
@@ -145,6 +150,8 @@ def _bench(options: argparse.Namespace) -> int:
             raise UsageError(f"cannot write {path}: its folder does not exist, or it is a folder")
     if options.counters and (options.peers or options.plot or options.device == "cuda"):
         raise UsageError("--counters counts on the CPU, without --peers, --plot or --device cuda")
+    if options.break_even and (options.peers or options.counters or options.case != "*"):
+        raise UsageError("--break-even measures against the dense layer, without --peers, --counters or --case")
     if options.counters and not native.emulating():
         command = [sys.executable, "-m", "burnish.cli", *options.arguments]
         return subprocess.run(command, env=os.environ | {"BURNISH_EMULATE_CUDA": "1"}).returncode
@@ -153,6 +160,8 @@ def _bench(options: argparse.Namespace) -> int:
         raise UsageError(f"cannot write {options.plot}: no image format of this name")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no GPU is visible to torch")
+    if options.break_even:
+        return _break_even(options, table, plot)
     try:
         cases = bench.select_cases(
             options.ops,
@@ -177,6 +186,37 @@ def _bench(options: argparse.Namespace) -> int:
         plot.draw(results, options.plot)
     ours = [row for row in results.rows if not row.is_peer]
     return 1 if results.failed or not any(row.timed for row in ours) else 0
+
+
+def _break_even(options: argparse.Namespace, table: Any, plot: Any) -> int:
+    from burnish import density_table
+    from burnish.bench import break_even, machine
+    from burnish.bench.runner import limited_threads
+
+    sizes = {shape[1:] for shape in options.shape}
+    if len(sizes) > 1 or any(len(shape) != 3 for shape in options.shape):
+        raise UsageError("--break-even takes shapes M,N,K with one N,K")
+    rows = tuple(sorted({shape[0] for shape in options.shape})) or break_even.ROWS
+    try:
+        found = break_even.subjects(options.ops, _DTYPES[options.dtype or "bf16"])
+    except (KeyError, ValueError) as error:
+        raise UsageError(error.args[0]) from error
+    with limited_threads(options.threads), table.progress_bar() as progress:
+        about = machine.describe(options.device, options.command)
+        measured = break_even.measure(
+            found, device=options.device, rows=rows, size=next(iter(sizes), break_even.SIZE),
+            rounds=options.rounds, min_ms=options.min_time, progress=progress,
+        )  # fmt: skip
+        entries = list(measured)
+        kept = density_table.save(entries, options.device)
+    table.show_break_even(entries, table.console())
+    print(f"kept for swap_ in {kept}")
+    if options.json:
+        Path(options.json).write_text(density_table.to_json(about, entries))
+    if plot:
+        where = about.get("gpu") or f"{about['cpu']}, {about['threads']} threads"
+        plot.draw_break_even(entries, f"{where} · torch {about['torch']} · {about['date'][:10]}", options.plot)
+    return 0
 
 
 def _count(cases: Sequence[tuple[OpSpec, Case]], path: str | None, table: Any) -> int:

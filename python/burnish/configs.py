@@ -3,6 +3,9 @@
     Int8()     int8 weights and activations: burnish.nn.Int8Linear
     LoRA(r=8)  a frozen layer with a trainable low-rank adapter: burnish.nn.LoRALinear
     LowRank()  two thin factors: burnish.nn.LowRankLinear and LowRankConv2d
+    BlockSparse(), Sparse24(), Sparse()
+               a pruned weight without its zeros: burnish.nn.BlockSparseLinear and SparseConv2d, Sparse24Linear,
+               SparseLinear
     Keep()     leave the layer as it is
 
 ``to_dict`` gives plain JSON values with the configuration's name and format version; :func:`from_dict` is the way back
@@ -17,6 +20,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
+
+from burnish.block_format import BLOCKS
 
 
 @dataclass(frozen=True)
@@ -180,11 +185,87 @@ class LowRank(Config):
 
 
 @dataclass(frozen=True)
+class BlockSparse(Config):
+    """The blocks of a pruned weight that are not all zero: linear layers and 2-d convolutions with one group, whose
+    weight counts as a matrix of output channels x (input channels x kernel). Every weight of such a block is kept.
+
+    Args:
+        block: its side, 16, 32, 64 or 128, or both: also (1, 16) and (4, 16). Sides that do not divide the weight are
+            padded.
+        density: the largest share of the blocks that may be kept, 0 < density <= 1; None for any.
+        values: ``float``, or ``int8`` with one scale an output channel: frozen, activations quantised row by row.
+    """
+
+    block: int | tuple[int, int] = 32
+    density: float | None = None
+    values: str = "float"
+
+    def __post_init__(self) -> None:
+        sides = (self.block, self.block) if isinstance(self.block, int) else self.block
+        if isinstance(sides, list):  # as JSON gives them back
+            sides = tuple(sides)
+        if sides not in BLOCKS:
+            raise ValueError(f"BlockSparse: block is {self.block!r}, expected 16, 32, 64, 128, (1, 16) or (4, 16)")
+        object.__setattr__(self, "block", sides[0] if sides[0] == sides[1] else sides)
+        _check_density("BlockSparse", self.density)
+        _check_values("BlockSparse", self.values)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Output channels and inputs of a block."""
+        return (self.block, self.block) if isinstance(self.block, int) else self.block
+
+
+@dataclass(frozen=True)
+class Sparse24(Config):
+    """The two kept weights of each four along the inputs of a pruned linear layer, and where they are.
+
+    Args:
+        values: ``float``, or ``int8`` with one scale an output channel: frozen, activations quantised row by row.
+    """
+
+    values: str = "float"
+
+    def __post_init__(self) -> None:
+        _check_values("Sparse24", self.values)
+
+
+@dataclass(frozen=True)
+class Sparse(Config):
+    """The weights of a pruned linear layer that are not zero, wherever they are, and a bit for each place.
+
+    Args:
+        density: the largest share of the weights that may be kept, 0 < density <= 1; None for any.
+    """
+
+    density: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_density("Sparse", self.density)
+
+
+def _check_density(who: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{who}: density is {value!r}, expected a number with 0 < density <= 1, or None")
+    if not 0 < value <= 1:
+        raise ValueError(f"{who}: density is {value!r}, expected 0 < density <= 1, the share that is kept")
+
+
+def _check_values(who: str, value: Any) -> None:
+    if value not in ("float", "int8"):
+        raise ValueError(f"{who}: values is {value!r}, expected one of: float, int8")
+
+
+@dataclass(frozen=True)
 class Keep(Config):
     """Leave the layers that a rule matches as they are."""
 
 
-_CONFIGS: dict[str, type[Config]] = {cls.__name__: cls for cls in (Int8, LoRA, LowRank, Keep)}
+_CONFIGS: dict[str, type[Config]] = {
+    cls.__name__: cls for cls in (Int8, LoRA, LowRank, BlockSparse, Sparse24, Sparse, Keep)
+}
 
 
 def from_dict(data: Mapping[str, Any]) -> Config:

@@ -13,3 +13,7 @@ class SwapError(ValueError):
 
 class CheckpointError(RuntimeError):
     """A saved model is damaged, incomplete, of another model or of a newer format; nothing was loaded."""
+
+
+class PatternError(ValueError):
+    """A weight does not have its zeros where a sparse layer needs them; the message says where it fails."""

@@ -16,6 +16,7 @@ from burnish import measure as timing
 from burnish.configs import Config
 from burnish.errors import SwapError
 from burnish.kinds import Kind
+from burnish.nn import masked
 from burnish.registry import dtype_name
 from burnish.report import Row, tensor_bytes
 
@@ -37,6 +38,8 @@ class Layer:
     times: timing.Times | None = None
     #: the layer it is a part of, which is swapped as a whole
     whole: Layer | None = None
+    #: what takes its place although it is kept: the same without its mask
+    unmasked: torch.nn.Module | None = None
 
     @property
     def fqn(self) -> str:
@@ -52,9 +55,19 @@ class Layer:
         return kinds.of(self.config)
 
     @property
+    def successor(self) -> torch.nn.Module | None:
+        """What is to take its place."""
+        return self.made if self.going else self.unmasked
+
+    @property
+    def is_one(self) -> bool:
+        """Whether what is inside it is no layer of its own."""
+        return kinds.made_by(self.module) is not None or masked.mask_of(self.module) is not None
+
+    @property
     def tensors(self) -> list[torch.Tensor]:
         """Its own, and its parts' where it is swapped as a whole."""
-        if self.going or kinds.made_by(self.module):
+        if self.going or self.is_one:
             return [*self.module.parameters(), *self.module.buffers()]
         own = (*self.module._parameters.values(), *self.module._buffers.values())
         return [tensor for tensor in own if tensor is not None]
@@ -91,7 +104,7 @@ def keep_ties(layers: Sequence[Layer]) -> None:
         for layer in layers:
             if layer.kind is None or not layer.going or not layer.kind.weights:
                 continue
-            for other in owners[id(layer.module._parameters["weight"])]:
+            for other in owners[id(masked.weight_of(layer.module))]:
                 obstacle = _obstacle(layer, other)
                 if obstacle is not None:
                     layer.reason = (
@@ -103,7 +116,7 @@ def keep_ties(layers: Sequence[Layer]) -> None:
 
 def _obstacle(layer: Layer, other: Layer) -> str | None:
     """What ``other`` does with a weight of both that keeps ``layer`` from giving it up."""
-    if other is layer:
+    if other is layer or other.whole is layer:
         return None
     if not other.going:
         return "is kept"
@@ -124,7 +137,7 @@ def rows_of(layers: Sequence[Layer]) -> list[Row]:
         if layer.whole is not None or not (tensors or kinds.takers(layer.module)):
             continue
         made = layer.made if layer.going else None
-        weight = layer.module._parameters.get("weight")
+        after = layer.successor
         rows.append(
             Row(
                 fqn=layer.fqn,
@@ -132,14 +145,21 @@ def rows_of(layers: Sequence[Layer]) -> list[Row]:
                 became=None if made is None else str(made.summary),
                 reason=layer.reason,
                 bytes_before=_bytes(tensors, counted_before),
-                bytes_after=_bytes([*made.parameters(), *made.buffers()] if made else tensors, counted_after),
+                bytes_after=_bytes([*after.parameters(), *after.buffers()] if after else tensors, counted_after),
                 fused=layer.fusion.fqn if made is not None and layer.fusion else None,
                 tied=layer.tied if made is not None else None,
-                frozen=made is not None and weight is not None and weight.requires_grad and not _trains(made),
+                frozen=made is not None and _trained(layer) and not _trains(made),
                 times=layer.times,
             )
         )
     return rows
+
+
+def _trained(layer: Layer) -> bool:
+    """Whether the weight that the layer is to give up could be trained."""
+    held = layer.kind is not None and layer.kind.weights
+    weight = masked.weight_of(layer.module) if held else layer.module._parameters.get("weight")
+    return weight is not None and weight.requires_grad
 
 
 def _trains(made: torch.nn.Module) -> bool:
@@ -156,12 +176,20 @@ def _bytes(tensors: Sequence[torch.Tensor], counted: set[int]) -> int:
 
 def _described(module: torch.nn.Module) -> str:
     """A layer in a few words: its class, sizes and dtype."""
+    bare = masked.plain(module)
+    if bare is not module:
+        return f"{_described(bare)}, masked"
     name = type(module).__name__
     if kinds.made_by(module) is not None:
         return f"{name} {module.in_features}->{module.out_features}" if hasattr(module, "in_features") else name
     weight = module._parameters.get("weight")
     if not kinds.takers(module) or weight is None or torch.nn.parameter.is_lazy(weight) or weight.dim() < 2:
         return name
+    return described(name, module, weight)
+
+
+def described(name: str, module: torch.nn.Module, weight: torch.Tensor) -> str:
+    """A linear or convolution layer by that name, with the sizes and dtype that its weight has."""
     outputs, inputs, *kernel = weight.shape
     if isinstance(module, torch.nn.modules.conv._ConvNd):
         inputs *= module.groups

@@ -157,8 +157,8 @@ class Report:
         swapped = self.swapped
         before, after = (sum(getattr(row, name) for row in swapped) for name in ("bytes_before", "bytes_after"))
         lines = [
-            f"{_count(len(swapped), 'layer')} swapped: {_size(before)} -> {_size(after)}{_share(after, before)}, "
-            f"{_count(len(self.fused), 'activation')} fused",
+            f"{plural(len(swapped), 'layer')} swapped: {_size(before)} -> {_size(after)}{_share(after, before)}, "
+            f"{plural(len(self.fused), 'activation')} fused",
             f"whole model: {_size(self.bytes_before)} -> {_size(self.bytes_after)}"
             f"{_share(self.bytes_after, self.bytes_before)}",
         ]
@@ -166,7 +166,7 @@ class Report:
         if frozen:
             verb = "is" if frozen == 1 else "are"
             lines.append(
-                f"{_count(frozen, 'weight')} could be trained before and {verb} frozen now; "
+                f"{plural(frozen, 'weight')} could be trained before and {verb} frozen now; "
                 "gradients reach inputs and biases"
             )
         return lines
@@ -201,13 +201,13 @@ def _table(rows: Sequence[Row]) -> list[str]:
     groups: dict[Any, list[Row]] = defaultdict(list)
     for row in rows:
         times = None if row.times is None else (row.times.rows, row.times.before_us, row.times.after_us)
-        key = (_numberless(row.fqn), row.was, row.became, _numberless(row.reason))
+        key = (numberless(row.fqn), row.was, row.became, numberless(row.reason))
         groups[
             (
                 *key,
                 row.bytes_before,
                 row.bytes_after,
-                _numberless(_child(row.fused)),
+                numberless(_child(row.fused)),
                 row.tied is None,
                 row.frozen,
                 times,
@@ -221,7 +221,12 @@ def _table(rows: Sequence[Row]) -> list[str]:
         size = (
             _size(row.bytes_before) if row.became is None else f"{_size(row.bytes_before)} -> {_size(row.bytes_after)}"
         )
-        cells.append((_ranges([member.fqn for member in group]), count, row.was, to, size, _note(row)))
+        cells.append((ranges([member.fqn for member in group]), count, row.was, to, size, _note(row)))
+    return aligned(cells)
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of cells, each column as wide as its widest."""
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
 
@@ -239,11 +244,12 @@ def _child(fqn: str | None) -> str | None:
     return fqn and fqn.rpartition(".")[2]
 
 
-def _numberless(text: str | None) -> str | None:
+def numberless(text: str | None) -> str | None:
+    """The text with a sign in the place of each number."""
     return text and re.sub(r"\d+", "#", text)
 
 
-def _ranges(fqns: Sequence[str]) -> str:
+def ranges(fqns: Sequence[str]) -> str:
     """``layer.0.q, layer.1.q, layer.2.q`` as ``layer.{0..2}.q``; what is no product of numbers is listed whole."""
     parts = [re.split(r"(\d+)", fqn) for fqn in fqns]
     columns = [sorted(set(column), key=lambda part: (len(part), part)) for column in zip(*parts, strict=True)]
@@ -259,5 +265,6 @@ def _span(numbers: Sequence[str]) -> str:
     return f"{{{','.join(numbers)}}}"
 
 
-def _count(number: int, noun: str) -> str:
+def plural(number: int, noun: str) -> str:
+    """``3 layers``, ``1 layer``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

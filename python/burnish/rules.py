@@ -65,11 +65,19 @@ def _compiled(pattern: Any, config: Any) -> Rule:
         raise TypeError(
             f"swap_: rule {pattern!r} gives {_described(config)}, expected a configuration such as burnish.Int8()"
         )
-    source = pattern.removeprefix("re:") if pattern.startswith("re:") else translate(pattern)
     try:
-        return Rule(pattern, config, re.compile(source))
+        return Rule(pattern, config, compile_pattern(pattern))
     except re.error as error:
         raise SwapError(f"swap_: rule {pattern!r} is not a regular expression: {error}") from None
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """The expression, to match whole fqns, of a glob or of what follows ``re:``.
+
+    Raises:
+        re.error: it is not a regular expression.
+    """
+    return re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else translate(pattern))
 
 
 def _described(value: Any) -> str:
@@ -111,8 +119,8 @@ def _unused(rule: Rule, rules: Sequence[Rule], targets: Sequence[Target]) -> str
             f"swap_: rule {rule.pattern!r} decides nothing: rule {earlier!r} comes first and matches {fqn!r} too; "
             "put the narrower rule before the wider one"
         )
-    near = _near(rule.pattern, layers)
-    hint = f"; layers that come near: {', '.join(near)}"
+    hints = near(rule.pattern, layers)
+    hint = f"; layers that come near: {', '.join(hints)}"
     if matched:
         only = f"{matched[0].cls} {matched[0].fqns[0]!r}"
         inside = f"{matched[0].fqns[0]}." if matched[0].fqns[0] else ""
@@ -126,10 +134,11 @@ def _takes(rule: Rule, target: Target) -> bool:
     return type(rule.config) in target.takers or (isinstance(rule.config, Keep) and bool(target.takers))
 
 
-def _near(pattern: str, fqns: Sequence[str], count: int = 3) -> list[str]:
+def near(pattern: str, fqns: Sequence[str], count: int = 3) -> list[str]:
+    """The fqns that come near a pattern, quoted, for the message that it matches none."""
     plain = pattern.removeprefix("re:").replace(".*", "*").replace("\\", "").strip("*.^$")
-    near = difflib.get_close_matches(plain, fqns, count, cutoff=0.5)
+    found = difflib.get_close_matches(plain, fqns, count, cutoff=0.5)
     # a pattern often names a part of the path
     parts = difflib.get_close_matches(plain.split(".")[-1], {part for fqn in fqns for part in fqn.split(".")}, 1)
-    near += [fqn for fqn in fqns if parts and parts[0] in fqn.split(".") and fqn not in near]
-    return [repr(fqn) for fqn in (near or fqns)[:count]]
+    found += [fqn for fqn in fqns if parts and parts[0] in fqn.split(".") and fqn not in found]
+    return [repr(fqn) for fqn in (found or fqns)[:count]]

@@ -29,7 +29,7 @@ from burnish.configs import Config, Keep
 from burnish.errors import SwapError
 from burnish.kinds import Kept, Request, peft
 from burnish.layers import Layer, keep_ties, rows_of, survey
-from burnish.nn import Fused
+from burnish.nn import Fused, masked
 from burnish.report import Report, Slot, model_bytes
 
 FilterFn = Callable[[torch.nn.Module, str], bool]
@@ -78,6 +78,20 @@ def swap_(
     layers = survey(model)
     _refuse_root(model, compiled)
     _decide(layers, compiled, filter_fn, peft.shield(model))
+    return carry_out(model, layers, measure, calibration)
+
+
+def carry_out(
+    model: torch.nn.Module,
+    layers: Sequence[Layer],
+    measure: Any,
+    calibration: Calibration | None = None,
+    *,
+    unmask: bool = False,
+) -> Report:
+    """Do what was decided on the layers of ``model``, as a whole or not at all; arguments are :func:`swap_`'s. With
+    ``unmask``, layers that are kept lose their masks and have zeros instead."""
+    _join_parts(layers)
     keep_ties(layers)
     _find_fusions(layers)
     if measure is not None:
@@ -89,6 +103,8 @@ def swap_(
         if measure is not None:
             _measure(layers)
             keep_ties(layers)
+        if unmask:
+            _unmask(layers)
         rows = rows_of(layers)
         slots = _exchange(layers)
     return Report(rows, slots, before, model_bytes(model), frozen)
@@ -149,7 +165,6 @@ def _decide(
             layer.reason = None if wanted else "filter_fn said no"
     if asked and not accepted:
         raise SwapError(f"swap_: filter_fn accepts none of the {asked} layers that could be swapped")
-    _join_parts(layers)
 
 
 def _reason(layer: Layer, target: patterns.Target, rule: patterns.Rule | None) -> str | None:
@@ -166,10 +181,10 @@ def _reason(layer: Layer, target: patterns.Target, rule: patterns.Rule | None) -
 
 
 def _join_parts(layers: Sequence[Layer]) -> None:
-    """Let the modules inside a layer that goes go with it, or stay with one that was swapped before."""
+    """Let the modules inside a layer that goes go with it, or stay with one that was swapped before or has a mask."""
     by_module = {id(layer.module): layer for layer in layers}
     for layer in layers:
-        if layer.whole is None and (layer.going or kinds.made_by(layer.module)):
+        if layer.whole is None and (layer.going or layer.is_one):
             for part in layer.module.modules():
                 if part is not layer.module and not by_module[id(part)].whole:
                     by_module[id(part)].whole = layer
@@ -211,7 +226,7 @@ def _convert(layers: Sequence[Layer], calibration: Mapping[str, Inputs], mesh: A
             reason = str(error).removeprefix(f"{layer.kind.made[0].__name__}.from_float: ")
             raise SwapError(f"swap_: layer {layer.fqn!r}: {reason}") from error
         if layer.kind.weights:
-            holder = first.setdefault(id(layer.module._parameters["weight"]), layer)
+            holder = first.setdefault(id(masked.weight_of(layer.module)), layer)
             if holder is not layer:
                 assert holder.made is not None
                 _share(made, holder.made, layer.kind.weights)
@@ -230,7 +245,8 @@ def _share(made: torch.nn.Module, holder: torch.nn.Module, weights: Sequence[str
 
 def adopt(made: torch.nn.Module, original: torch.nn.Module) -> None:
     """Give the new module the hooks of the old one (the same dictionaries, so that handles keep working) and the
-    attributes that others may have put on it."""
+    attributes that others may have put on it. A mask stays behind."""
+    original = masked.plain(original)
     for name in _HOOKS:
         vars(made)[name] = vars(original)[name]
     for name, value in vars(original).items():
@@ -267,12 +283,19 @@ def _contest(layer: Layer) -> timing.Contest:
     weight = next(layer.module.parameters())
     if weight.is_meta:
         raise SwapError(f"swap_: layer {layer.fqn!r} is on the meta device and cannot be measured")
-    before: timing.Call = layer.module.forward
+    before: timing.Call = masked.plain(layer.module).forward  # a mask's own time is none of the layer's
     if layer.fusion is not None:
         curve: Any = layer.fusion.parent._modules[layer.fusion.child]
         before = partial(_in_turn, before, curve)
     kind = (repr(layer.module), repr(layer.made))
     return timing.Contest(before, layer.made.forward, kind, layer.shape, weight.dtype, weight.device)
+
+
+def _unmask(layers: Sequence[Layer]) -> None:
+    for layer in layers:
+        if not layer.going and masked.mask_of(layer.module) is not None:
+            layer.unmasked = masked.plain(layer.module, zeros=True)
+            layer.reason = f"{layer.reason}; its zeros are permanent now"
 
 
 def _in_turn(linear: timing.Call, curve: timing.Call, x: torch.Tensor) -> Any:
@@ -283,13 +306,13 @@ def _exchange(layers: Sequence[Layer]) -> list[Slot]:
     """Put the new modules into the model; on any interruption, the old ones back."""
     slots = []
     for layer in layers:
-        if not layer.going:
+        after = layer.successor
+        if after is None:
             continue
-        assert layer.made is not None
         for parent, parent_fqn, child in layer.places:
             fqn = f"{parent_fqn}.{child}" if parent_fqn else child
-            slots.append(Slot(parent, child, fqn, layer.module, layer.made))
-        if layer.fusion is not None:
+            slots.append(Slot(parent, child, fqn, layer.module, after))
+        if layer.going and layer.fusion is not None:
             place = layer.fusion
             curve = place.parent._modules[place.child]
             assert curve is not None

@@ -62,6 +62,14 @@ struct Prmt {
   }
 };
 
+struct Bits {
+  static __device__ void run(const Data& d, int thread) {
+    const uint32_t a = load(d.a + thread);
+    store(d.y + thread * 2, static_cast<uint32_t>(popcount(a)));
+    store(d.y + thread * 2 + 1, static_cast<uint32_t>(highest_bit(a)));
+  }
+};
+
 struct Dp4a {
   static __device__ void run(const Data& d, int thread) {
     const uint32_t a = load(d.a + thread), b = load(d.b + thread), c = load(d.c + thread);
@@ -321,6 +329,7 @@ void start_clusters(const Data& data, int threads) {
 const std::map<std::string, Start> kInstructions = {
     {"lop3", start<Lop3>},
     {"prmt", start<Prmt>},
+    {"bits", start<Bits>},
     {"dp4a", start<Dp4a>},
     {"pack", start<Pack>},
     {"float_from_fp16", start<FromFp16>},

@@ -30,8 +30,10 @@ void gather_b(T (&b)[8][K], const uint32_t* words, int lane) {
   for (int i = 0; i < K / kEach; ++i) std::memcpy(&b[lane / 4][lane % 4 * kPerWord + i * kEach], words + i, 4);
 }
 
+// What stands at other places than the kept ones is not multiplied, so that an infinity there leaves the sum as it is.
 template <class Sum, class A, class B, int K>
-void multiply(const A (&a)[16][K], const B (&b)[8][K], const Sum* const (&c)[32], Sum* const (&d)[32]) {
+void multiply(const A (&a)[16][K], const B (&b)[8][K], const bool (&kept)[16][K], const Sum* const (&c)[32],
+              Sum* const (&d)[32]) {
   using Wide = decltype(exact(A()));
   Wide columns[K][8];
   for (int k = 0; k < K; ++k) {
@@ -41,6 +43,7 @@ void multiply(const A (&a)[16][K], const B (&b)[8][K], const Sum* const (&c)[32]
     Wide sum[8];
     for (int j = 0; j < 8; ++j) sum[j] = static_cast<Wide>(c[row % 8 * 4 + j / 2][row / 8 * 2 + j % 2]);
     for (int k = 0; k < K; ++k) {
+      if (!kept[row][k]) continue;
       const Wide factor = exact(a[row][k]);
       for (int j = 0; j < 8; ++j) sum[j] += factor * columns[k][j];
     }
@@ -59,7 +62,7 @@ struct Fragment {
   Sum d[4];
 };
 
-// What mma and mma_sparse share: expand(ins, a) makes the 16 x K matrix of all lanes' words.
+// What mma and mma_sparse share: expand(ins, a, kept) makes the 16 x K matrix of all lanes' words.
 template <class A, class B, int K, class Sum, int Words, class Expand>
 void product(const char* name, Sum (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[Words], uint32_t kept,
              Where where, const Expand& expand) {
@@ -71,6 +74,7 @@ void product(const char* name, Sum (&sum)[4], const uint32_t (&a)[4], const uint
   const auto compute = [&](const In* const* ins, Fragment<Sum>* const* outs) {
     A left[16][K];
     B right[8][K];
+    bool there[16][K];
     const Sum* c[32];
     Sum* d[32];
     for (int lane = 0; lane < 32; ++lane) {
@@ -78,8 +82,8 @@ void product(const char* name, Sum (&sum)[4], const uint32_t (&a)[4], const uint
       c[lane] = ins[lane]->c;
       d[lane] = outs[lane]->d;
     }
-    expand(ins, left);
-    multiply(left, right, c, d);
+    expand(ins, left, there);
+    multiply(left, right, there, c, d);
     count_event("mma");
   };
   const Fragment<Sum> out = collective<Fragment<Sum>>(name, 0xffffffffu, in, where, compute, true);
@@ -124,8 +128,9 @@ template <class A, class B = A, class Sum>
 void mma(Sum (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], host::Where where = host::Where::current()) {
   static_assert(sizeof(A) == sizeof(B) && std::is_integral_v<A> == std::is_integral_v<Sum>);
   constexpr int K = 32 / static_cast<int>(sizeof(A));
-  host::product<A, B, K>("mma", sum, a, b, 0, where, [](const auto* const* ins, A(&left)[16][K]) {
+  host::product<A, B, K>("mma", sum, a, b, 0, where, [](const auto* const* ins, A(&left)[16][K], bool (&there)[16][K]) {
     for (int lane = 0; lane < 32; ++lane) host::gather_a(left, ins[lane]->a, lane);
+    std::memset(there, true, sizeof there);
   });
 }
 
@@ -134,22 +139,24 @@ void mma_sparse(Sum (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], u
                 host::Where where = host::Where::current()) {
   static_assert(std::is_integral_v<A> == std::is_integral_v<Sum> && Selector >= 0 && Selector < int(sizeof(A)));
   constexpr int K = 64 / static_cast<int>(sizeof(A));
-  host::product<A, A, K>("mma_sparse", sum, a, b, kept, where, [&](const auto* const* ins, A(&left)[16][K]) {
-    A packed[16][K / 2];
-    for (int lane = 0; lane < 32; ++lane) host::gather_a(packed, ins[lane]->a, lane);
-    std::memset(left, 0, sizeof left);
-    for (int row = 0; row < 16; ++row) {
-      for (int four = 0; four < K / 4; ++four) {
-        const bool wide = sizeof(A) == 2;  // which lane of the row's four has the digits of these four values
-        const int lane = row % 8 * 4 + (wide ? Selector * 2 + four / 4 : row / 8 + four / 8 * 2);
-        const int digits = static_cast<int>(ins[lane]->kept >> (wide ? row / 8 * 16 + four % 4 * 4 : four % 8 * 4));
-        const int first = digits & 3, second = digits >> 2 & 3;
-        if (first >= second) host::stop("mma_sparse: the places of two kept values do not ascend", where);
-        left[row][four * 4 + first] = packed[row][four * 2];
-        left[row][four * 4 + second] = packed[row][four * 2 + 1];
-      }
-    }
-  });
+  host::product<A, A, K>(
+      "mma_sparse", sum, a, b, kept, where, [&](const auto* const* ins, A(&left)[16][K], bool (&there)[16][K]) {
+        A packed[16][K / 2];
+        for (int lane = 0; lane < 32; ++lane) host::gather_a(packed, ins[lane]->a, lane);
+        std::memset(there, false, sizeof there);
+        for (int row = 0; row < 16; ++row) {
+          for (int four = 0; four < K / 4; ++four) {
+            const bool wide = sizeof(A) == 2;  // which lane of the row's four has the digits of these four values
+            const int lane = row % 8 * 4 + (wide ? Selector * 2 + four / 4 : row / 8 + four / 8 * 2);
+            const int digits = static_cast<int>(ins[lane]->kept >> (wide ? row / 8 * 16 + four % 4 * 4 : four % 8 * 4));
+            const int first = digits & 3, second = digits >> 2 & 3;
+            if (first >= second) host::stop("mma_sparse: the places of two kept values do not ascend", where);
+            left[row][four * 4 + first] = packed[row][four * 2];
+            left[row][four * 4 + second] = packed[row][four * 2 + 1];
+            there[row][four * 4 + first] = there[row][four * 4 + second] = true;
+          }
+        }
+      });
 }
 
 }  // namespace burnish

@@ -284,6 +284,10 @@ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   return value;
 }
 
+inline int popcount(uint32_t word) { return std::popcount(word); }
+
+inline int highest_bit(uint32_t word) { return 31 - std::countl_zero(word); }
+
 template <class T>
 uint32_t dot_bytes(uint32_t a, uint32_t b, uint32_t sum) {
   for (int i = 0; i < 32; i += 8) sum += static_cast<uint32_t>(static_cast<T>(a >> i) * static_cast<T>(b >> i));

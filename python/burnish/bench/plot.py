@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from burnish.bench.rows import BASELINE, Results, Row, cases_of
+from burnish.density_table import Entry
 
 #: ours in strong colours, peers in quiet ones, readable with any colour vision
 _OURS = ("#d1495b", "#8f2d56", "#ee964b", "#5f0f40")
@@ -102,3 +103,32 @@ def _wrap(case: str) -> str:
             lines.append("")
         lines[-1] += f"-{part}" if lines[-1] else part
     return "\n".join(lines)
+
+
+def draw_break_even(entries: Sequence[Entry], where: str, path: str | Path) -> None:
+    """Write a chart of speed-up over density, a panel a form of an op and a line a number of rows."""
+    forms: dict[str, list[Entry]] = {}
+    for entry in entries:
+        forms.setdefault(f"{entry.op} {entry.form}".rstrip(), []).append(entry)
+    columns = min(3, len(forms))
+    lines = -(-len(forms) // columns)
+    figure = Figure(figsize=(4.6 * columns, 0.6 + 3.4 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    for panel in panels[len(forms) :]:
+        panel.set_visible(False)
+    for panel, (name, members) in zip(panels, forms.items(), strict=False):
+        for index, entry in enumerate(members):
+            panel.plot(*zip(*entry.curve, strict=True), "o-", ms=3.5, label=f"M = {entry.M}", color=f"C{index}")
+        panel.axhline(1, color="#555555", lw=1)
+        panel.set_yscale("log")
+        panel.set_yticks([0.5, 1, 2, 4, 8, 16], ["0.5x", "1x", "2x", "4x", "8x", "16x"])
+        panel.minorticks_off()
+        panel.xaxis.set_major_formatter(PercentFormatter(1.0))
+        panel.set_title(name, fontsize=10, loc="left")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="y", color="#dddddd", lw=0.6)
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.supxlabel("weights kept", fontsize=9)
+    figure.supylabel("times the dense layer's speed", fontsize=9)
+    figure.suptitle(where, fontsize=10, color="#555555")
+    figure.savefig(path, dpi=150)

@@ -96,7 +96,7 @@ def run(
     rows: list[Row] = []
     ceilings: dict[str, list[float]] = {}
     neighbours = machine.Neighbours()
-    with _threads(threads):
+    with limited_threads(threads):
         about = machine.describe(plan.device, command or " ".join(sys.argv))
         for index, (spec, case) in enumerate(plan.cases):
             done = index * (plan.rounds + 1)
@@ -123,7 +123,8 @@ def _tick(progress: Callable[[int, int, str], None], steps: Iterator[int], total
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def limited_threads(count: int | None) -> Iterator[None]:
+    """torch with ``count`` CPU threads, or as many as it has."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from burnish.bench.counters import Count, Launch
 from burnish.bench.rows import Results, Row, cases_of, fastest, summary
+from burnish.density_table import Entry
 
 #: what the longest row needs: a narrower terminal wraps it, which is better than rich's cutting it
 _WIDTH = 132
@@ -105,6 +106,30 @@ def show_counters(counts: Sequence[Count], screen: Console) -> None:
     for one in counts:
         if one.skipped:
             screen.print(Text(f"skipped {one.op} {one.case}: {one.skipped}", style="yellow"), soft_wrap=True)
+
+
+def show_break_even(entries: Sequence[Entry], screen: Console) -> None:
+    """Print, for each op and form, the density up to which it is not slower than the dense layer, by rows M."""
+    rows = sorted({entry.M for entry in entries})
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("faster than dense up to", no_wrap=True)
+    for m in rows:
+        table.add_column(f"M = {m}", justify="right", no_wrap=True)
+    forms: dict[tuple[str, str], dict[int, Entry]] = {}
+    for entry in entries:
+        forms.setdefault((entry.op, entry.form), {})[entry.M] = entry
+    for (op, form), by_rows in forms.items():
+        table.add_row(f"{op} {form}".rstrip(), *(_break_even(by_rows.get(m)) for m in rows))
+    screen.print(table)
+
+
+def _break_even(entry: Entry | None) -> str | Text:
+    if entry is None:
+        return "-"
+    if entry.density == 0:
+        return Text("never", style="red")
+    best = max(speedup for _, speedup in entry.curve)
+    return f"{entry.density:.0%} ({best:.1f}x at best)"
 
 
 def _launch(launch: Launch) -> tuple[str, ...]:

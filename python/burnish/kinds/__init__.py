@@ -14,10 +14,11 @@ from burnish.kinds.int8 import INT8
 from burnish.kinds.kind import Kept, Kind, Misfit, Request
 from burnish.kinds.lora import LORA
 from burnish.kinds.lowrank import LOWRANK
+from burnish.kinds.sparse import BLOCK_SPARSE, SPARSE, SPARSE24
 
 __all__ = ["KINDS", "Kept", "Kind", "Misfit", "Request", "made_by", "named", "of", "takers"]
 
-KINDS: dict[type[Config], Kind] = {kind.config: kind for kind in (INT8, LORA, LOWRANK)}
+KINDS: dict[type[Config], Kind] = {kind.config: kind for kind in (INT8, LORA, LOWRANK, BLOCK_SPARSE, SPARSE24, SPARSE)}
 
 
 def of(config: Config | None) -> Kind | None:

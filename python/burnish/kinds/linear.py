@@ -12,10 +12,12 @@ import torch
 from torch.nn.utils import parametrize
 
 from burnish.kinds.kind import Misfit
+from burnish.nn import masked
 from burnish.nn.int8_linear import float_weight, is_conv1d
 from burnish.registry import dtype_name
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+WALK = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 
 
@@ -24,7 +26,9 @@ def is_candidate(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear) or is_conv1d(module)
 
 
-def objection(module: torch.nn.Module, parents: list[torch.nn.Module], noun: str, *, keeps: bool = False) -> str | None:
+def objection(
+    module: torch.nn.Module, parents: list[torch.nn.Module], noun: str, *, keeps: bool = False, masks: bool = False
+) -> str | None:
     """Why a float layer cannot be converted; None if it can.
 
     Args:
@@ -32,8 +36,13 @@ def objection(module: torch.nn.Module, parents: list[torch.nn.Module], noun: str
         parents: the modules it is a child of.
         noun: what it would become, in a word.
         keeps: whether the new layer goes on using this one, so that FSDP2 may have sharded it and may have hooks on it.
+        masks: whether the new layer takes over a mask on the weight, so that there may be one.
     """
-    return _by_class(module, keeps) or _by_parents(module, parents) or _by_tensors(module, noun, keeps)
+    bare = masked.plain(module) if masks else module
+    reason = _by_class(bare, keeps) or _by_parents(module, parents) or _by_tensors(bare, noun, keeps)
+    if reason is None and "weight_orig" in module._parameters and bare._forward_pre_hooks:
+        return "it has forward pre-hooks beside its mask's, whose handles would not reach the new layer"
+    return reason
 
 
 def check_form(found: torch.nn.Module, form: Mapping[str, Any]) -> torch.Tensor:
@@ -49,6 +58,19 @@ def check_form(found: torch.nn.Module, form: Mapping[str, Any]) -> torch.Tensor:
         if form[name] != value:
             raise Misfit(f"{name} {value} in the model, {form[name]} in the checkpoint")
     return weight
+
+
+def walk_of(module: torch.nn.Module) -> dict[str, Any]:
+    """A convolution's attributes as JSON gives them back."""
+    values = {name: getattr(module, name) for name in WALK}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def check_walk(found: torch.nn.Module, form: Mapping[str, Any]) -> None:
+    """Raise Misfit unless a convolution walks as one that a checkpoint's layer of this form replaced."""
+    for name, value in {**walk_of(found), "bias": found.bias is not None}.items():
+        if form[name] != value:
+            raise Misfit(f"{name} {value} in the model, {form[name]} in the checkpoint")
 
 
 def _by_class(module: torch.nn.Module, keeps: bool) -> str | None:

@@ -28,7 +28,6 @@ _MARGIN = 0.9
 #: ranks that are multiples of this suit the kernels' tiles; so many of them are candidates at most
 _STEP, _CANDIDATES = 8, 64
 
-_WALK = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _found: dict[Any, int | None] = {}
 
 
@@ -148,7 +147,7 @@ def _blank(
     weight, bias = _weight(module), module.bias is not None
     made: LowRankLinear | LowRankConv2d
     if isinstance(module, torch.nn.Conv2d):
-        walk: dict[str, Any] = {name: getattr(module, name) for name in _WALK}
+        walk: dict[str, Any] = {name: getattr(module, name) for name in linear.WALK}
         made = LowRankConv2d(**walk, bias=bias, device=device, dtype=weight.dtype, rank=rank, scheme=scheme)
     else:
         made = LowRankLinear(weight.shape[1], weight.shape[0], bias, device, weight.dtype, rank=rank)
@@ -160,13 +159,7 @@ def form(module: torch.nn.Module) -> dict[str, Any]:
     common = {"bias": module.bias is not None, "rank": module.rank}
     if isinstance(module, LowRankLinear):
         return {"in_features": module.in_features, "out_features": module.out_features, **common}
-    return {**_walk_of(module), **common, "scheme": module.scheme}
-
-
-def _walk_of(module: torch.nn.Module) -> dict[str, Any]:
-    """A convolution's attributes as JSON gives them back."""
-    values = {name: getattr(module, name) for name in _WALK}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {**linear.walk_of(module), **common, "scheme": module.scheme}
 
 
 def rebuild(found: torch.nn.Module, config: Config, form: Mapping[str, Any]) -> LowRankLinear | LowRankConv2d:
@@ -175,9 +168,7 @@ def rebuild(found: torch.nn.Module, config: Config, form: Mapping[str, Any]) -> 
         was = "LowRankConv2d" if "scheme" in form else "LowRankLinear"
         raise Misfit(f"kind {type(found).__name__} in the model, {was} in the checkpoint")
     if isinstance(found, torch.nn.Conv2d):
-        for name, value in {**_walk_of(found), "bias": found.bias is not None}.items():
-            if form[name] != value:
-                raise Misfit(f"{name} {value} in the model, {form[name]} in the checkpoint")
+        linear.check_walk(found, form)
     else:
         linear.check_form(found, form)
     made = _blank(found, form["rank"], form.get("scheme", config.conv), "meta")

@@ -220,7 +220,7 @@ class Int8Linear(torch.nn.Module):
         with self._thawed() as (packed, scale):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scale.device)).dtype
-            moved = _keep_dtype(fn, scale)
+            moved = keep_dtype(fn, scale)
             if moved is not scale:
                 moved = derive(scale, ("moved", moved.device), lambda: moved)
             self._buffers["weight_scale"] = moved
@@ -241,12 +241,12 @@ class Int8Linear(torch.nn.Module):
     ) -> torch.Tensor:
         """``packed`` after ``fn``, which brings tensors to ``device``, in that device's layout."""
         if fits(packed, device):
-            moved = _keep_dtype(fn, packed)
+            moved = keep_dtype(fn, packed)
             return packed if moved is packed else derive(packed, ("moved", device), lambda: moved)
 
         def through_canonical() -> torch.Tensor:
             weight = int8_linear_unpack(packed, self.out_features, self.in_features)
-            return int8_linear_pack(_keep_dtype(fn, weight))
+            return int8_linear_pack(keep_dtype(fn, weight))
 
         return derive(packed, ("moved", device), through_canonical)
 
@@ -337,7 +337,7 @@ def fits(packed: torch.Tensor, device: torch.device) -> bool:
     return device.type == "meta" or (packed.dtype == torch.int8) == (device.type == "cuda")
 
 
-def _keep_dtype(fn: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+def keep_dtype(fn: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
     """``fn(tensor)``, which may move but must not convert it."""
     moved = fn(tensor)
     return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)

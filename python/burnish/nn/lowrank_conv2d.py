@@ -29,7 +29,7 @@ from burnish import schemes
 from burnish.configs import LowRank
 from burnish.nn.factored import Factored, check_config, check_dtype, check_rank, chosen_rank
 
-_SHARED = (
+SHARED = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "transposed", "output_padding",
     "groups", "padding_mode",
 )  # fmt: skip
@@ -93,7 +93,7 @@ class LowRankConv2d(Factored):
             raise ValueError(
                 f"LowRankConv2d: the weight has shape {tuple(conv.weight.shape)}, expected one with values"
             )
-        for name in _SHARED:
+        for name in SHARED:
             setattr(self, name, getattr(conv, name))
         self.scheme = scheme
         self.geometry = schemes.Geometry.of(conv)

@@ -1,0 +1,182 @@
+#include "cpu/sparse.h"
+
+#include <algorithm>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+
+namespace burnish {
+namespace {
+
+constexpr int64_t kFewRowsDense = 16;  // of x, up to which dense rows are multiplied as they lie
+constexpr int64_t kBlockRows = 256;    // of the weight's gradient, made dense together: they stay in L2
+
+}  // namespace
+
+SparseWeight::SparseWeight(int64_t N, int64_t K, const Tensor& values)
+    : N(N),
+      K(K),
+      values_(static_cast<const char*>(values.const_data_ptr())),
+      type_(values.scalar_type()),
+      size_(type_ == ScalarType::Char ? 1 : size_of(format_of(type_))) {}
+
+void SparseWeight::take(const Kernels& level, Range rows, Range columns, const Block& out) const {
+  static thread_local Scratch scratch;
+  const int64_t count = columns.size();
+  scratch.reserve(Scratch::bytes<uint8_t>((count + 7) / 8) + Scratch::bytes<float>(count));
+  auto* storage = scratch.take<uint8_t>((count + 7) / 8);
+  auto* copy = scratch.take<char>(4 * count);
+  const bool as_stored = type_ != ScalarType::Char && format_of(type_) == out.format;
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    char* to = out.row(row - rows.begin);
+    const uint8_t* stored = bits(level, row, columns, storage);
+    level.expand(values_ + place(level, row, columns.begin) * size_, size_, stored, count, as_stored ? to : copy);
+    if (type_ == ScalarType::Char) {
+      const auto* bytes = reinterpret_cast<const int8_t*>(copy);
+      std::copy(bytes, bytes + count, reinterpret_cast<float*>(to));
+    } else if (!as_stored) {
+      level.take_rows({copy, 0, format_of(type_)}, 0, 1, 0, count, nullptr, {to, 0, out.format});
+    }
+  }
+}
+
+void SparseWeight::give(const Kernels& level, const Block& dense, Range rows, Range columns, void* values) const {
+  static thread_local Scratch scratch;
+  const int64_t count = columns.size(), padded = round_up(count, 8);
+  scratch.reserve(Scratch::bytes<uint8_t>(padded / 8));
+  auto* storage = scratch.take<uint8_t>(padded / 8);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    float* from = dense.floats(row - rows.begin);
+    std::fill(from + count, from + padded, 0.0f);  // what is stored beyond K
+    level.compress(from, bits(level, row, columns, storage), padded,
+                   static_cast<char*>(values) + place(level, row, columns.begin) * size_, format_of(type_));
+  }
+}
+
+void sparse_product(const Operand& x, const SparseWeight& weight, const Sink& y) {
+  const Kernels& level = kernels();
+  const int64_t M = x.rows.count, N = weight.N, K = weight.K;
+  if (M <= kFewRowsDense) {
+    const int64_t blocks = (N + kWeightRows - 1) / kWeightRows;
+    return parallel_for(0, blocks, std::max<int64_t>(1, 2048 / std::max<int64_t>(1, K)),
+                        [&](int64_t begin, int64_t end) {
+                          static thread_local Scratch scratch;
+                          scratch.reserve(Block::bytes(kWeightRows, K, x.matrix.format));
+                          const Block dense = Block::take(scratch, kWeightRows, K, x.matrix.format);
+                          for (int64_t n = begin * kWeightRows; n < std::min(end * kWeightRows, N); n += kWeightRows) {
+                            const Range rows{n, std::min(n + kWeightRows, N)};
+                            weight.take(level, rows, {0, K}, dense);
+                            level.dot(x.matrix, M, dense.matrix(), rows.size(), K, y.at(0, n));
+                          }
+                        });
+  }
+  static thread_local Scratch scratch;
+  const Matrix rows = in_product_format(level, x.matrix, M, K, scratch);
+  add_products_parallel(level, {{rows, {rows, false, nullptr, &weight}, K}}, M, N, y);
+  scratch.trim();
+}
+
+Matrix whole_blocks(const Operand& x, Scratch& storage) {
+  const int64_t K = x.rows.width, padded = round_up(K, 64), size = size_of(x.matrix.format);
+  if (padded == K) return x.matrix;
+  storage.reserve(Block::bytes(x.rows.count, padded, x.matrix.format));
+  const Block copy = Block::take(storage, x.rows.count, padded, x.matrix.format);
+  for (int64_t row = 0; row < x.rows.count; ++row) {
+    const auto* from = static_cast<const char*>(x.matrix.at(row, 0).data);
+    std::fill(std::copy(from, from + K * size, copy.row(row)), copy.row(row) + padded * size, '\0');
+  }
+  return copy.matrix();
+}
+
+namespace {
+
+// dvalues: dy^T x a block at a time, of which the stored elements are kept.
+void pull_values(const Kernels& level, const Matrix& dy, const Matrix& x, int64_t M, const SparseWeight& weight,
+                 void* dvalues) {
+  static thread_local Scratch transposed;
+  const int64_t N = weight.N, K = weight.K, width = 4 * level.panel_columns;
+  transposed.reserve(Block::bytes(N, M, dy.format));
+  const Block pulled = Block::take(transposed, N, M, dy.format);
+  parallel_for(0, N, 64, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch floats;
+    floats.reserve(Block::bytes(M, end - begin, Format::kFloat));
+    const Block copy = Block::take(floats, M, end - begin, Format::kFloat);
+    for (int64_t row = 0; row < M; ++row) {
+      level.slope_row(dy.at(row, begin).data, dy.format, nullptr, 0, nullptr, end - begin, copy.floats(row));
+    }
+    level.store_transposed(copy.floats(0), copy.stride / 4, M, end - begin, pulled.row(begin),
+                           pulled.stride / size_of(dy.format), dy.format);
+    floats.trim();
+  });
+  parallel_for(0, (K + width - 1) / width, 1, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    scratch.reserve(Block::bytes(kBlockRows, width, Format::kFloat));
+    const Block dense = Block::take(scratch, kBlockRows, width, Format::kFloat);
+    for (int64_t k = begin * width; k < std::min(end * width, K); k += width) {
+      const Range columns{k, std::min(k + width, K)};
+      for (int64_t n = 0; n < N; n += kBlockRows) {
+        const Range rows{n, std::min(n + kBlockRows, N)};
+        add_products(level, {{pulled.matrix().at(n, 0), {x.at(0, k), true}, M}}, rows.size(), {0, columns.size()},
+                     dense.sums(false));
+        weight.give(level, dense, rows, columns, dvalues);
+      }
+    }
+  });
+  transposed.trim();
+}
+
+// The sums of dy's columns.
+void pull_bias(const Kernels& level, const Matrix& dy, int64_t M, int64_t N, float* dbias) {
+  parallel_for(0, N, std::max<int64_t>(64, 65536 / std::max<int64_t>(1, M)), [&](int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    scratch.reserve(Scratch::bytes<double>(end - begin));
+    auto* sums = scratch.take<double>(end - begin);
+    std::fill(sums, sums + (end - begin), 0.0);
+    level.add_columns(dy.at(0, begin), M, end - begin, sums);
+    std::copy(sums, sums + (end - begin), dbias + begin);
+  });
+}
+
+}  // namespace
+
+SparseGradients sparse_backward(const Tensor& dy, const Tensor& x, const SparseWeight& weight, const Tensor& values,
+                                const float* scale, SparseWanted wanted) {
+  static thread_local Scratch copies, x_copies;
+  const Operand pulled(dy);
+  const int64_t M = pulled.rows.count, N = weight.N, K = weight.K;
+  const Format format = pulled.matrix.format;
+  const std::vector<int64_t> none{0};
+  const std::vector<int64_t> kept(values.sizes().begin(), values.sizes().end());
+  Tensor dx = torch::stable::new_empty(x, wanted.x ? sizes_with_last(x, K) : none);
+  Tensor dvalues = torch::stable::new_empty(x, wanted.values ? kept : none);
+  Tensor dbias = torch::stable::new_empty(x, {wanted.bias ? N : 0}, ScalarType::Float);
+  const Kernels& level = kernels();
+  if (wanted.bias) pull_bias(level, pulled.matrix, M, N, dbias.mutable_data_ptr<float>());
+  Matrix dz{};
+  if (scale == nullptr) {
+    dz = in_product_format(level, pulled.matrix, M, N, copies);
+  } else {
+    copies.reserve(Block::bytes(M, N, Format::kFloat));
+    const Block scaled = Block::take(copies, M, N, Format::kFloat);
+    parallel_for(0, M, std::max<int64_t>(1, 16384 / N), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        level.slope_row(pulled.matrix.at(row, 0).data, format, nullptr, 0, scale, N, scaled.floats(row));
+      }
+    });
+    dz = scaled.matrix();
+  }
+  if (wanted.x) {
+    const Sink to{nullptr, 0, false, dx.mutable_data_ptr(), K, format, nullptr};
+    add_products_parallel(level, {{dz, {dz, true, nullptr, &weight}, N}}, M, K, to);
+  }
+  if (wanted.values) {
+    const Operand from(x);
+    const Matrix rows = in_product_format(level, from.matrix, M, K, x_copies);
+    pull_values(level, dz, rows, M, weight, dvalues.mutable_data_ptr());
+  }
+  copies.trim();
+  x_copies.trim();
+  return {dx, dvalues, dbias};
+}
+
+}  // namespace burnish

@@ -1,0 +1,173 @@
+// sparse24_linear and sparse24_linear_backward on the CPU: see burnish/ops/sparse24_linear.py.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "cpu/sparse.h"
+#include "math/sparse24.h"
+
+namespace burnish {
+namespace {
+
+constexpr int64_t kMaxDepth = 131072;
+constexpr int64_t kSerialElements = int64_t{1} << 18;  // of the weight: what a second thread must be worth
+
+class Grouped : public SparseWeight {
+ public:
+  Grouped(const Tensor& values, const Tensor& metadata, int64_t K)
+      : SparseWeight(metadata.size(0), K, values),
+        metadata_(metadata.const_data_ptr<uint8_t>()),
+        row_bytes_(metadata.size(1)) {}
+
+ protected:
+  const uint8_t* bits(const Kernels& level, int64_t row, Range columns, uint8_t* storage) const override {
+    level.bits_of_metadata(metadata_ + row * row_bytes_ + columns.begin / kStep24,
+                           (columns.size() + kStep24 - 1) / kStep24, storage);
+    return storage;
+  }
+  int64_t place(const Kernels&, int64_t row, int64_t column) const override {
+    return (row * row_bytes_ * kStep24 + column) / 2;
+  }
+
+ private:
+  const uint8_t* metadata_;
+  int64_t row_bytes_;
+};
+
+void check_operands(const char* op, const Tensor& x, const Tensor& values, const Tensor& metadata,
+                    const std::optional<Tensor>& scale) {
+  check_floating(op, "x", x);
+  BURNISH_CHECK(x.dim() >= 1, op, ": x is a scalar, expected at least one dimension");
+  check_cpu(op, "values", values);
+  check_cpu(op, "metadata", metadata);
+  const bool as_int8 = scale.has_value();
+  const ScalarType wanted = as_int8 ? ScalarType::Char : x.scalar_type();
+  BURNISH_CHECK(values.scalar_type() == wanted, op, ": values are ", dtype_name(values.scalar_type()), ", expected ",
+                dtype_name(wanted), as_int8 ? " with a scale" : " as x is, or int8 with a scale");
+  BURNISH_CHECK(metadata.scalar_type() == ScalarType::Byte, op, ": metadata is ", dtype_name(metadata.scalar_type()),
+                ", expected uint8");
+  const int64_t K = x.size(x.dim() - 1), width = round_up(K, kStep24);
+  BURNISH_CHECK(metadata.dim() == 2 && metadata.size(0) >= 1 && metadata.size(1) == width / kStep24, op,
+                ": metadata has shape ", shape_text(metadata), ", expected [N, ", width / kStep24,
+                "] with N >= 1 for K=", K);
+  const int64_t N = metadata.size(0);
+  BURNISH_CHECK(values.dim() == 2 && values.size(0) == N && values.size(1) == width / 2, op, ": values have shape ",
+                shape_text(values), ", expected (", N, ", ", width / 2, ") as metadata has");
+  BURNISH_CHECK(values.is_contiguous(), op, ": values are not contiguous, expected compress's result");
+  BURNISH_CHECK(metadata.is_contiguous(), op, ": metadata is not contiguous, expected compress's result");
+  if (!as_int8) return;
+  check_cpu(op, "scale", *scale);
+  BURNISH_CHECK(scale->scalar_type() == ScalarType::Float, op, ": scale is ", dtype_name(scale->scalar_type()),
+                ", expected fp32");
+  BURNISH_CHECK(scale->dim() == 1 && scale->size(0) == N, op, ": scale has shape ", shape_text(*scale), ", expected [",
+                N, "]");
+  BURNISH_CHECK(K <= kMaxDepth, op, ": K is ", K, ", expected at most ", kMaxDepth, ": int32 sums could overflow");
+}
+
+// Blocks of the weight's rows, by all threads.
+template <class F>
+void for_blocks(const Sparse24Weight& weight, const F& f) {
+  const int64_t blocks = (weight.rows + kWeightRows - 1) / kWeightRows;
+  const int64_t grain =
+      std::max<int64_t>(1, kSerialElements / kWeightRows / std::max<int64_t>(1, weight.row_bytes * kStep24));
+  parallel_for(0, blocks, grain,
+               [&](int64_t begin, int64_t end) { f(begin * kWeightRows, std::min(end * kWeightRows, weight.rows)); });
+}
+
+// y = float(q W^T) * (row scale * scale) + bias, q the quantised rows of x.
+void multiply_int8(const Operand& x, const Sparse24Weight& weight, const float* scale, const float* bias, void* y) {
+  static thread_local Scratch scratch;
+  const Kernels& level = kernels();
+  const int64_t M = x.rows.count, K = x.rows.width, stride = round_up(K, 128) + 64;
+  scratch.reserve(Scratch::bytes<int8_t>(M * stride) + Scratch::bytes<float>(M));
+  auto* q = scratch.take<int8_t>(M * stride);
+  auto* row_scale = scratch.take<float>(M);
+  parallel_for(0, M, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, K)), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      int8_t* row = q + m * stride;
+      level.quantize_row(x.matrix.at(m, 0).data, x.matrix.format, K, stride, row, row_scale + m);
+      for (int64_t k = 0; k < stride; ++k) row[k] = static_cast<int8_t>(row[k] ^ level.sparse24_offset);
+    }
+  });
+  const Sparse24Int8 args{weight, q, stride, M, row_scale, scale, bias, y, x.matrix.format};
+  for_blocks(weight, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch spare;
+    spare.reserve(sparse24_spare(weight.row_bytes));
+    level.sparse24_int8(args, begin, end, spare.take<char>(sparse24_spare(weight.row_bytes)));
+  });
+  scratch.trim();
+}
+
+// Whether no element of bf16 is an infinity or NaN.
+bool is_finite(const Operand& x) {
+  std::atomic<bool> finite{true};
+  const int64_t M = x.rows.count, K = x.rows.width;
+  parallel_for(0, M, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, K)), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      const auto* row = static_cast<const uint16_t*>(x.matrix.at(m, 0).data);
+      bool all = true;
+      for (int64_t k = 0; k < K; ++k) all &= (row[k] & 0x7f80) != 0x7f80;
+      if (!all) finite = false;
+    }
+  });
+  return finite;
+}
+
+Tensor sparse24_linear(const Tensor& x, const Tensor& values, const Tensor& metadata,
+                       const std::optional<Tensor>& scale, const std::optional<Tensor>& bias) {
+  constexpr const char* kOp = "sparse24_linear";
+  static thread_local Scratch floats, padded;
+  check_operands(kOp, x, values, metadata, scale);
+  const int64_t N = metadata.size(0), K = x.size(x.dim() - 1);
+  check_bias(kOp, bias, N);
+  const Format format = format_of(x.scalar_type());
+  const Kernels& level = kernels();
+  Tensor made = torch::stable::new_empty(x, sizes_with_last(x, N));
+  floats.reserve(2 * Scratch::bytes<float>(N));
+  const Sink y{nullptr,
+               0,
+               false,
+               made.mutable_data_ptr(),
+               N,
+               format,
+               bias.has_value() ? as_floats(*bias, floats.take<float>(N)) : nullptr};
+  const Operand rows(x);
+  const Sparse24Weight weight{values.const_data_ptr(), metadata.const_data_ptr<uint8_t>(), metadata.size(1), N};
+  if (scale.has_value()) {
+    multiply_int8(rows, weight, as_floats(*scale, floats.take<float>(N)), y.bias, y.y);
+  } else if (format == Format::kBf16 && level.sparse24_dot != nullptr && is_finite(rows)) {
+    const Matrix whole = whole_blocks(rows, padded);
+    for_blocks(weight,
+               [&](int64_t begin, int64_t end) { level.sparse24_dot(weight, whole, rows.rows.count, begin, end, y); });
+  } else {
+    sparse_product(rows, Grouped(values, metadata, K), y);
+  }
+  return made;
+}
+
+SparseGradients sparse24_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& values,
+                                         const Tensor& metadata, const std::optional<Tensor>& scale, bool x_grad,
+                                         bool values_grad, bool bias_grad) {
+  constexpr const char* kOp = "sparse24_linear_backward";
+  static thread_local Scratch floats;
+  check_operands(kOp, x, values, metadata, scale);
+  const int64_t N = metadata.size(0);
+  check_gradient(kOp, dy, x, N);
+  BURNISH_CHECK(!(values_grad && scale.has_value()), kOp, ": values_grad is True, but int8 values have no gradient");
+  floats.reserve(Scratch::bytes<float>(N));
+  const float* factors = scale.has_value() ? as_floats(*scale, floats.take<float>(N)) : nullptr;
+  const Grouped weight(values, metadata, x.size(x.dim() - 1));
+  return sparse_backward(dy, x, weight, values, factors, {x_grad, values_grad, bias_grad});
+}
+
+}  // namespace
+}  // namespace burnish
+
+STABLE_TORCH_LIBRARY_IMPL(burnish, CPU, m) {
+  m.impl("sparse24_linear", TORCH_BOX(&burnish::sparse24_linear));
+  m.impl("sparse24_linear.inference", TORCH_BOX(&burnish::sparse24_linear));
+  m.impl("sparse24_linear_backward", TORCH_BOX(&burnish::sparse24_linear_backward));
+}

@@ -1,0 +1,124 @@
+"""Below which density a sparse layer beats the dense one, as measured on this machine.
+
+``burnish bench --break-even`` measures the table and keeps it in the cache folder (``BURNISH_CACHE_DIR``, or
+``~/.cache/burnish``), a file a machine, device and number of threads. :func:`burnish.swap_` asks it for layers that it
+is not to measure itself: one that the table knows to be slower than the dense layer at every number of rows stays.
+Without a table nothing is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import burnish
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was measured of one op at M rows of a layer ``[N, K]``.
+
+    ``form`` is the op's variant (a block's size, int8 values), empty for its plain one. ``density`` is the largest
+    share of kept weights at which the op is not slower than the dense layer, 0 where the dense one always wins.
+    ``curve`` holds what that is read from, pairs of density and speed-up.
+    """
+
+    op: str
+    form: str
+    dtype: str
+    M: int
+    N: int
+    K: int
+    density: float
+    curve: tuple[tuple[float, float], ...]
+
+
+def folder() -> Path:
+    """Where tables are kept; need not exist."""
+    named = os.environ.get("BURNISH_CACHE_DIR")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "burnish"
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What a table holds for: another processor, instruction set, number of threads or version has its own."""
+    from burnish.bench import machine as here
+
+    facts: dict[str, Any] = {"burnish": burnish.__version__, "torch": torch.__version__, "device": device}
+    if device == "cuda":
+        return facts | {"gpu": torch.cuda.get_device_name()}
+    return facts | {"cpu": here.cpu_model(), "isa": here.cpu_isa(), "threads": torch.get_num_threads()}
+
+
+def _path(about: dict[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    return folder() / f"break-even-{digest[:12]}.json"
+
+
+def save(entries: Sequence[Entry], device: str) -> Path:
+    """Keep entries for this machine, beside those of other ops, forms, dtypes and sizes; returns the file.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    about = machine(device)
+    path = _path(about)
+    kept = {_key(entry): entry for entry in (*load(device), *entries)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_suffix(f".{os.getpid()}")
+    staged.write_text(to_json(about, kept.values()))
+    os.replace(staged, path)
+    return path
+
+
+def to_json(about: Mapping[str, Any], entries: Iterable[Entry]) -> str:
+    return json.dumps({"machine": about, "entries": [asdict(entry) for entry in entries]}, indent=1) + "\n"
+
+
+def _key(entry: Entry) -> tuple[Any, ...]:
+    return entry.op, entry.form, entry.dtype, entry.M, entry.N, entry.K
+
+
+def load(device: str) -> list[Entry]:
+    """The entries measured on this machine; none where nothing was.
+
+    Raises:
+        ValueError: the file is damaged; the message says which.
+    """
+    path = _path(machine(device))
+    if not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_text())["entries"]
+        return [Entry(**{**entry, "curve": tuple(map(tuple, entry["curve"]))}) for entry in found]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}; delete it or run burnish bench --break-even again") from error
+
+
+def objection(op: str, form: str, weight: torch.Tensor, density: float) -> str | None:
+    """Why a layer whose dense weight is ``weight`` ``[N, K]`` had better stay dense, by what was measured of the size
+    next to its own: a clause, or None where the sparse form wins at some number of rows or nothing was measured."""
+    from burnish.registry import dtype_name
+
+    dtype, size = dtype_name(weight.dtype), math.log(max(1, weight.numel()))
+    fitting = [entry for entry in load(weight.device.type) if (entry.op, entry.form, entry.dtype) == (op, form, dtype)]
+    if not fitting:
+        return None
+    next_to = min(abs(math.log(entry.N * entry.K) - size) for entry in fitting)
+    best = max(
+        (entry for entry in fitting if abs(math.log(entry.N * entry.K) - size) == next_to),
+        key=lambda entry: entry.density,
+    )
+    if density <= best.density:
+        return None
+    wins = f"up to a density of {best.density:.2f}, at M = {best.M}" if best.density else "at no density"
+    return f"dense is faster here: it keeps {density:.0%} of its weights, and {op} wins {wins}"

@@ -1,0 +1,191 @@
+"""The break-even of sparse ops: where times cross, what is kept of it, and how a layer is judged by it."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from burnish import cli, density_table, registry
+from burnish.bench import break_even, machine
+from burnish.density_table import Entry
+from burnish.registry import Case, Cases, Cost, OpSpec
+
+DENSE = 0.004  # seconds
+ENTRY = Entry("toy_linear", "", "fp32", 1, 64, 64, 0.4, ((0.2, 2.0), (0.4, 1.0), (0.8, 0.5)))
+
+
+def make(case: Case, backend: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    kept = 1 - int(case.options["zeros"].removeprefix("zero")) / 100
+    return torch.zeros(case.dims["M"], case.dims["K"]), torch.full((case.dims["N"],), kept)
+
+
+def kernel(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Takes twice a dense layer's time where everything is kept, so that it breaks even at a half."""
+    time.sleep(2 * DENSE * float(kept[0]))
+    return x.new_zeros(x.shape[0], kept.shape[0])
+
+
+def dense(x: torch.Tensor, kept: torch.Tensor) -> Any:
+    return lambda: (time.sleep(DENSE), x.new_zeros(x.shape[0], kept.shape[0]))[1]
+
+
+def _case(**options: str) -> Case:
+    return Case({"M": 1, "N": 8, "K": 8}, torch.float32, "normal", options)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """A sparse op of an outside package; gone from the registry afterwards."""
+    spec = registry.register(
+        OpSpec(
+            name="toy::toy_linear",
+            schema="(Tensor x, Tensor kept) -> Tensor",
+            reference=lambda x, kept: x.new_zeros(x.shape[0], kept.shape[0]),
+            fake=lambda x, kept: x.new_zeros(x.shape[0], kept.shape[0]),
+            autograd=None,
+            impls=(),
+            cases=Cases(test=(_case(zeros="zero50"),), bench=(_case(zeros="zero50"), _case(zeros="zero90"))),
+            make=make,
+            cost=lambda case: Cost(1.0, 1.0, "fp32"),
+            baseline=dense,
+        )
+    )
+    registry._libraries[-1].impl(spec.stem, kernel, "CPU")
+    yield spec
+    del registry._specs[spec.name]
+
+
+@pytest.fixture(autouse=True)
+def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor's cache that few argument sets overflow."""
+    monkeypatch.setattr(machine, "last_level_cache", lambda device="cpu": 512)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BURNISH_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(
+    ("curve", "expected"),
+    [
+        (((0.1, 4.0), (0.5, 1.0), (1.0, 0.5)), 0.5),
+        (((0.2, 2.0), (0.4, 2 / 3)), 0.3),  # times 0.5 and 1.5 of dense: 1 lies half way
+        (((0.1, 0.9), (0.2, 1.5)), 0.0),
+        (((0.1, 3.0), (0.9, 1.2)), 0.9),
+        (((0.5, 1.7),), 0.5),
+    ],
+)
+def test_the_break_even_is_where_the_times_cross(curve: Any, expected: float) -> None:
+    assert break_even.break_even(curve) == pytest.approx(expected)
+
+
+def test_an_op_is_measured_at_every_density(toy: OpSpec) -> None:
+    (subject,) = break_even.subjects([toy.name], torch.float32)
+    assert (subject.form, subject.fixed) == ("", None)
+    (entry,) = break_even.measure([subject], rows=(1,), size=(8, 8), rounds=3, min_ms=0.1)
+    assert [density for density, _ in entry.curve] == list(break_even.DENSITIES)
+    assert entry.density == pytest.approx(0.5, abs=0.11)
+    assert dict(entry.curve)[0.1] == pytest.approx(5.0, rel=0.3)
+
+
+def test_a_pattern_has_one_density(toy: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed = replace(toy, cases=Cases(test=toy.cases.test, bench=(_case(zeros="zero75", weight="int8"),)))
+    monkeypatch.setitem(registry._specs, toy.name, fixed)
+    (subject,) = break_even.subjects([toy.name], torch.float32)
+    assert (subject.form, subject.fixed) == ("int8", 0.25)
+    (entry,) = break_even.measure([subject], rows=(1,), size=(8, 8), rounds=3, min_ms=0.1)
+    assert entry.density == 0.25
+    assert len(entry.curve) == 1
+
+
+def test_ops_without_densities_are_refused() -> None:
+    with pytest.raises(ValueError, match="int8_linear has no density"):
+        break_even.subjects(["int8_linear"], torch.bfloat16)
+    with pytest.raises(KeyError, match="no op named 'nothing'"):
+        break_even.subjects(["nothing"], torch.bfloat16)
+
+
+def test_tables_are_kept_and_grow(cache: Path) -> None:
+    assert density_table.load("cpu") == []
+    path = density_table.save([ENTRY], "cpu")
+    assert path.parent == cache
+    other = replace(ENTRY, M=16)
+    density_table.save([replace(ENTRY, density=0.5), other], "cpu")
+    assert density_table.load("cpu") == [replace(ENTRY, density=0.5), other]
+    assert [found.name for found in cache.iterdir()] == [path.name]
+
+
+def test_another_number_of_threads_has_its_own_table() -> None:
+    density_table.save([ENTRY], "cpu")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert density_table.load("cpu") == []
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_damaged_table_says_so() -> None:
+    path = density_table.save([ENTRY], "cpu")
+    path.write_text(path.read_text()[:-40])
+    with pytest.raises(ValueError, match=r"break-even-.*\.json is damaged"):
+        density_table.load("cpu")
+
+
+def test_a_layer_is_judged_by_the_best_rows_of_the_nearest_size() -> None:
+    weight = torch.zeros(80, 64)
+    assert density_table.objection("toy_linear", "", weight, 0.9) is None  # nothing measured
+    large = replace(ENTRY, N=4096, K=4096, density=0.9)
+    density_table.save([ENTRY, replace(ENTRY, M=16, density=0.3), large], "cpu")
+    assert density_table.objection("toy_linear", "", weight, 0.4) is None
+    reason = density_table.objection("toy_linear", "", weight, 0.45)
+    assert reason == (
+        "dense is faster here: it keeps 45% of its weights, and toy_linear wins up to a density of 0.40, at M = 1"
+    )
+    assert density_table.objection("toy_linear", "", torch.zeros(2048, 4096), 0.45) is None
+    assert density_table.objection("toy_linear", "int8", weight, 0.45) is None
+    assert density_table.objection("toy_linear", "", weight.bfloat16(), 0.45) is None
+    density_table.save([replace(ENTRY, density=0.0), replace(ENTRY, M=16, density=0.0)], "cpu")
+    assert "wins at no density" in str(density_table.objection("toy_linear", "", weight, 0.01))
+
+
+def test_the_command_prints_keeps_and_draws(
+    toy: OpSpec, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    out, chart = tmp_path / "table.json", tmp_path / "chart.png"
+    arguments = ["bench", toy.name, "--break-even", "--dtype", "fp32", "--shape", "1,8,8", "--rounds", "2"]
+    code = cli.main([*arguments, "--min-time", "0.1", "--json", str(out), "--plot", str(chart)])
+    assert code == 0
+    printed = capsys.readouterr().out
+    assert "toy_linear" in printed
+    assert "x at best)" in printed
+    document = json.loads(out.read_text())
+    assert document["machine"]["threads"] == torch.get_num_threads()
+    assert [Entry(**{**entry, "curve": tuple(map(tuple, entry["curve"]))}) for entry in document["entries"]] == (
+        density_table.load("cpu")
+    )
+    assert chart.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--peers"], "without --peers"),
+        (["--case", "M1-*"], "without --peers, --counters or --case"),
+        (["--shape", "1,8"], "takes shapes M,N,K"),
+        (["--shape", "1,8,8", "--shape", "1,8,16"], "with one N,K"),
+        (["int8_linear"], "int8_linear has no density"),
+    ],
+)
+def test_bad_arguments_are_refused(more: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--break-even", *more]) == 2
+    assert message in capsys.readouterr().err
