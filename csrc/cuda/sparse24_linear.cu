@@ -441,7 +441,7 @@ void start_few(const Sparse24Problem& p, const Tensor& x, const DeviceLimits& li
 
 template <class S>
 void start_tiles(const Sparse24Problem& p, const Tensor& x, const DeviceLimits& limits) {
-  constexpr int64_t kFewStages = 8;  // of a block: with less, filling the ring and adding the sums are most of its time
+  constexpr int64_t kFewStages = 4;  // of a block: with less, filling the ring and adding the sums are most of its time
   constexpr int64_t kMostSplits = 8;
   const int64_t tiles = ceil_div(p.values.rows, S::kChannels) * ceil_div(p.x.rows, S::kRows);
   const int64_t stages = ceil_div(p.values.width, S::kStageBytes);
