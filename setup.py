@@ -37,7 +37,7 @@ ISA_FLAGS = {
         "-Wno-uninitialized",
         "-Wno-maybe-uninitialized",
         *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
-        *("-mavx512vnni", "-mavx512bf16"),
+        *("-mavx512vnni", "-mavx512bf16", "-mavx512vbmi", "-mavx512vbmi2"),
     ],
 }
 # no contraction: a product and a sum round twice, as on the CPU, and every fused multiply-add is spelled

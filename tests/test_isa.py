@@ -20,7 +20,11 @@ RULES = ("forward", "unbiased", "special", "guard", "layout", "gradient")
 #: rule C3 holds at every level; the level this process runs at is fuzzed by test_fuzz.py
 EXAMPLES = 500
 #: ops whose bits depend on whether the processor multiplies bf16 in pairs and how wide its vectors are
-FLOAT_SUMS = {f"{stem}{end}" for stem in ("lowrank_linear", "lora_linear") for end in ("", "_backward")}
+FLOAT_SUMS = {
+    f"{stem}{end}"
+    for stem in ("lowrank_linear", "lora_linear", "sparse24_linear", "sparse_linear")
+    for end in ("", "_backward")
+}
 
 
 def levels() -> tuple[str, ...]:

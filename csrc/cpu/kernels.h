@@ -41,6 +41,40 @@ struct Int8Dx {
   Format dx_format;
 };
 
+// A weight of any kept elements: a bit each in the bitmap, rows of `row_bytes` whole words of 64.
+struct BitmapWeight {
+  const void* values;
+  int64_t count;  // of values
+  const uint8_t* bitmap;
+  int64_t row_bytes;
+  const int64_t* starts;  // [rows + 1]: where the values of each row begin
+};
+
+// A 2:4 weight: a byte of metadata for each 8 elements of a row, of which 4 are values.
+struct Sparse24Weight {
+  const void* values;
+  const uint8_t* metadata;
+  int64_t row_bytes;  // of metadata
+  int64_t rows;       // N
+  int64_t width;      // K
+};
+
+// y = float(q W^T) * (row_scale * scale) + bias.
+struct Sparse24Int8 {
+  Sparse24Weight weight;
+  const void* q;     // [rows, q_stride]: int8, or uint8 that are greater by sparse24_offset
+  int64_t q_stride;  // bytes; a row ends with zeros (or the offset) up to a multiple of 128
+  int64_t rows;
+  const float* row_scale;  // [rows]
+  const float* scale;      // [N]
+  const float* bias;       // [N], or null
+  void* y;                 // [rows, N], contiguous
+  Format y_format;
+};
+
+// Rows of x that sparse_dot takes at most.
+constexpr int64_t kFewRowsSparse = 24;
+
 struct Kernels {
   const char* name;
   // Quantise `width` consecutive elements; q is written up to `padded`, zero from width on. Returns 128 * sum(q).
@@ -87,12 +121,25 @@ struct Kernels {
   void (*expand)(const void* values, int64_t size, const uint8_t* bits, int64_t count, void* out);
   // The elements of `dense` whose bit is set, one after the other.
   void (*compress)(const float* dense, const uint8_t* bits, int64_t count, void* out, Format format);
+  // y = x W^T on rows [begin, end) of W, x [rows, width] of bf16 with zeros up to the bitmap's width, at most
+  // kFewRowsSparse. Returns a row whose contents contradict each other, or -1. `spare`: 4 rows of W, dense, 64 bytes
+  // apart. Null where the level has no such kernel.
+  int64_t (*sparse_dot)(const BitmapWeight& weight, const Matrix& x, int64_t rows, int64_t width, int64_t begin,
+                        int64_t end, void* spare, const Sink& y);
+  // The same for 2:4 rows, x finite, with zeros up to a multiple of 64.
+  void (*sparse24_dot)(const Sparse24Weight& weight, const Matrix& x, int64_t rows, int64_t begin, int64_t end,
+                       const Sink& y);
+  // On rows [begin, end) of W. `spare`: sparse24_spare(row_bytes) bytes.
+  void (*sparse24_int8)(const Sparse24Int8& args, int64_t begin, int64_t end, void* spare);
+  int64_t sparse24_offset;
   // Ceilings of one thread: operations of `steps` rounds of register-only work.
   double (*peak_int8)(int64_t steps);
   double (*peak_fp32)(int64_t steps);
   double (*peak_bf16)(int64_t steps);
   uint64_t (*read)(const void* data, int64_t bytes);
 };
+
+inline int64_t sparse24_spare(int64_t row_bytes) { return row_bytes + 64 + 16 * 8 * row_bytes; }
 
 inline int64_t int8_dx_scratch(int64_t rows) { return 64 * 64 + rows * 64; }
 

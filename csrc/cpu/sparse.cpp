@@ -8,7 +8,8 @@
 namespace burnish {
 namespace {
 
-constexpr int64_t kBlockRows = 256;  // of the weight's gradient, made dense together: they stay in L2
+constexpr int64_t kFewRowsDense = 16;  // of x, up to which dense rows are multiplied as they lie
+constexpr int64_t kBlockRows = 256;    // of the weight's gradient, made dense together: they stay in L2
 
 }  // namespace
 
@@ -52,14 +53,39 @@ void SparseWeight::give(const Kernels& level, const Block& dense, Range rows, Ra
   }
 }
 
-void sparse_product(const Operand& x, const SparseWeight& weight, const float* bias, const Sink& y) {
-  static thread_local Scratch scratch;
+void sparse_product(const Operand& x, const SparseWeight& weight, const Sink& y) {
   const Kernels& level = kernels();
-  const Matrix rows = in_product_format(level, x.matrix, x.rows.count, weight.K, scratch);
-  Sink to = y;
-  to.bias = bias;
-  add_products_parallel(level, {{rows, {rows, false, nullptr, &weight}, weight.K}}, x.rows.count, weight.N, to);
+  const int64_t M = x.rows.count, N = weight.N, K = weight.K;
+  if (M <= kFewRowsDense) {
+    const int64_t blocks = (N + kWeightRows - 1) / kWeightRows;
+    return parallel_for(0, blocks, std::max<int64_t>(1, 2048 / std::max<int64_t>(1, K)),
+                        [&](int64_t begin, int64_t end) {
+                          static thread_local Scratch scratch;
+                          scratch.reserve(Block::bytes(kWeightRows, K, x.matrix.format));
+                          const Block dense = Block::take(scratch, kWeightRows, K, x.matrix.format);
+                          for (int64_t n = begin * kWeightRows; n < std::min(end * kWeightRows, N); n += kWeightRows) {
+                            const Range rows{n, std::min(n + kWeightRows, N)};
+                            weight.take(level, rows, {0, K}, dense);
+                            level.dot(x.matrix, M, dense.matrix(), rows.size(), K, y.at(0, n));
+                          }
+                        });
+  }
+  static thread_local Scratch scratch;
+  const Matrix rows = in_product_format(level, x.matrix, M, K, scratch);
+  add_products_parallel(level, {{rows, {rows, false, nullptr, &weight}, K}}, M, N, y);
   scratch.trim();
+}
+
+Matrix whole_blocks(const Operand& x, Scratch& storage) {
+  const int64_t K = x.rows.width, padded = round_up(K, 64), size = size_of(x.matrix.format);
+  if (padded == K) return x.matrix;
+  storage.reserve(Block::bytes(x.rows.count, padded, x.matrix.format));
+  const Block copy = Block::take(storage, x.rows.count, padded, x.matrix.format);
+  for (int64_t row = 0; row < x.rows.count; ++row) {
+    const auto* from = static_cast<const char*>(x.matrix.at(row, 0).data);
+    std::fill(std::copy(from, from + K * size, copy.row(row)), copy.row(row) + padded * size, '\0');
+  }
+  return copy.matrix();
 }
 
 namespace {

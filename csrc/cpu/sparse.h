@@ -33,8 +33,14 @@ class SparseWeight : public Compressed {
   int64_t size_;  // bytes of a value
 };
 
-// y = x W^T + bias by dense products.
-void sparse_product(const Operand& x, const SparseWeight& weight, const float* bias, const Sink& y);
+// Rows of the weight that a thread takes at least.
+constexpr int64_t kWeightRows = 16;
+
+// y = x W^T by products of dense rows: for a few rows of x as they lie, for more packed.
+void sparse_product(const Operand& x, const SparseWeight& weight, const Sink& y);
+
+// x with zeros up to a multiple of 64 columns: itself where it has as many, else a copy in `storage`.
+Matrix whole_blocks(const Operand& x, Scratch& storage);
 
 struct SparseWanted {
   bool x, values, bias;

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
@@ -12,6 +13,7 @@ namespace burnish {
 namespace {
 
 constexpr int64_t kMaxDepth = 131072;
+constexpr int64_t kSerialElements = int64_t{1} << 18;  // of the weight: what a second thread must be worth
 
 class Grouped : public SparseWeight {
  public:
@@ -65,61 +67,85 @@ void check_operands(const char* op, const Tensor& x, const Tensor& values, const
   BURNISH_CHECK(K <= kMaxDepth, op, ": K is ", K, ", expected at most ", kMaxDepth, ": int32 sums could overflow");
 }
 
+// Blocks of the weight's rows, by all threads.
+template <class F>
+void for_blocks(const Sparse24Weight& weight, const F& f) {
+  const int64_t blocks = (weight.rows + kWeightRows - 1) / kWeightRows;
+  const int64_t grain =
+      std::max<int64_t>(1, kSerialElements / kWeightRows / std::max<int64_t>(1, weight.row_bytes * kStep24));
+  parallel_for(0, blocks, grain,
+               [&](int64_t begin, int64_t end) { f(begin * kWeightRows, std::min(end * kWeightRows, weight.rows)); });
+}
+
 // y = float(q W^T) * (row scale * scale) + bias, q the quantised rows of x.
-void int8_product(const Operand& x, const Tensor& values, const Tensor& metadata, const float* scale, const float* bias,
-                  void* y) {
+void multiply_int8(const Operand& x, const Sparse24Weight& weight, const float* scale, const float* bias, void* y) {
   static thread_local Scratch scratch;
   const Kernels& level = kernels();
-  const int64_t M = x.rows.count, N = metadata.size(0), K = x.rows.width, width = metadata.size(1) * kStep24;
-  scratch.reserve(Scratch::bytes<int8_t>(M * width) + Scratch::bytes<float>(M));
-  auto* q = scratch.take<int8_t>(M * width);
+  const int64_t M = x.rows.count, K = x.rows.width, stride = round_up(K, 128) + 64;
+  scratch.reserve(Scratch::bytes<int8_t>(M * stride) + Scratch::bytes<float>(M));
+  auto* q = scratch.take<int8_t>(M * stride);
   auto* row_scale = scratch.take<float>(M);
   parallel_for(0, M, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, K)), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
-      level.quantize_row(x.matrix.at(m, 0).data, x.matrix.format, K, width, q + m * width, row_scale + m);
+      int8_t* row = q + m * stride;
+      level.quantize_row(x.matrix.at(m, 0).data, x.matrix.format, K, stride, row, row_scale + m);
+      for (int64_t k = 0; k < stride; ++k) row[k] = static_cast<int8_t>(row[k] ^ level.sparse24_offset);
     }
   });
-  const auto* stored = values.const_data_ptr<int8_t>();
-  const auto* meta = metadata.const_data_ptr<uint8_t>();
-  parallel_for(0, N, 16, [&](int64_t begin, int64_t end) {
-    static thread_local Scratch dense;
-    dense.reserve(Scratch::bytes<int8_t>(width) + Scratch::bytes<uint8_t>(width / kStep24) + Scratch::bytes<float>(1));
-    auto* weight = dense.take<int8_t>(width);
-    auto* bits = dense.take<uint8_t>(width / kStep24);
-    for (int64_t n = begin; n < end; ++n) {
-      level.bits_of_metadata(meta + n * width / kStep24, width / kStep24, bits);
-      level.expand(stored + n * width / 2, 1, bits, width, weight);
-      for (int64_t m = 0; m < M; ++m) {
-        int32_t sum = 0;
-        for (int64_t k = 0; k < width; ++k) sum += q[m * width + k] * weight[k];
-        float z = static_cast<float>(sum) * (row_scale[m] * scale[n]);
-        if (bias != nullptr) z += bias[n];
-        level.convert(&z, 1.0f, 1, static_cast<char*>(y) + (m * N + n) * size_of(x.matrix.format), x.matrix.format);
-      }
-    }
+  const Sparse24Int8 args{weight, q, stride, M, row_scale, scale, bias, y, x.matrix.format};
+  for_blocks(weight, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch spare;
+    spare.reserve(sparse24_spare(weight.row_bytes));
+    level.sparse24_int8(args, begin, end, spare.take<char>(sparse24_spare(weight.row_bytes)));
   });
   scratch.trim();
+}
+
+// Whether no element of bf16 is an infinity or NaN.
+bool is_finite(const Operand& x) {
+  std::atomic<bool> finite{true};
+  const int64_t M = x.rows.count, K = x.rows.width;
+  parallel_for(0, M, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, K)), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      const auto* row = static_cast<const uint16_t*>(x.matrix.at(m, 0).data);
+      bool all = true;
+      for (int64_t k = 0; k < K; ++k) all &= (row[k] & 0x7f80) != 0x7f80;
+      if (!all) finite = false;
+    }
+  });
+  return finite;
 }
 
 Tensor sparse24_linear(const Tensor& x, const Tensor& values, const Tensor& metadata,
                        const std::optional<Tensor>& scale, const std::optional<Tensor>& bias) {
   constexpr const char* kOp = "sparse24_linear";
-  static thread_local Scratch floats;
+  static thread_local Scratch floats, padded;
   check_operands(kOp, x, values, metadata, scale);
   const int64_t N = metadata.size(0), K = x.size(x.dim() - 1);
   check_bias(kOp, bias, N);
   const Format format = format_of(x.scalar_type());
-  Tensor y = torch::stable::new_empty(x, sizes_with_last(x, N));
+  const Kernels& level = kernels();
+  Tensor made = torch::stable::new_empty(x, sizes_with_last(x, N));
   floats.reserve(2 * Scratch::bytes<float>(N));
-  const float* offset = bias.has_value() ? as_floats(*bias, floats.take<float>(N)) : nullptr;
+  const Sink y{nullptr,
+               0,
+               false,
+               made.mutable_data_ptr(),
+               N,
+               format,
+               bias.has_value() ? as_floats(*bias, floats.take<float>(N)) : nullptr};
   const Operand rows(x);
+  const Sparse24Weight weight{values.const_data_ptr(), metadata.const_data_ptr<uint8_t>(), metadata.size(1), N, K};
   if (scale.has_value()) {
-    int8_product(rows, values, metadata, as_floats(*scale, floats.take<float>(N)), offset, y.mutable_data_ptr());
+    multiply_int8(rows, weight, as_floats(*scale, floats.take<float>(N)), y.bias, y.y);
+  } else if (format == Format::kBf16 && level.sparse24_dot != nullptr && is_finite(rows)) {
+    const Matrix whole = whole_blocks(rows, padded);
+    for_blocks(weight,
+               [&](int64_t begin, int64_t end) { level.sparse24_dot(weight, whole, rows.rows.count, begin, end, y); });
   } else {
-    sparse_product(rows, Grouped(values, metadata, K), offset,
-                   {nullptr, 0, false, y.mutable_data_ptr(), N, format, nullptr});
+    sparse_product(rows, Grouped(values, metadata, K), y);
   }
-  return y;
+  return made;
 }
 
 SparseGradients sparse24_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& values,

@@ -11,7 +11,9 @@
 namespace burnish {
 namespace {
 
-constexpr int64_t kWord = 64;  // elements that a row of the bitmap is a multiple of
+constexpr int64_t kWord = 64;                          // elements that a row of the bitmap is a multiple of
+constexpr int64_t kSerialElements = int64_t{1} << 18;  // of the weight: what a second thread must be worth
+constexpr const char* kContradiction = " of bitmap keeps other elements than row_starts counts";
 
 class Bitmapped : public SparseWeight {
  public:
@@ -60,26 +62,52 @@ void check_operands(const char* op, const Tensor& x, const Tensor& values, const
   BURNISH_CHECK(row_starts.is_contiguous(), op, ": row_starts is not contiguous, expected compress's result");
 }
 
+// Throws unless the rows' starts begin with none of the values and end with all.
+void check_ends(const char* op, const Tensor& values, const Tensor& row_starts) {
+  const auto* starts = row_starts.const_data_ptr<int64_t>();
+  const int64_t last = starts[row_starts.size(0) - 1], nnz = values.size(0);
+  BURNISH_CHECK(starts[0] == 0 && last == nnz, op, ": row_starts begins with ", starts[0], " and ends with ", last,
+                ", expected 0 and ", nnz, ", the number of values");
+}
+
 // Throws unless bitmap, row_starts and the number of values say the same: kernels read where they say.
 void check_contents(const char* op, const Tensor& values, const Tensor& bitmap, const Tensor& row_starts, int64_t K) {
-  const int64_t N = bitmap.size(0), width = bitmap.size(1), nnz = values.size(0);
+  check_ends(op, values, row_starts);
+  const int64_t N = bitmap.size(0), width = bitmap.size(1);
   const auto* bits = bitmap.const_data_ptr<uint8_t>();
   const auto* starts = row_starts.const_data_ptr<int64_t>();
   const Kernels& level = kernels();
   std::atomic<int64_t> wrong{N};
-  BURNISH_CHECK(starts[0] == 0 && starts[N] == nnz, op, ": row_starts begins with ", starts[0], " and ends with ",
-                starts[N], ", expected 0 and ", nnz, ", the number of values");
   parallel_for(0, N, std::max<int64_t>(1, 131072 / std::max<int64_t>(1, width)), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const uint8_t* there = bits + row * width;
       bool beyond = K % 8 != 0 && there[K / 8] >> K % 8 != 0;
       for (int64_t i = (K + 7) / 8; i < width; ++i) beyond = beyond || there[i] != 0;
-      if (beyond || starts[row] < 0 || starts[row + 1] - starts[row] != level.count_bits(there, width)) {
+      if (beyond || starts[row + 1] - starts[row] != level.count_bits(there, width)) {
         wrong = std::min(wrong.load(), row);
       }
     }
   });
-  BURNISH_CHECK(wrong == N, op, ": row ", wrong.load(), " of bitmap keeps other elements than row_starts counts");
+  BURNISH_CHECK(wrong == N, op, ": row ", wrong.load(), kContradiction);
+}
+
+// A few rows of bf16, which find out while they read whether the weight's parts contradict each other.
+void multiply_few_rows(const char* op, const Operand& x, const BitmapWeight& weight, int64_t N, const Sink& y) {
+  static thread_local Scratch padded;
+  const Kernels& level = kernels();
+  const Matrix rows = whole_blocks(x, padded);
+  std::atomic<int64_t> wrong{-1};
+  const int64_t blocks = (N + kWeightRows - 1) / kWeightRows, width = weight.row_bytes * 8;
+  const int64_t grain = std::max<int64_t>(1, kSerialElements / kWeightRows / std::max<int64_t>(1, width));
+  parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    const int64_t spare = 4 * (width * 2 + 64);
+    scratch.reserve(spare);
+    const int64_t found = level.sparse_dot(weight, rows, x.rows.count, x.rows.width, begin * kWeightRows,
+                                           std::min(end * kWeightRows, N), scratch.take<char>(spare), y);
+    if (found >= 0) wrong = found;
+  });
+  BURNISH_CHECK(wrong < 0, op, ": row ", wrong.load(), kContradiction);
 }
 
 Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& bitmap, const Tensor& row_starts,
@@ -89,14 +117,28 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& bitmap
   check_operands(kOp, x, values, bitmap, row_starts);
   const int64_t N = bitmap.size(0), K = x.size(x.dim() - 1);
   check_bias(kOp, bias, N);
-  check_contents(kOp, values, bitmap, row_starts, K);
-  Tensor y = torch::stable::new_empty(x, sizes_with_last(x, N));
+  Tensor made = torch::stable::new_empty(x, sizes_with_last(x, N));
   floats.reserve(Scratch::bytes<float>(N));
-  const float* offset = bias.has_value() ? as_floats(*bias, floats.take<float>(N)) : nullptr;
-  const Bitmapped weight(values, bitmap, row_starts, K);
-  sparse_product(Operand(x), weight, offset,
-                 {nullptr, 0, false, y.mutable_data_ptr(), N, format_of(x.scalar_type()), nullptr});
-  return y;
+  const Format format = format_of(x.scalar_type());
+  const Sink y{nullptr,
+               0,
+               false,
+               made.mutable_data_ptr(),
+               N,
+               format,
+               bias.has_value() ? as_floats(*bias, floats.take<float>(N)) : nullptr};
+  const Operand rows(x);
+  if (rows.rows.count <= kFewRowsSparse && format == Format::kBf16 && kernels().sparse_dot != nullptr) {
+    check_ends(kOp, values, row_starts);
+    multiply_few_rows(kOp, rows,
+                      {values.const_data_ptr(), values.size(0), bitmap.const_data_ptr<uint8_t>(), bitmap.size(1),
+                       row_starts.const_data_ptr<int64_t>()},
+                      N, y);
+  } else {
+    check_contents(kOp, values, bitmap, row_starts, K);
+    sparse_product(rows, Bitmapped(values, bitmap, row_starts, K), y);
+  }
+  return made;
 }
 
 SparseGradients sparse_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& values, const Tensor& bitmap,

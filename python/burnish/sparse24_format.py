@@ -20,6 +20,8 @@ from burnish.sparse_formats import kept_weights, spread
 GROUP, KEPT = 4, 2
 #: elements of a row that a byte of metadata describes
 STEP = 8
+#: integers by their size
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def padded(K: int) -> int:
@@ -47,10 +49,11 @@ def compress(weight: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor
         )
     # kept ones first, then free ones, each in order
     chosen = (~groups).to(torch.int8).argsort(dim=-1, stable=True)[..., :KEPT].sort(-1).values
-    stored = F.pad(torch.where(kept, weight, torch.zeros_like(weight)), fill).view(N, -1, GROUP)
+    words = weight.detach().contiguous().view(WORDS[weight.itemsize])  # torch.where may change the bits of a NaN
+    stored = F.pad(words.where(kept, 0), fill).view(N, -1, GROUP)
     nibbles = (chosen[..., 0] | chosen[..., 1] << 2).view(N, -1, 2)
     metadata = (nibbles[..., 0] | nibbles[..., 1] << 4).to(torch.uint8)
-    return stored.gather(-1, chosen).view(N, -1), metadata
+    return stored.gather(-1, chosen).view(N, -1).view(weight.dtype), metadata
 
 
 def positions(metadata: Tensor) -> Tensor:

@@ -35,25 +35,6 @@ struct DotFloats {
   static BURNISH_INLINE void multiply_add(Vec& sum, Part w, Part x) { sum = fma(w, x, sum); }
 };
 
-// The sums of the lanes of four vectors, in order.
-BURNISH_INLINE void add_lanes(const Vec (&sum)[4], float* out) {
-#if defined(__AVX512F__)
-  const auto half = [](__m512 a) __attribute__((always_inline)) {
-    return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
-  };
-  const __m256 first = _mm256_hadd_ps(half(sum[0].v), half(sum[1].v));
-  const __m256 second = _mm256_hadd_ps(half(sum[2].v), half(sum[3].v));
-#elif defined(__AVX2__)
-  const __m256 first = _mm256_hadd_ps(sum[0].v, sum[1].v), second = _mm256_hadd_ps(sum[2].v, sum[3].v);
-#endif
-#if defined(__AVX2__)
-  const __m256 both = _mm256_hadd_ps(first, second);
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
-#else
-  for (int i = 0; i < 4; ++i) out[i] = sum[i].v;
-#endif
-}
-
 template <class Dot, int MR>
 void tile(const char* x, int64_t x_stride, const char* w, int64_t w_stride, int64_t depth, float* out) {
   using Stored = typename Dot::Stored;

@@ -36,6 +36,18 @@ int64_t count_bits(const uint8_t* bits, int64_t bytes);
 void bits_of_metadata(const uint8_t* metadata, int64_t bytes, uint8_t* bits);
 void expand(const void* values, int64_t size, const uint8_t* bits, int64_t count, void* out);
 void compress(const float* dense, const uint8_t* bits, int64_t count, void* out, Format format);
+void sparse24_int8(const Sparse24Int8& args, int64_t begin, int64_t end, void* spare);
+#if defined(__AVX512BF16__)
+int64_t sparse_dot(const BitmapWeight& weight, const Matrix& x, int64_t rows, int64_t width, int64_t begin, int64_t end,
+                   void* spare, const Sink& y);
+void sparse24_dot(const Sparse24Weight& weight, const Matrix& x, int64_t rows, int64_t begin, int64_t end,
+                  const Sink& y);
+constexpr int64_t kSparse24Offset = 128;
+#else
+constexpr decltype(Kernels::sparse_dot) sparse_dot = nullptr;
+constexpr decltype(Kernels::sparse24_dot) sparse24_dot = nullptr;
+constexpr int64_t kSparse24Offset = 0;
+#endif
 double peak_int8(int64_t steps);
 double peak_fp32(int64_t steps);
 double peak_bf16(int64_t steps);

@@ -206,6 +206,25 @@ BURNISH_INLINE Vec from_int32(const int32_t* p, int32_t offset) {
 
 #endif
 
+// The sums of the lanes of four vectors, in order.
+BURNISH_INLINE void add_lanes(const Vec (&sum)[4], float* out) {
+#if defined(__AVX512F__)
+  const auto half = [](__m512 a) __attribute__((always_inline)) {
+    return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+  };
+  const __m256 first = _mm256_hadd_ps(half(sum[0].v), half(sum[1].v));
+  const __m256 second = _mm256_hadd_ps(half(sum[2].v), half(sum[3].v));
+#elif defined(__AVX2__)
+  const __m256 first = _mm256_hadd_ps(sum[0].v, sum[1].v), second = _mm256_hadd_ps(sum[2].v, sum[3].v);
+#endif
+#if defined(__AVX2__)
+  const __m256 both = _mm256_hadd_ps(first, second);
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+#else
+  for (int i = 0; i < 4; ++i) out[i] = sum[i].v;
+#endif
+}
+
 // Calls f with a null pointer of the C++ type of a format.
 template <class F>
 BURNISH_INLINE auto with_type(Format format, F f) {
