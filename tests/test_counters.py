@@ -18,7 +18,8 @@ from burnish.bench import counters, select_cases
 
 pytestmark = pytest.mark.skipif(not native.emulating(), reason="needs BURNISH_EMULATE_CUDA=1")
 
-#: the most that a launch sequence may move beyond the compulsory bytes; workspaces are inside it
+#: the most that a launch sequence may move beyond the compulsory bytes; workspaces are inside it, but for many rows of
+#: x quantised, which one launch writes and the next reads
 MOST = 1.02
 RECORDED = json.loads(Path(__file__).with_name("counters.json").read_text())["counters"]
 OPS = [spec for spec in registry.all_ops().values() if any(impl.backend == "native" for impl in spec.impls)]
@@ -39,7 +40,10 @@ def test_counters_are_as_recorded(spec: registry.OpSpec) -> None:
                 if expected.get(name) != launch.get(name)
             }
             assert not changed, f"{spec.name} {row['case']} {launch['kernel']}: {{counter: (recorded, now)}} {changed}"
-        assert row["moved_bytes"] <= MOST * row["compulsory_bytes"]
+        first = row["launches"][0]
+        quantised = first["written_bytes"] if first["kernel"].startswith("int8_quantize_rows") else 0
+        compulsory = row["compulsory_bytes"]
+        assert row["moved_bytes"] <= max(MOST * compulsory, compulsory + 2 * quantised)
 
 
 def test_counters_do_not_depend_on_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -263,61 +263,62 @@ struct TileRing {
   }
 };
 
-// Stores four neighbours of a row of y, with one access where rows are whole fours.
-__device__ void store_four(const Sparse24Problem& p, int64_t row, int channel, const float (&z)[4]) {
-  const int channels = p.values.rows;
-  const int64_t first = row * channels + channel;
-  if (channels % 4 != 0) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (channel + i < channels) store_from_float(p.y, first + i, p.y_format, z[i]);
-    }
-  } else if (p.y_format == Format::kFloat) {
-    store(reinterpret_cast<Bytes16*>(static_cast<float*>(p.y) + first),
+// Stores four neighbours of a row of y, which are whole fours.
+__device__ void store_four(void* y, int64_t first, Format format, const float (&z)[4]) {
+  if (format == Format::kFloat) {
+    store(reinterpret_cast<Bytes16*>(static_cast<float*>(y) + first),
           Bytes16{{float_bits(z[0]), float_bits(z[1]), float_bits(z[2]), float_bits(z[3])}});
-  } else {
-    const auto half = [&](int i) -> uint64_t {
-      return p.y_format == Format::kBf16 ? from_float<bf16>(z[i]).bits : from_float<fp16>(z[i]).bits;
-    };
-    store(reinterpret_cast<uint64_t*>(static_cast<uint16_t*>(p.y) + first),
-          half(0) | half(1) << 16 | half(2) << 32 | half(3) << 48);
+    return;
   }
+  const auto half = [&](int i) -> uint64_t {
+    return format == Format::kBf16 ? from_float<bf16>(z[i]).bits : from_float<fp16>(z[i]).bits;
+  };
+  store(reinterpret_cast<uint64_t*>(static_cast<uint16_t*>(y) + first),
+        half(0) | half(1) << 16 | half(2) << 32 | half(3) << 48);
 }
 
-// Stores a block's share of a tile's rows; every thread takes four channels of every fourth row.
+// Stores a block's share of a tile's rows; every thread takes four channels of every fourth row. They are neighbours,
+// but where lanes read words of other blocks: neighbours of one another then, for 32 different banks.
 template <class S>
 __device__ void finish_tile(const Sparse24Problem& p, const Sum24<typename S::T>* sums, int first_channel,
                             int first_row, int splits) {
   using T = typename S::T;
   const int channels = p.values.rows, rank = static_cast<int>(blockIdx.x) % splits, share = S::kRows / splits;
-  const int column = static_cast<int>(threadIdx.x) % 64 * 4, channel = first_channel + column;
+  const int thread = static_cast<int>(threadIdx.x) % 64, apart = splits == 1 ? 1 : 64;
+  const int column = splits == 1 ? thread * 4 : thread, channel = first_channel + column;
   float bias[4] = {}, scale[4] = {};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if (channel + i >= channels) continue;
-    if (p.bias != nullptr) bias[i] = load_as_float(p.bias, channel + i, p.bias_format);
-    if (kQuantised24<T>) scale[i] = load(p.scale + channel + i);
+    if (channel + i * apart >= channels) continue;
+    if (p.bias != nullptr) bias[i] = load_as_float(p.bias, channel + i * apart, p.bias_format);
+    if (kQuantised24<T>) scale[i] = load(p.scale + channel + i * apart);
   }
   for (int at = static_cast<int>(threadIdx.x) / 64; at < share; at += 4) {
     const int in_tile = rank * share + at, row = first_row + in_tile;
     if (row >= p.x.rows || channel >= channels) continue;
     const Sum24<T>* from = sums + in_tile * S::kPitch + column;
     Sum24<T> total[4] = {};
-    for (int other = 0; splits > 1 && other < splits; ++other) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) total[i] += load_remote(from + i, static_cast<unsigned>(other));
-    }
     if (splits == 1) {
       const Bytes16 own = load(reinterpret_cast<const Bytes16*>(from));
       memcpy(total, own.word, sizeof total);
     }
+    for (int other = 0; splits > 1 && other < splits; ++other) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) total[i] += load_remote(from + i * apart, static_cast<unsigned>(other));
+    }
     const float row_scale = kQuantised24<T> ? load(p.row_scale + row) : 1.0f;
     float z[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      z[i] = finished<T>(p, total[i], row_scale, scale[i], bias[i]);
+    for (int i = 0; i < 4; ++i) z[i] = finished<T>(p, total[i], row_scale, scale[i], bias[i]);
+    const int64_t first = static_cast<int64_t>(row) * channels + channel;
+    if (splits == 1 && channels % 4 == 0) {
+      store_four(p.y, first, p.y_format, z);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (channel + i * apart < channels) store_from_float(p.y, first + i * apart, p.y_format, z[i]);
+      }
     }
-    store_four(p, row, channel, z);
   }
 }
 
@@ -440,7 +441,7 @@ void start_few(const Sparse24Problem& p, const Tensor& x, const DeviceLimits& li
 
 template <class S>
 void start_tiles(const Sparse24Problem& p, const Tensor& x, const DeviceLimits& limits) {
-  constexpr int64_t kFewStages = 8;  // of a block: with less, filling the ring and adding the sums are most of its time
+  constexpr int64_t kFewStages = 4;  // of a block: with less, filling the ring and adding the sums are most of its time
   constexpr int64_t kMostSplits = 8;
   const int64_t tiles = ceil_div(p.values.rows, S::kChannels) * ceil_div(p.x.rows, S::kRows);
   const int64_t stages = ceil_div(p.values.width, S::kStageBytes);

@@ -12,9 +12,10 @@
 //   x        in shared memory, once for a block, as words [1024 columns][bit][lane] of one fp32 or two 16-bit rows. All
 //            lanes read their own column, each a different bit, from 32 different banks
 //
-// Shared memory is the limit beside memory. A word of two values is a load with about four passes, because lanes begin
-// anywhere, and two loads of x without conflicts: 62 passes for a step at half the weights, 17 columns a cycle, where a
-// multiprocessor's share of an H100's bandwidth brings 14. From four rows of x on, multiplying takes longer than that.
+// Shared memory is the limit beside memory. A word of two values is a load of about three passes, because lanes begin
+// anywhere, and two loads of x without conflicts: by the counters 50 passes for a step at half the weights, 20 columns
+// a cycle, where a multiprocessor's share of an H100's bandwidth brings 14; at a tenth of them 13 passes, 77 columns
+// where it brings 46. From four rows of x on, multiplying takes longer than that.
 //
 // Where x has an infinity or a NaN, which a zero does not take away, the columns between the bits are multiplied as
 // well, by zero.

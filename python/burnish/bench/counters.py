@@ -10,6 +10,8 @@ bytes that the op's record calls compulsory: what is more than 1.0x was read or 
                 bytes 4, and up to 32 where the lanes are apart
     conflicts   passes through shared memory beyond the first, because lanes wanted different words of one bank
 
+Cases of more than 2^31 operations are left out: they take minutes and move what smaller ones move.
+
 Only accesses through the wrappers of ``csrc/cuda/ptx.cuh`` count, which kernels make all of theirs through. The process
 must emulate CUDA (``BURNISH_EMULATE_CUDA=1``); the command line starts one that does.
 """
@@ -30,6 +32,7 @@ from burnish.registry import Case, OpSpec
 
 _SECTOR = 32
 _KINDS = ("load", "store", "atomic")
+_MOST_OPERATIONS = 2**31
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ def _count(spec: OpSpec, case: Case) -> Count:
     impl = next((impl for impl in spec.impls if impl.backend == "native"), None)
     if impl is None:
         return Count(spec.name, case.id, compulsory, skipped="the op has no CUDA C++ kernel")
+    if spec.cost(case).ops > _MOST_OPERATIONS:
+        return Count(spec.name, case.id, compulsory, skipped=f"more than {_MOST_OPERATIONS} operations")
     args = spec.make(case, "native", 0)
     objection = dispatch.objection(impl, args)
     if objection:
