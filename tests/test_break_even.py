@@ -21,7 +21,7 @@ ENTRY = Entry("toy_linear", "", "fp32", 1, 64, 64, 0.4, ((0.2, 2.0), (0.4, 1.0),
 
 
 def make(case: Case, backend: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    kept = 1 - int(case.options["zeros"].removeprefix("zero")) / 100
+    kept = case.options["density"]
     return torch.zeros(case.dims["M"], case.dims["K"]), torch.full((case.dims["N"],), kept)
 
 
@@ -35,7 +35,7 @@ def dense(x: torch.Tensor, kept: torch.Tensor) -> Any:
     return lambda: (time.sleep(DENSE), x.new_zeros(x.shape[0], kept.shape[0]))[1]
 
 
-def _case(**options: str) -> Case:
+def _case(**options: Any) -> Case:
     return Case({"M": 1, "N": 8, "K": 8}, torch.float32, "normal", options)
 
 
@@ -50,7 +50,7 @@ def toy():
             fake=lambda x, kept: x.new_zeros(x.shape[0], kept.shape[0]),
             autograd=None,
             impls=(),
-            cases=Cases(test=(_case(zeros="zero50"),), bench=(_case(zeros="zero50"), _case(zeros="zero90"))),
+            cases=Cases(test=(_case(density=0.5),), bench=(_case(density=0.5), _case(density=0.1))),
             make=make,
             cost=lambda case: Cost(1.0, 1.0, "fp32"),
             baseline=dense,
@@ -97,7 +97,7 @@ def test_an_op_is_measured_at_every_density(toy: OpSpec) -> None:
 
 
 def test_a_pattern_has_one_density(toy: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    fixed = replace(toy, cases=Cases(test=toy.cases.test, bench=(_case(zeros="zero75", weight="int8"),)))
+    fixed = replace(toy, cases=Cases(test=toy.cases.test, bench=(_case(density=0.25, weight="int8"),)))
     monkeypatch.setitem(registry._specs, toy.name, fixed)
     (subject,) = break_even.subjects([toy.name], torch.float32)
     assert (subject.form, subject.fixed) == ("int8", 0.25)

@@ -66,6 +66,8 @@ class Case:
                 parts.append(name if value else f"no_{name}")
             elif isinstance(value, torch.dtype):
                 parts.append(f"{name.removesuffix('_dtype')}_{dtype_name(value)}")
+            elif isinstance(value, float):
+                parts.append(f"{name}{value:g}")
             elif value not in (None, "none"):
                 parts.append(str(value))
         return "-".join(parts + ([self.values] if self.values != "normal" else []))

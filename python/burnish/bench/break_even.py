@@ -1,7 +1,7 @@
 """Where a sparse op breaks even with the dense layer: ``burnish bench --break-even``.
 
-An op takes part whose benchmark cases say by an option ``zeros`` (``zero90``) what share of a weight ``[N, K]`` is
-zero; it is varied where the cases vary it, and is the pattern's where they do not. At each number of rows the op at
+An op takes part whose benchmark cases say by an option ``density`` what share of a weight ``[N, K]`` is kept; it is
+varied where the cases vary it, and is the pattern's where they do not. At each number of rows the op at
 every density and the record's torch path, the dense layer, are sampled in turns, on weights that come from memory; the
 break-even is where the times cross, between the densities by a straight line.
 """
@@ -47,23 +47,19 @@ def subjects(ops: Sequence[str], dtype: torch.dtype) -> tuple[Subject, ...]:
     specs = [get(name) for name in ops] if ops else list(all_ops().values())
     found: dict[tuple[str, str], Subject] = {}
     for spec in specs:
-        sparse = [case for case in spec.cases.bench if "zeros" in case.options]
+        sparse = [case for case in spec.cases.bench if "density" in case.options]
         if ops and not sparse:
-            raise ValueError(f"{spec.name} has no density: its benchmark cases name no zeros")
+            raise ValueError(f"{spec.name} has no density: its benchmark cases name none")
         if spec.baseline is None or spec.stem.endswith("_backward"):
             continue
         for case in (case for case in sparse if case.dtype == dtype):
-            form = "-".join(str(value) for name, value in case.options.items() if name not in ("zeros", "bias"))
-            varied = len({other.options["zeros"] for other in sparse}) > 1
-            fixed = None if varied else 1 - _zeros(case)
+            form = "-".join(str(value) for name, value in case.options.items() if name not in ("density", "bias"))
+            varied = len({other.options["density"] for other in sparse}) > 1
+            fixed = None if varied else case.options["density"]
             found.setdefault((spec.name, form), Subject(spec, case, form, fixed))
     if not found:
         raise ValueError(f"no sparse op has a benchmark in {dtype_name(dtype)}")
     return tuple(found.values())
-
-
-def _zeros(case: Case) -> float:
-    return int(str(case.options["zeros"]).removeprefix("zero")) / 100
 
 
 def measure(
@@ -103,7 +99,7 @@ def _sets(subject: Subject, density: float, m: int, size: tuple[int, int], devic
     """Argument sets at a density, with as many rows as are asked for at most."""
     options = dict(subject.case.options)
     if subject.fixed is None:
-        options["zeros"] = f"zero{round(100 * (1 - density))}"
+        options["density"] = density
     case = replace(subject.case, dims={**subject.case.dims, "M": m, "N": size[0], "K": size[1]}, options=options)
     backend = implementations(subject.spec, device)[0]
 

@@ -152,7 +152,7 @@ def make(case: Case, backend: Backend, seed: int) -> tuple[Any, ...]:
 
 
 def _is_int8(case: Case) -> bool:
-    return case.options.get("weights") == "int8"
+    return case.options.get("weight") == "int8"
 
 
 def _weight_bytes(case: Case) -> float:
@@ -205,10 +205,10 @@ _TEST_CASES = (
     *(case_of(m, 33, 50, "1x16", 0.5, dtype) for dtype in (_FP32, _BF16) for m in (1, 3, 20)),
     *(case_of(m, 33, 50, "4x16", 0.5, dtype) for dtype in (_BF16, _FP16) for m in (1, 4, 20)),
     *(case_of(9, 33, 50, block, 0.5, _BF16, "integers") for block in ("1x16", "4x16")),
-    *(case_of(*edge, 16, 0.5, dtype, weights="int8") for dtype in (_BF16, _FP32) for edge in (_EDGES[0], (19, 70, 65))),
-    *(case_of(5, 70, 100, block, 0.4, _BF16, weights="int8") for block in (32, 64, 128, "1x16", "4x16")),
-    *(case_of(m, 70, 100, 32, 0.4, _BF16, of, weights="int8") for m in (2, 21) for of in ("integers", "extreme")),
-    *(case_of(m, 40, 48, 16, 0.0, _BF16, **options) for m in (1, 11) for options in ({}, {"weights": "int8"})),
+    *(case_of(*edge, 16, 0.5, dtype, weight="int8") for dtype in (_BF16, _FP32) for edge in (_EDGES[0], (19, 70, 65))),
+    *(case_of(5, 70, 100, block, 0.4, _BF16, weight="int8") for block in (32, 64, 128, "1x16", "4x16")),
+    *(case_of(m, 70, 100, 32, 0.4, _BF16, of, weight="int8") for m in (2, 21) for of in ("integers", "extreme")),
+    *(case_of(m, 40, 48, 16, 0.0, _BF16, **options) for m in (1, 11) for options in ({}, {"weight": "int8"})),
     case_of(11, 40, 48, 16, 1.0, _FP32),
     *(case_of(m, 40, 48, 16, 0.5, _BF16, bias=bias) for m, bias in ((2, False), (12, _FP32))),
 )  # fmt: skip
@@ -217,7 +217,7 @@ _BENCH_CASES = (
     *(case_of(m, *_SQUARE, 32, density, bias=False) for density in (0.1, 0.5) for m in (1, 16, 128, 512)),
     *(case_of(m, *_SQUARE, block, 0.1, bias=False) for block in (16, 64, 128) for m in (1, 128)),
     *(case_of(m, *_SQUARE, block, 0.1, bias=False) for block in ("1x16", "4x16") for m in (1, 16)),
-    *(case_of(m, *_SQUARE, 32, 0.1, bias=False, weights="int8") for m in (1, 128)),
+    *(case_of(m, *_SQUARE, 32, 0.1, bias=False, weight="int8") for m in (1, 128)),
     case_of(128, *_SQUARE, 32, 0.1, _FP32, bias=False),
 )
 _INVALID = (
@@ -348,7 +348,7 @@ BACKWARD = register(
             bench=(
                 *(case_of(m, *_SQUARE, 32, 0.1, bias=False) for m in (16, 128, 512)),
                 case_of(128, *_SQUARE, 32, 0.5, bias=False),
-                case_of(128, *_SQUARE, 32, 0.1, bias=False, weights="int8"),
+                case_of(128, *_SQUARE, 32, 0.1, bias=False, weight="int8"),
             ),
             invalid=(
                 Invalid("dy shape", lambda dy, *r: (dy[..., :-1], *r), "crow_indices|dy has shape .*, expected"),

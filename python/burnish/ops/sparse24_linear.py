@@ -212,9 +212,9 @@ _TEST_CASES = (
 )
 _BENCH_ROWS = (1, 4, 16, 128, 512)
 _BENCH_CASES = (
-    *(_case(m, 4096, 4096, bias=False) for m in _BENCH_ROWS),
-    *(_case(m, 4096, 4096, bias=False, weight="int8") for m in _BENCH_ROWS),
-    *(_case(m, 4096, 4096, torch.float32, bias=False) for m in (1, 16, 128)),
+    *(_case(m, 4096, 4096, bias=False, density=0.5) for m in _BENCH_ROWS),
+    *(_case(m, 4096, 4096, bias=False, density=0.5, weight="int8") for m in _BENCH_ROWS),
+    *(_case(m, 4096, 4096, torch.float32, bias=False, density=0.5) for m in (1, 16, 128)),
 )
 
 _INVALID = (

@@ -146,10 +146,10 @@ def backward(ctx: Any, dy: Tensor) -> tuple[OptTensor, ...]:
 
 
 def make(case: Case, backend: Backend, seed: int) -> tuple[Any, ...]:
-    """Half of the weights are kept, or as the option ``zeros`` says; the second row is empty and the third full."""
+    """Half of the weights are kept, or as the option ``density`` says; the second row is empty and the third full."""
     m, n, k = (case.dims[name] for name in "MNK")
     generator = torch.Generator().manual_seed(seed)
-    share = 1 - int(case.options.get("zeros", "zero50").removeprefix("zero")) / 100
+    share = case.options.get("density", 0.5)
     there = torch.rand(n, k, generator=generator) < share
     there[1:2], there[2:3] = False, True
     if case.values == "integers":
@@ -165,7 +165,7 @@ def make(case: Case, backend: Backend, seed: int) -> tuple[Any, ...]:
 
 def kept_count(case: Case) -> float:
     """Weights that :func:`make` keeps, on average."""
-    return case.dims["N"] * case.dims["K"] * (1 - int(case.options.get("zeros", "zero50").removeprefix("zero")) / 100)
+    return case.dims["N"] * case.dims["K"] * case.options.get("density", 0.5)
 
 
 def cost(case: Case) -> Cost:
@@ -195,12 +195,12 @@ _TEST_CASES = (
     *(_case(*edge, dtype, "integers") for dtype in FLOATING for edge in _EDGES[3:] if edge[2]),
     *(_case(9, 40, 48, dtype, bias=torch.float32) for dtype in (torch.bfloat16, torch.float16)),
     *(_case(m, 33, 72, bias=False) for m in (2, 19)),
-    *(_case(m, 70, 200, dtype, zeros=zeros) for dtype in FLOATING for m, zeros in ((2, "zero90"), (20, "zero100"))),
+    *(_case(m, 70, 200, dtype, density=kept) for dtype in FLOATING for m, kept in ((2, 0.1), (20, 0.0))),
 )
 _BENCH_ROWS = (1, 4, 16, 128, 512)
 _BENCH_CASES = (
-    *(_case(m, 4096, 4096, bias=False, zeros=f"zero{zeros}") for zeros in (50, 70, 90) for m in _BENCH_ROWS),
-    *(_case(m, 4096, 4096, torch.float32, bias=False, zeros="zero90") for m in (1, 16, 128)),
+    *(_case(m, 4096, 4096, bias=False, density=kept) for kept in (0.5, 0.3, 0.1) for m in _BENCH_ROWS),
+    *(_case(m, 4096, 4096, torch.float32, bias=False, density=0.1) for m in (1, 16, 128)),
 )
 
 _INVALID = (
@@ -336,7 +336,7 @@ BACKWARD = register(
                 *(_case(11, 40, 48, dtype, grads=grads) for dtype in FLOATING for grads in ("x", "values")),
             ),
             bench=tuple(
-                _case(m, 4096, 4096, bias=False, zeros=f"zero{zeros}") for zeros in (50, 90) for m in (1, 16, 128, 512)
+                _case(m, 4096, 4096, bias=False, density=kept) for kept in (0.5, 0.1) for m in (1, 16, 128, 512)
             ),
             invalid=(
                 Invalid("dy shape", lambda dy, *r: (dy[..., :-1], *r), "dy has shape .*, expected"),
