@@ -1,4 +1,5 @@
-"""zentorch's linear layers, composed: two for a low-rank layer, three and a sum for a LoRA layer.
+"""zentorch's linear layers, composed: two for a low-rank layer, three and a sum for a LoRA layer, the dense one for a
+sparse layer.
 
 Weights are kept for ever: the op caches by address what it makes of them.
 """
@@ -9,14 +10,15 @@ from importlib.metadata import version
 import torch
 import zentorch  # noqa: F401  registers the ops
 from burnish.bench import Peer
+from burnish.bench.sparse_weights import SPARSE_OPS, dense_layer
 from burnish.registry import Case
 
 _kept: list[torch.Tensor] = []
 
 
 def supports(op: str, case: Case) -> str | None:
-    if op not in ("lowrank_linear", "lora_linear"):
-        return "only the forward of low-rank layers is composed here"
+    if op not in ("lowrank_linear", "lora_linear", *SPARSE_OPS):
+        return "only the forward of low-rank and sparse layers is composed here"
     if case.dtype == torch.float16:
         return "zentorch takes bf16 and fp32"
     if case.options.get("base") == "int8":
@@ -28,6 +30,10 @@ def supports(op: str, case: Case) -> str | None:
 
 def make(op: str, args: tuple) -> Callable[[], torch.Tensor]:
     linear = torch.ops.zentorch.zentorch_linear_unary
+    if op in SPARSE_OPS:
+        x, weight, bias = dense_layer(op, args)
+        _kept.append(weight)
+        return lambda: linear(x, weight, bias)
     if op == "lowrank_linear":
         x, A, B, bias = args
         _kept.extend((A, B))
