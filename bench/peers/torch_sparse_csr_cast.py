@@ -1,0 +1,24 @@
+"""torch.sparse's CSR weights in fp32, for every sparse op: MKL multiplies them in fp32 alone, so a bf16 user who wants MKL casts
+before and after; the casts are timed.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from burnish.bench import Peer
+from burnish.bench.sparse_weights import SPARSE_OPS, dense_layer
+from burnish.registry import Case
+
+
+def supports(op: str, case: Case) -> str | None:
+    return None if op in SPARSE_OPS else "only the forward of sparse layers"
+
+
+def make(op: str, args: tuple) -> Callable[[], torch.Tensor]:
+    x, weight, bias = dense_layer(op, args)
+    sparse, offset = weight.float().to_sparse_csr(), None if bias is None else bias.float()
+    return lambda: F.linear(x.float(), sparse, offset).to(x.dtype)
+
+
+PEER = Peer("torch-sparse-csr-cast", torch.__version__, supports, make)

@@ -1,0 +1,31 @@
+"""The dense layer behind a call of a sparse op: what peers make their own form of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from burnish.ops.bsr_linear import expand as expand_bsr
+from burnish.ops.sparse24_linear import expand as expand_sparse24
+from burnish.ops.sparse_linear import expand as expand_sparse
+
+#: the forward ops that stand for one dense layer
+SPARSE_OPS = ("bsr_linear", "sparse24_linear", "sparse_linear")
+
+
+def dense_layer(op: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, the weight ``[N, K]`` in x's dtype and the bias of a call of one of :data:`SPARSE_OPS`."""
+    x, scale, K = args[0], None, args[0].shape[-1]
+    if op == "bsr_linear":
+        _, values, crow_indices, col_indices, _, scale, bias, N = args
+        weight = expand_bsr(values, crow_indices, col_indices, N, K)
+    elif op == "sparse24_linear":
+        _, values, metadata, scale, bias = args
+        weight = expand_sparse24(values, metadata, metadata.shape[0], K)
+    else:
+        _, values, bitmap, row_starts, bias = args
+        weight = expand_sparse(values, bitmap, row_starts, bitmap.shape[0], K)
+    if scale is not None:
+        weight = weight * scale.unsqueeze(-1)
+    return x, weight.to(x.dtype), bias
