@@ -68,7 +68,7 @@ def bsr_linear_fwd_kernel_narrow(
         columns = (tl.load(col_ptr + entry, mask=listed, other=0) * DEPTH)[:, None] + k[None, :]
         inside = listed[:, None] & (columns < K)
         w_block = values_ptr + entry.to(tl.int64)[:, None] * (OUT * DEPTH)
-        w = tl.load(w_block + w_offsets, mask=inside, other=0).to(kind)
+        w = tl.load(w_block + w_offsets, mask=listed[:, None], other=0).to(kind)
         x = tl.load(x_rows + columns[None, :, :], mask=inside[None, :, :], other=0).to(kind)
         product += tl.sum(x * w[None, :, :], axis=2)
     store_linear(
@@ -160,7 +160,7 @@ def values_gradient(dy, x, crow_indices, col_indices, dvalues):  # type: ignore[
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    """Every block shape, tile and type."""
+    """Every block shape, tile and type. Below 32 bits a tile of the weight or of y has fewer words than threads."""
     for index, (out, depth) in enumerate(BLOCKS):
         constants = {"OUT": out, "DEPTH": depth}
         for tile in TILES:
@@ -173,7 +173,7 @@ def variants(arch: str) -> Iterator[Variant]:
                 sizes = {"HAS_BIAS": index == 0, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
                 yield Variant(
                     f"{out}x{depth}-{tile.name}-{pointer[1:]}", bsr_linear_fwd_kernel_narrow, types, constants | sizes,
-                    tile.num_warps,
+                    tile.num_warps, narrow=pointer != "*fp32",
                 )  # fmt: skip
         for itemsize in (2, 4):
             pointer = pointer_of(itemsize, index)
@@ -183,4 +183,5 @@ def variants(arch: str) -> Iterator[Variant]:
             yield Variant(
                 f"{out}x{depth}-{pointer[1:]}", bsr_linear_bwd_dw_kernel_narrow, types,
                 constants | {"BLOCK_M": DW_TILE.block_m, "BLOCK_K": DW_TILE.block_k}, DW_TILE.num_warps,
+                narrow=itemsize == 2,
             )  # fmt: skip

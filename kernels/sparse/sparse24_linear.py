@@ -14,6 +14,7 @@ positions are picked and written. M is cut into parts where the tiles are too fe
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -196,8 +197,13 @@ def tiles(arch: str, dtype: torch.dtype) -> tuple[Tile, ...]:
 
 
 def gradient_tiles(arch: str, dtype: torch.dtype) -> tuple[Tile, ...]:
-    """Those of dx, by the type of values."""
-    return expanded_tiles(SPLIT_GEMM[arch]) if dtype == torch.int8 else tiles(arch, dtype)
+    """Those of dx, by the type of values. On sm_100 four warps put two registers of the square one on the stack."""
+    if dtype == torch.int8:
+        return expanded_tiles(SPLIT_GEMM[arch])
+    warps = {(64, 64): 8} if arch == "sm_100" else {}
+    return tuple(
+        replace(tile, num_warps=warps.get((tile.block_m, tile.block_n), tile.num_warps)) for tile in tiles(arch, dtype)
+    )
 
 
 def forward(x, row_scales, values, metadata, scale, bias, y, tile=None):  # type: ignore[no-untyped-def]
