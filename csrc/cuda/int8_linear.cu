@@ -13,7 +13,7 @@
 // block's next tile. Tensor cores (m16n8k32) take the channels as their 16 rows and x as their 8 columns: a byte of
 // weight is then touched by one instruction for 8 rows of x, and at M = 1 dp4a would need as many cycles.
 //
-// Tiles are split as few_rows.cuh has it; partial sums are int32, exact.
+// Tiles are split as gather.cuh has it; partial sums are int32, exact.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

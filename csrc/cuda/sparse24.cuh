@@ -6,7 +6,10 @@
 // metadata of a row is in the instruction's own order: one word of it for a step of 16-bit values, two for int8.
 #pragma once
 
-#include "cuda/few_rows.cuh"
+#include <type_traits>
+
+#include "cuda/format.cuh"
+#include "cuda/gather.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/operand.cuh"
 #include "cuda/ptx.cuh"

@@ -25,9 +25,10 @@
 
 #include <algorithm>
 #include <optional>
+#include <type_traits>
 
 #include "check.h"
-#include "cuda/few_rows.cuh"
+#include "cuda/format.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/operand.cuh"
 #include "cuda/ptx.cuh"
