@@ -1,5 +1,5 @@
-"""torch.sparse's CSR weights in fp32, for every sparse op: what MKL multiplies. A bf16 user who wants it casts before and
-after; the casts are timed.
+"""torch.sparse's CSR weights in fp32, for every sparse op: what MKL multiplies. A bf16 user who wants it casts before
+and after; the casts are timed.
 """
 
 from collections.abc import Callable
