@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from burnish.ops.bsr_linear import expand as expand_bsr
-from burnish.ops.sparse24_linear import expand as expand_sparse24
 from burnish.ops.sparse_linear import expand as expand_sparse
+from burnish.sparse24_format import expand as expand_sparse24
 
 #: the forward ops that stand for one dense layer
 SPARSE_OPS = ("bsr_linear", "sparse24_linear", "sparse_linear")
