@@ -22,8 +22,15 @@ def supports(op: str, case: Case) -> str | None:
 def make(op: str, args: tuple) -> Callable[[], torch.Tensor]:
     x, weight, bias = dense_layer(op, args)
     block = tuple(args[1].shape[1:])
-    sparse, offset = weight.float().to_sparse_bsr(block), None if bias is None else bias.float()
-    return lambda: F.linear(x.float(), sparse, offset).to(x.dtype)
+    offset = None if bias is None else bias.float()
+    with torch.inference_mode(False):  # sparse tensors know none
+        sparse = weight.float().clone().to_sparse_bsr(block)
+
+    def run() -> torch.Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            return F.linear(x.float(), sparse, offset).to(x.dtype)
+
+    return run
 
 
 PEER = Peer("torch-sparse-bsr", torch.__version__, supports, make)

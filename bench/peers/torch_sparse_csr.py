@@ -17,10 +17,16 @@ def supports(op: str, case: Case) -> str | None:
 
 def make(op: str, args: tuple) -> Callable[[], torch.Tensor]:
     x, weight, bias = dense_layer(op, args)
-    with warnings.catch_warnings():
+    with torch.inference_mode(False), warnings.catch_warnings():  # sparse tensors know no inference mode
         warnings.simplefilter("ignore")  # the layout is in beta
-        csr = weight.to_sparse_csr()
-    return lambda: (csr @ x.T).T if bias is None else (csr @ x.T).T + bias
+        sparse = weight.clone().to_sparse_csr()
+
+    def run() -> torch.Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            y = (sparse @ x.T).T
+            return y if bias is None else y + bias
+
+    return run
 
 
 PEER = Peer("torch-sparse-csr", torch.__version__, supports, make)

@@ -114,13 +114,8 @@ def backward(ctx: Any, dy: Tensor) -> tuple[OptTensor, ...]:
     x_grad, values_grad = ctx.needs_input_grad[:2]
     bias_grad = ctx.bias_dtype is not None and ctx.needs_input_grad[6]
     dx, dvalues, dbias = bsr_linear_backward(dy, *ctx.saved_tensors, x_grad, values_grad, bias_grad)
-    return (
-        dx if x_grad else None,
-        dvalues if values_grad else None,
-        *(None,) * 4,
-        dbias.to(ctx.bias_dtype) if bias_grad else None,
-        None,
-    )
+    pulled = dbias.to(ctx.bias_dtype) if bias_grad else None
+    return dx if x_grad else None, dvalues if values_grad else None, *(None,) * 4, pulled, None
 
 
 def _block(case: Case) -> tuple[int, int]:
