@@ -42,8 +42,8 @@ FUSED_MAX_ROWS = 32
 TWO_PARTS_MIN_N = 128
 #: the widest tile whose accumulators leave registers for an activation's slope
 SLOPE_MAX_COLUMNS = 128
-#: rows and columns a program of the column sum covers, and rows it loads at once: 16 sums of 16 round the least
-SUM_ROWS, SUM_COLUMNS, SUM_STEP = 256, 128, 16
+#: rows and columns a program of the column sum covers, and rows it loads at once
+SUM_ROWS, SUM_COLUMNS, SUM_STEP = 256, 128, 32
 
 
 @triton.jit
@@ -184,13 +184,13 @@ def int8_linear_bwd_kernel_dbias(
 ):
     part = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float64)  # 256 additions, rounded once
     for start in range(0, ROWS, BLOCK_M):
         rows = part * ROWS + start + tl.arange(0, BLOCK_M)
         inside = (rows < M)[:, None] & (columns < N)[None, :]
         dz_block = dz_ptr + rows[:, None] * stride_dzm + columns[None, :] * stride_dzn
-        total += tl.load(dz_block, mask=inside, other=0.0).to(tl.float32)
-    tl.store(sums_ptr + part * N + columns, tl.sum(total, axis=0), mask=columns < N)
+        total += tl.load(dz_block, mask=inside, other=0.0).to(tl.float64)
+    tl.store(sums_ptr + part * N + columns, tl.sum(total, axis=0).to(tl.float32), mask=columns < N)
 
 
 def supports(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> str | None:
