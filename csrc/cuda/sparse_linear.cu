@@ -1,5 +1,10 @@
 // sparse_linear in CUDA C++ for at most 8 rows of x: streams bitmap and kept values once, as fast as memory gives them.
 //
+//   Stream           a warp's rings of values and bitmap
+//   keep_x           x into shared memory
+//   multiply_word    a lane's 32 columns of a step; finish_channel stores what the lanes summed
+//   sparse_linear    checks a call and chooses
+//
 // A warp takes neighbouring channels, whose values are one stream, whatever the channels' lengths. Its step is 1024
 // columns of one channel: each lane has a word of the bitmap, 32 columns, and finds by a scan of the words' counts
 // where in the stream its values begin. It then goes through its bits from the highest, two at a time for 16-bit
