@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from burnish.checks import check_devices, check_floating
+from burnish.registry import dtype_name
 from burnish.sparse_formats import kept_weights, spread
 
 GROUP, KEPT = 4, 2
@@ -70,3 +72,48 @@ def expand(values: Tensor, metadata: Tensor, N: int, K: int) -> Tensor:
     index = torch.full((N, width), values.numel(), device=values.device)
     index.scatter_(1, positions(metadata), torch.arange(values.numel(), device=values.device).view(N, width // KEPT))
     return spread(values, index)[:, :K].contiguous()
+
+
+def check_weight(op: str, x: Tensor, values: Tensor, metadata: Tensor, scale: Tensor | None) -> None:
+    """What an op asks of x and of a weight in this form.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or layout that does not fit; the message names the argument.
+    """
+    check_floating(op, x=x)
+    torch._check(x.dim() >= 1, lambda: f"{op}: x is a scalar, expected at least one dimension")
+    check_devices(op, x, values=values, metadata=metadata, scale=scale)
+    wanted = torch.int8 if scale is not None else x.dtype
+    torch._check(
+        values.dtype == wanted,
+        lambda: (
+            f"{op}: values are {dtype_name(values.dtype)}, expected {dtype_name(wanted)} "
+            f"{'with a scale' if scale is not None else 'as x is, or int8 with a scale'}"
+        ),
+    )
+    torch._check(
+        metadata.dtype == torch.uint8, lambda: f"{op}: metadata is {dtype_name(metadata.dtype)}, expected uint8"
+    )
+    width = padded(x.shape[-1])
+    torch._check(
+        metadata.dim() == 2 and metadata.shape[0] >= 1 and metadata.shape[1] == width // STEP,
+        lambda: (
+            f"{op}: metadata has shape {tuple(metadata.shape)}, expected [N, {width // STEP}] with N >= 1 "
+            f"for K={x.shape[-1]}"
+        ),
+    )
+    N = metadata.shape[0]
+    torch._check(
+        values.dim() == 2 and values.shape[0] == N and values.shape[1] == width // KEPT,
+        lambda: f"{op}: values have shape {tuple(values.shape)}, expected {(N, width // KEPT)} as metadata has",
+    )
+    for name, tensor in (("values are", values), ("metadata is", metadata)):
+        torch._check(
+            tensor.is_contiguous(), lambda name=name: f"{op}: {name} not contiguous, expected compress's result"
+        )
+    if scale is None:
+        return
+    torch._check(scale.dtype == torch.float32, lambda: f"{op}: scale is {dtype_name(scale.dtype)}, expected fp32")
+    torch._check(
+        scale.dim() == 1 and scale.shape[0] == N, lambda: f"{op}: scale has shape {tuple(scale.shape)}, expected [{N}]"
+    )
