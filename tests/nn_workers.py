@@ -95,6 +95,7 @@ def distributed(rank: int, kind: str, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for name, make in MODELS.items():
         _distributed(rank, kind, make(), f"{folder}/{name}")
+    dist.barrier()  # nobody leaves while another still receives
     dist.destroy_process_group()
 
 

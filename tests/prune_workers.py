@@ -65,4 +65,5 @@ def distributed(rank: int, kind: str, folder: str) -> None:
     state = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     masks = prune.masks(net)
     torch.save((state, masks), f"{folder}/{rank}.pt")
+    dist.barrier()  # nobody leaves while another still receives
     dist.destroy_process_group()

@@ -176,7 +176,11 @@ class TestCases:
             select_cases(["toy::good"], shapes=[(1, 2, 3)])
 
     def test_shape_without_ops_takes_those_that_fit(self):
-        assert {spec.name for spec, _ in select_cases(shapes=[(3, 32, 64)])} == {"int8_linear", "int8_linear_backward"}
+        assert {spec.name for spec, _ in select_cases(shapes=[(3, 32, 64)])} == {
+            f"{stem}{end}"
+            for stem in ("bsr_linear", "int8_linear", "sparse24_linear", "sparse_linear")
+            for end in ("", "_backward")
+        }
 
     def test_dtype_recasts_floating_cases_only(self):
         assert {case.dtype for _, case in select_cases(["toy::good"], dtype=torch.bfloat16)} == {torch.bfloat16}

@@ -101,7 +101,8 @@ void tile(const BlockProduct& args, const char* weights, const char* panels, Out
     BURNISH_UNROLL for (int v = 0; v < NV; ++v) sum[m][v] = Element::zero();
   }
   [[maybe_unused]] typename Element::Sum total[MR][NV];
-  constexpr bool kTwoLevels = Vec::kLanes == 1 && !Element::kExact;  // no lanes that keep sums short: blocks do
+  // The lanes are columns, so nothing else keeps sums of fp32 short; pairs are of bf16, which rounds away what is lost.
+  constexpr bool kTwoLevels = !Element::kExact && Element::kDepth == 1;
   if constexpr (kTwoLevels) {
     for (auto& row : total) {
       for (auto& each : row) each = Element::zero();
@@ -127,7 +128,7 @@ void tile(const BlockProduct& args, const char* weights, const char* panels, Out
         BURNISH_UNROLL for (int v = 0; v < NV; ++v) Element::multiply_add(sum[m][v], right[v], left);
       }
       if constexpr (kTwoLevels) {
-        if (k % kShortSum != kShortSum - 1 && k + 1 < steps) continue;
+        if (k + 1 < steps && (Vec::kLanes > 1 || k % kShortSum != kShortSum - 1)) continue;
         for (int m = 0; m < MR; ++m) {
           for (int v = 0; v < NV; ++v) {
             total[m][v] = total[m][v] + sum[m][v];
