@@ -12,11 +12,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp csrc/cuda/*.cu* csrc/cuda/*/*)
 CXX_FILES := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 
-.PHONY: help demo finetune test lint bench interpret emulate gates sanitize wheel clean
+.PHONY: help demo finetune digits test lint bench interpret emulate gates sanitize wheel clean
 
 help:
 	@echo "make demo      swap layers of a real sentence encoder and print what it gains and costs"
 	@echo "make finetune  fine-tune the same encoder with LoRA, by burnish and by peft, side by side"
+	@echo "make digits    prune small networks while they train, finalize them, and put int8 on top"
 	@echo "make test      the tests"
 	@echo "make lint      ruff, clang-format, mypy"
 	@echo "make bench     time every op on this machine, with peers where they are installed"
@@ -57,6 +58,9 @@ $(VENV)/finetune.stamp: $(VENV)/demo.stamp
 
 finetune: $(VENV)/finetune.stamp
 	$(BIN)/python examples/finetune_lora.py
+
+digits: $(VENV)/burnish.stamp
+	$(BIN)/python examples/digits.py
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n $(JOBS) -m "not gate and not gpu" tests

@@ -114,8 +114,7 @@ def _on_cases(spec: OpSpec, backend: Backend) -> Iterator[tuple[str, Case, str, 
         for name in LAYOUTS:
             yield "layout", case, f"{name}-{case.id}", partial(values.layout, spec, backend, case, name)
         yield "layout", case, f"batched-{case.id}", partial(values.batched, spec, backend, case)
-        tall = resized(case, values.HUGE_ROWS)
-        yield "huge", tall, case.id, partial(values.huge, spec, backend, case)
+        yield "huge", values.tall(spec, backend, case), case.id, partial(values.huge, spec, backend, case)
 
 
 def _on_op(spec: OpSpec, backend: Backend) -> Iterator[tuple[str, str, Callable[[], None]]]:

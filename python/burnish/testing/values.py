@@ -238,9 +238,16 @@ def deterministic(spec: OpSpec, backend: Backend, case: Case) -> None:
             numerics.check_equal("determinism", f"{what}, run again", y.cpu(), first.cpu())
 
 
+def tall(spec: OpSpec, backend: Backend, case: Case) -> Case:
+    """The case with rows that reach element 2**31 when they are spread, or as it is where a backend takes so few that
+    only columns do."""
+    taller = resized(case, HUGE_ROWS)
+    return case if objection(spec, backend, spec.make(taller, backend, 0)) else taller
+
+
 def huge(spec: OpSpec, backend: Backend, case: Case) -> None:
     """C6: each strided matrix argument in turn spans more than 2**31 elements, by rows and by columns."""
-    args = spec.make(resized(case, HUGE_ROWS), backend, 0)
+    args = spec.make(tall(spec, backend, case), backend, 0)
     expected = run(spec, backend, args)
     for index in strided_arguments(spec, args):
         matrix = args[index]
