@@ -67,7 +67,7 @@ def block_tiles(out: int) -> Table:
 
 
 def block_gradient_tiles(out: int) -> Table:
-    return lambda arch, dtype: bsr_linear.gradient_tiles(arch, dtype, out, dtype == torch.int8)
+    return lambda arch, dtype: bsr_linear.gradient_tiles(arch, dtype, out, out, dtype == torch.int8)
 
 
 def blocks_forward(tile: tiles.Tile, dtype: torch.dtype, block: tuple[int, int]) -> None:

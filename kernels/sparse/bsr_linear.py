@@ -39,6 +39,8 @@ from burnish.kernels.sparse.bsr_linear_dw import values_gradient
 BLOCKS = ((128, 128), (64, 64), (32, 32), (16, 16))
 #: depths of a step that leave parts of fp32 operands in registers
 FP32_DEPTH = {"sm_80": 16, "sm_90": 32, "sm_100": 32, "gfx942": 32}
+#: columns of the narrowest stripe that a matrix unit takes
+NARROW_STRIPE = 16
 #: columns of the narrowest tile, for few rows
 NARROWEST = 32
 
@@ -301,7 +303,7 @@ def input_gradient(dy, values, transposed, scale, dx, tile=None):  # type: ignor
     stripes = transposed.shape[0] - 1 - 2 * blocks
     parts = 0 if scale is None else gradient_parts(dx.dtype, n)
     if tile is None:
-        table = gradient_tiles(target.arch(dy.device), dy.dtype, out, parts)
+        table = gradient_tiles(target.arch(dy.device), dy.dtype, out, depth, parts)
         tile = pick(table, m, stripes * out, target.sm_count(dy.device))
     bsr_linear_bwd_dx_kernel[(triton.cdiv(m, tile.block_m) * stripes * (out // tile.block_n),)](
         *(dy, values, transposed, dy if scale is None else scale.contiguous(), dx),
@@ -315,9 +317,12 @@ def input_gradient(dy, values, transposed, scale, dx, tile=None):  # type: ignor
     )
 
 
-def gradient_tiles(arch: str, dtype: torch.dtype, out: int, parts: int) -> tuple[Tile, ...]:
-    """Those of dx; ``parts`` unless the values are floats."""
-    return narrowed(SPLIT_GEMM[arch], out) if parts else tiles(arch, dtype, out)
+def gradient_tiles(arch: str, dtype: torch.dtype, out: int, depth: int, parts: int) -> tuple[Tile, ...]:
+    """Those of dx; ``parts`` unless the values are floats. Taller ones put the parts, or the columns that are gathered
+    for shallow blocks, on the stack."""
+    table = narrowed(SPLIT_GEMM[arch], out) if parts else tiles(arch, dtype, out)
+    tallest = 64 if parts and depth == 1 else 128 if parts or out == NARROW_STRIPE else 256
+    return tuple(dict.fromkeys(replace(tile, block_m=min(tile.block_m, tallest)) for tile in table))
 
 
 TYPES = {torch.int8: "*i8", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -333,7 +338,7 @@ def variants(arch: str) -> Iterator[Variant]:
             for tile in tiles(arch, dtype, out)[:count] if out >= 16 else ():
                 yield forward_variant(tile, out, depth, half(dtype, index), index)
                 index += 1
-            for tile in gradient_tiles(arch, dtype, depth, dtype == torch.int8)[:count]:
+            for tile in gradient_tiles(arch, dtype, depth, out, dtype == torch.int8)[:count]:
                 yield gradient_variant(tile, depth, out, half(dtype, index), index)
                 index += 1
 
