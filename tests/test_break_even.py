@@ -14,6 +14,7 @@ import torch
 from burnish import cli, density_table, registry
 from burnish.bench import break_even, machine
 from burnish.density_table import Entry
+from burnish.kinds import sparse
 from burnish.registry import Case, Cases, Cost, OpSpec
 
 DENSE = 0.004  # seconds
@@ -226,3 +227,16 @@ def test_a_swap_to_2_4_reads_the_table() -> None:
     density_table.save([Entry("sparse24_linear", "", "fp32", 1, 64, 64, 0.0, ((0.5, 0.8),))], "cpu")
     report = burnish.swap_(torch.nn.Sequential(weight), burnish.Sparse24())
     assert "sparse24_linear wins at no density" in str(report)
+
+
+def test_swaps_ask_for_the_forms_that_are_measured() -> None:
+    measured = {(subject.spec.name, subject.form) for subject in break_even.subjects([], torch.bfloat16)}
+    made = (
+        burnish.nn.BlockSparseLinear(64, 64, density=0.5, block=32),
+        burnish.nn.BlockSparseLinear(64, 64, density=0.5, block=32, values="int8"),
+        burnish.nn.BlockSparseLinear(64, 64, density=0.5, block=(4, 16)),
+        burnish.nn.Sparse24Linear(64, 64),
+        burnish.nn.Sparse24Linear(64, 64, values="int8"),
+        burnish.nn.SparseLinear(64, 64, density=0.5),
+    )
+    assert {sparse._row_of(layer) for layer in made} <= measured

@@ -1,4 +1,5 @@
-"""What the sparse formats share: which weights are kept, and the moves between a dense weight and its stored values.
+"""What the sparse formats share: which weights are kept, the moves between a dense weight and its stored
+values, and the dense layer's own gradients.
 
 A format is an index: for each element of the dense weight its place in the values, or, for one that is not stored, the
 place one beyond their end, where :func:`spread` finds a zero. Moves copy bits, so a negative zero or a NaN at a kept
@@ -6,6 +7,8 @@ place survives, and they can be differentiated.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -44,3 +47,14 @@ def pick(dense: Tensor, columns: Tensor) -> Tensor:
     places = rows + columns.clamp_max(width - 1)
     picked = dense.reshape(-1).index_select(0, places.reshape(-1)).view(columns.shape)
     return torch.where(columns < width, picked, 0)
+
+
+def dense_gradients(
+    dy: Tensor, x: Tensor, dense: Tensor, x_grad: bool, weight_grad: bool, bias_grad: bool
+) -> Callable[[], tuple[Tensor | None, ...]]:
+    """The products that torch's autograd makes for a dense layer: what gradients of sparse ones are timed beside."""
+    return lambda: (
+        dy @ dense if x_grad else None,
+        dy.T @ x if weight_grad else None,
+        dy.sum(0) if bias_grad else None,
+    )

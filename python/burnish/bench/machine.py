@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ def commit() -> str | None:
         return None
 
 
+@cache
 def cpu_model() -> str:
     """The CPU's name as the system prints it."""
     try:

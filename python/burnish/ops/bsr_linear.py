@@ -53,6 +53,7 @@ from burnish.ops.int8_linear_pack import reference as int8_pack
 from burnish.ops.int8_quantize_rows import make_rows
 from burnish.ops.lowrank_linear import as_rows, check_bias, check_gradient
 from burnish.registry import Autograd, Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, register
+from burnish.sparse_formats import dense_gradients
 
 OptTensor = Tensor | None
 
@@ -318,12 +319,7 @@ def backward_cost(case: Case) -> Cost:
 def backward_baseline(dy: Tensor, x: Tensor, *args: Any) -> Callable[[], Any]:
     """torch's own products for the dense layer."""
     *weight, x_grad, values_grad, bias_grad = args
-    dense = _dense(weight, x.dtype, x.shape[-1], dy.shape[-1])
-    return lambda: (
-        dy @ dense if x_grad else None,
-        dy.T @ x if values_grad else None,
-        dy.sum(0) if bias_grad else None,
-    )
+    return dense_gradients(dy, x, _dense(weight, x.dtype, x.shape[-1], dy.shape[-1]), x_grad, values_grad, bias_grad)
 
 
 BACKWARD = register(

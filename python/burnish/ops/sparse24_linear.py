@@ -48,7 +48,7 @@ from burnish.ops.int8_quantize_rows import supports_native as on_device
 from burnish.ops.lowrank_linear import as_rows, check_bias, check_gradient
 from burnish.registry import Autograd, Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, register
 from burnish.sparse24_format import GROUP, KEPT, STEP, check_weight, compress, expand, padded, positions
-from burnish.sparse_formats import pick
+from burnish.sparse_formats import dense_gradients, pick
 
 OptTensor = Tensor | None
 
@@ -295,10 +295,8 @@ def backward_cost(case: Case) -> Cost:
 def backward_baseline(
     dy: Tensor, x: Tensor, values: Tensor, metadata: Tensor, scale: OptTensor, *wanted: bool
 ) -> Callable[[], Any]:
-    """The products that torch's autograd makes for a dense layer."""
-    dense = _dense(x, values, metadata, scale)
-    products: tuple[Callable[[], Tensor], ...] = (lambda: dy @ dense, lambda: dy.T @ x, lambda: dy.sum(0))
-    return lambda: tuple(product() if asked else None for product, asked in zip(products, wanted, strict=True))
+    """torch's own products for the dense layer."""
+    return dense_gradients(dy, x, _dense(x, values, metadata, scale), *wanted)
 
 
 BACKWARD = register(

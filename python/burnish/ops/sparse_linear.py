@@ -41,7 +41,7 @@ from burnish.checks import FLOATING, check_devices, check_floating
 from burnish.ops.int8_quantize_rows import supports_native as on_device
 from burnish.ops.lowrank_linear import as_rows, check_bias, check_gradient
 from burnish.registry import Autograd, Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, dtype_name, register
-from burnish.sparse_formats import kept_weights, spread
+from burnish.sparse_formats import dense_gradients, kept_weights, spread
 
 OptTensor = Tensor | None
 
@@ -315,10 +315,8 @@ def backward_cost(case: Case) -> Cost:
 def backward_baseline(
     dy: Tensor, x: Tensor, values: Tensor, bitmap: Tensor, row_starts: Tensor, *wanted: bool
 ) -> Callable[[], Any]:
-    """The products that torch's autograd makes for a dense layer."""
-    dense = expand(values, bitmap, row_starts, bitmap.shape[0], x.shape[-1])
-    products: tuple[Callable[[], Tensor], ...] = (lambda: dy @ dense, lambda: dy.T @ x, lambda: dy.sum(0))
-    return lambda: tuple(product() if asked else None for product, asked in zip(products, wanted, strict=True))
+    """torch's own products for the dense layer."""
+    return dense_gradients(dy, x, expand(values, bitmap, row_starts, bitmap.shape[0], x.shape[-1]), *wanted)
 
 
 BACKWARD = register(
