@@ -110,7 +110,7 @@ def _on_cases(spec: OpSpec, backend: Backend) -> Iterator[tuple[str, Case, str, 
             for case in [small, middle] if interpreting() else cases:
                 yield "gradient", case, case.id, partial(gradients.gradient, spec, backend, case)
             yield "double_backward", small, small.id, partial(gradients.double_backward, spec, backend, small)
-    for case in values.layout_cases(spec):
+    for case in values.layout_cases(spec, backend):
         for name in LAYOUTS:
             yield "layout", case, f"{name}-{case.id}", partial(values.layout, spec, backend, case, name)
         yield "layout", case, f"batched-{case.id}", partial(values.batched, spec, backend, case)
