@@ -63,16 +63,16 @@ digits: $(VENV)/burnish.stamp
 	$(BIN)/python examples/digits.py
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -n $(JOBS) -m "not gate and not gpu" tests
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gate and not gpu" tests
 
 interpret: $(VENV)/dev.stamp
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/test_ops.py tests/test_triton_interpreter.py tests/test_triton_sparse.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/test_ops.py tests/test_triton_interpreter.py tests/test_triton_sparse.py
 
 emulate: $(VENV)/dev.stamp
-	BURNISH_EMULATE_CUDA=1 $(BIN)/python -m pytest -n $(JOBS) tests/test_ops.py tests/test_counters.py
+	BURNISH_EMULATE_CUDA=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/test_ops.py tests/test_counters.py
 
 gates: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -n $(JOBS) -m gate tests
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m gate tests
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
