@@ -18,9 +18,9 @@ constexpr int64_t kRowsByRows = 12;
 constexpr int64_t kRowBlock = 512;  // rows that meet a packed panel: x's chunk of them stays in L2
 constexpr int64_t kPartialBytes = int64_t{4} << 20;
 
-// Elements of `columns` rows of W that are packed together.
+// Elements of `columns` rows of W that are packed together: whole bytes of a bitmap and of dropout's bits.
 int64_t longest(int64_t columns, Format format) {
-  return std::min(kPanelBytes / (round_up(columns, 16) * size_of(format)), kLongest);
+  return std::min(kPanelBytes / (round_up(columns, 16) * size_of(format)) / 8 * 8, kLongest);
 }
 
 // A piece of a term's depth, packed at once.

@@ -2,13 +2,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <string>
 
 #include "cpu/arguments.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 
 namespace burnish {
 namespace {
@@ -29,15 +28,6 @@ void for_each_byte(int64_t N, int64_t K, const F& f) {
       }
     }
   });
-}
-
-// Asks for 2 MiB pages under a large weight, before it is first written, because a stream over 4 KiB pages waits for a
-// page walk every 64 cache lines. Advice only: where the system declines, nothing changes.
-void advise_large_pages(void* data, int64_t bytes) {
-  constexpr uintptr_t kLarge = uintptr_t{2} << 20;
-  const uintptr_t from = (reinterpret_cast<uintptr_t>(data) + kLarge - 1) / kLarge * kLarge;
-  const uintptr_t to = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kLarge * kLarge;
-  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
 }
 
 Tensor int8_linear_pack(const Tensor& weight, const std::string& layout) {

@@ -145,12 +145,16 @@ struct Kernels {
   void (*expand)(const void* values, int64_t size, const uint8_t* bits, int64_t count, void* out);
   // The elements of `dense` whose bit is set, one after the other.
   void (*compress)(const float* dense, const uint8_t* bits, int64_t count, void* out, Format format);
-  // y = x W^T on rows [begin, end) of W, x [rows, width] of bf16 with zeros up to the bitmap's width, at most
+  // y = x W^T on rows [begin, end) of W, x [rows, width] of bf16 or fp32 with zeros up to the bitmap's width, at most
   // kFewRowsSparse. Returns a row whose contents contradict each other, or -1. `spare`: 4 rows of W, dense, 64 bytes
   // apart. Null where the level has no such kernel.
   int64_t (*sparse_dot)(const BitmapWeight& weight, const Matrix& x, int64_t rows, int64_t width, int64_t begin,
                         int64_t end, void* spare, const Sink& y);
-  // The same for 2:4 rows, x finite, with zeros up to a multiple of 64.
+  // The same by the kept elements alone: x is finite, transposed [width, vectors * lanes] and of fp32, its first `rows`
+  // columns are wanted; at most kKeptWidth columns of W. `spare`: sparse_kept_spare(row_bytes).
+  int64_t (*sparse_kept)(const BitmapWeight& weight, Format format, const float* x, int64_t vectors, int64_t rows,
+                         int64_t width, int64_t begin, int64_t end, void* spare, const Sink& y);
+  // y = x W^T on rows [begin, end) of 2:4 rows, x finite, with zeros up to a multiple of 64.
   void (*sparse24_dot)(const Sparse24Weight& weight, const Matrix& x, int64_t rows, int64_t begin, int64_t end,
                        const Sink& y);
   // On rows [begin, end) of W. `spare`: sparse24_spare(row_bytes) bytes.
@@ -164,6 +168,12 @@ struct Kernels {
 };
 
 inline int64_t sparse24_spare(int64_t row_bytes) { return row_bytes + 64 + 16 * 8 * row_bytes; }
+
+// Vectors of rows of x that sparse_kept takes at most.
+constexpr int64_t kKeptVectors = 4;
+constexpr int64_t kKeptWidth = int64_t{1} << 16;
+
+inline int64_t sparse_kept_spare(int64_t row_bytes) { return 6 * row_bytes * 8 + 64; }
 
 inline int64_t int8_dx_scratch(int64_t rows) { return 64 * 64 + rows * 64; }
 

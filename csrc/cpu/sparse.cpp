@@ -1,6 +1,7 @@
 #include "cpu/sparse.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
@@ -86,6 +87,34 @@ Matrix whole_blocks(const Operand& x, Scratch& storage) {
     std::fill(std::copy(from, from + K * size, copy.row(row)), copy.row(row) + padded * size, '\0');
   }
   return copy.matrix();
+}
+
+namespace {
+
+// Whether no element's exponent, the bits of `mask`, is all ones.
+template <class T>
+bool has_finite(const void* row, int64_t count, T mask) {
+  const auto* elements = static_cast<const T*>(row);
+  bool all = true;
+  for (int64_t k = 0; k < count; ++k) all &= (elements[k] & mask) != mask;
+  return all;
+}
+
+}  // namespace
+
+bool is_finite(const Operand& x) {
+  std::atomic<bool> finite{true};
+  const int64_t M = x.rows.count, K = x.rows.width;
+  parallel_for(0, M, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, K)), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      const void* row = x.matrix.at(m, 0).data;
+      const bool all = x.matrix.format == Format::kFloat  ? has_finite<uint32_t>(row, K, 0x7f800000)
+                       : x.matrix.format == Format::kBf16 ? has_finite<uint16_t>(row, K, 0x7f80)
+                                                          : has_finite<uint16_t>(row, K, 0x7c00);
+      if (!all) finite = false;
+    }
+  });
+  return finite;
 }
 
 namespace {

@@ -42,6 +42,9 @@ void sparse_product(const Operand& x, const SparseWeight& weight, const Sink& y)
 // x with zeros up to a multiple of 64 columns: itself where it has as many, else a copy in `storage`.
 Matrix whole_blocks(const Operand& x, Scratch& storage);
 
+// Whether no element of x is an infinity or NaN.
+bool is_finite(const Operand& x);
+
 struct SparseWanted {
   bool x, values, bias;
 };

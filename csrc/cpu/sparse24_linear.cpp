@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <atomic>
 
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
@@ -99,21 +98,6 @@ void multiply_int8(const Operand& x, const Sparse24Weight& weight, const float* 
     level.sparse24_int8(args, begin, end, spare.take<char>(sparse24_spare(weight.row_bytes)));
   });
   scratch.trim();
-}
-
-// Whether no element of bf16 is an infinity or NaN.
-bool is_finite(const Operand& x) {
-  std::atomic<bool> finite{true};
-  const int64_t M = x.rows.count, K = x.rows.width;
-  parallel_for(0, M, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, K)), [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; ++m) {
-      const auto* row = static_cast<const uint16_t*>(x.matrix.at(m, 0).data);
-      bool all = true;
-      for (int64_t k = 0; k < K; ++k) all &= (row[k] & 0x7f80) != 0x7f80;
-      if (!all) finite = false;
-    }
-  });
-  return finite;
 }
 
 Tensor sparse24_linear(const Tensor& x, const Tensor& values, const Tensor& metadata,

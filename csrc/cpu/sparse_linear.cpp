@@ -13,6 +13,8 @@ namespace {
 
 constexpr int64_t kWord = 64;                          // elements that a row of the bitmap is a multiple of
 constexpr int64_t kSerialElements = int64_t{1} << 18;  // of the weight: what a second thread must be worth
+constexpr int64_t kKeptBytes = 640 << 10;              // of x transposed, which is to stay in L2
+constexpr int64_t kTransposed = 256;                   // columns of x that are transposed together
 constexpr const char* kContradiction = " of bitmap keeps other elements than row_starts counts";
 
 class Bitmapped : public SparseWeight {
@@ -91,7 +93,7 @@ void check_contents(const char* op, const Tensor& values, const Tensor& bitmap, 
   BURNISH_CHECK(wrong == N, op, ": row ", wrong.load(), kContradiction);
 }
 
-// A few rows of bf16, which find out while they read whether the weight's parts contradict each other.
+// A few rows of bf16 or fp32, which find out while they read whether the weight's parts contradict each other.
 void multiply_few_rows(const char* op, const Operand& x, const BitmapWeight& weight, int64_t N, const Sink& y) {
   static thread_local Scratch padded;
   const Kernels& level = kernels();
@@ -101,13 +103,74 @@ void multiply_few_rows(const char* op, const Operand& x, const BitmapWeight& wei
   const int64_t grain = std::max<int64_t>(1, kSerialElements / kWeightRows / std::max<int64_t>(1, width));
   parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
-    const int64_t spare = 4 * (width * 2 + 64);
+    const int64_t spare = 4 * (width * size_of(rows.format) + 64);
     scratch.reserve(spare);
     const int64_t found = level.sparse_dot(weight, rows, x.rows.count, x.rows.width, begin * kWeightRows,
                                            std::min(end * kWeightRows, N), scratch.take<char>(spare), y);
     if (found >= 0) wrong = found;
   });
   BURNISH_CHECK(wrong < 0, op, ": row ", wrong.load(), kContradiction);
+}
+
+// Vectors of rows of x that are multiplied together: their columns of x transposed stay in L2.
+int64_t kept_vectors(const Kernels& level, int64_t rows, int64_t K) {
+  const int64_t most = kKeptBytes / (4 * level.lanes * std::max<int64_t>(1, K));
+  return std::clamp<int64_t>(most, 1, std::min(kKeptVectors, (rows + level.lanes - 1) / level.lanes));
+}
+
+// Whether the kept elements cost less one by one than whole rows do, both in cycles for an element of the weight, as
+// measured: a kept one its multiply-adds, every one its part of decoding; a whole row its multiply-adds and expansion.
+bool keeps_few(const Operand& x, const BitmapWeight& weight, int64_t N) {
+  const Kernels& level = kernels();
+  const int64_t M = x.rows.count, K = x.rows.width;
+  if (M == 0 || K == 0 || K > kKeptWidth) return false;
+  const auto share = static_cast<double>(weight.count) / static_cast<double>(N * K);
+  const int64_t vectors = (M + level.lanes - 1) / level.lanes, at_once = kept_vectors(level, M, K);
+  const auto passes = static_cast<double>((vectors + at_once - 1) / at_once);
+  const bool pairs = level.product_format(x.matrix.format) == Format::kBf16;
+  const double one_by_one = 2.3 * share * static_cast<double>(vectors) + 0.1 * passes;
+  const double whole = 1.25 * static_cast<double>(M) / static_cast<double>(level.lanes * (pairs ? 2 : 1)) + 0.06;
+  return one_by_one < whole && is_finite(x);
+}
+
+// Rows of x by the kept elements alone; returns a row of the weight whose contents contradict each other, or -1.
+int64_t multiply_kept(const Operand& x, const BitmapWeight& weight, Format format, int64_t N, const Sink& y) {
+  static thread_local Scratch storage;
+  const Kernels& level = kernels();
+  const int64_t M = x.rows.count, K = x.rows.width, vectors = kept_vectors(level, M, K), block = vectors * level.lanes;
+  storage.reserve_large(Scratch::bytes<float>(K * block));
+  auto* transposed = storage.take<float>(K * block);
+  std::atomic<int64_t> wrong{-1};
+  for (int64_t row = 0; row < M; row += block) {
+    const int64_t rows = std::min(block, M - row), used = (rows + level.lanes - 1) / level.lanes,
+                  columns = used * level.lanes;
+    parallel_for(0, (K + kTransposed - 1) / kTransposed, std::max<int64_t>(1, 64 / columns),
+                 [&](int64_t begin, int64_t end) {
+                   static thread_local Scratch scratch;
+                   scratch.reserve(Block::bytes(columns, kTransposed, Format::kFloat));
+                   const Block copy = Block::take(scratch, columns, kTransposed, Format::kFloat);
+                   for (int64_t i = rows; i < columns; ++i) std::fill_n(copy.floats(i), kTransposed, 0.0f);
+                   for (int64_t k = begin * kTransposed; k < std::min(end * kTransposed, K); k += kTransposed) {
+                     const int64_t width = std::min(kTransposed, K - k);
+                     level.take_rows(x.matrix, row, rows, k, width, nullptr, copy.matrix());
+                     level.store_transposed(copy.floats(0), copy.stride / 4, columns, width, transposed + k * columns,
+                                            columns, Format::kFloat);
+                   }
+                 });
+    const int64_t grain =
+        std::max<int64_t>(1, kSerialElements / kWeightRows / std::max<int64_t>(1, weight.row_bytes * 8));
+    parallel_for(0, (N + kWeightRows - 1) / kWeightRows, grain, [&](int64_t begin, int64_t end) {
+      static thread_local Scratch scratch;
+      const int64_t spare = sparse_kept_spare(weight.row_bytes);
+      scratch.reserve(spare);
+      const int64_t found = level.sparse_kept(weight, format, transposed, used, rows, K, begin * kWeightRows,
+                                              std::min(end * kWeightRows, N), scratch.take<char>(spare), y.at(row, 0));
+      if (found >= 0) wrong = found;
+    });
+    if (wrong >= 0) break;
+  }
+  storage.trim();
+  return wrong;
 }
 
 Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& bitmap, const Tensor& row_starts,
@@ -128,12 +191,16 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& bitmap
                format,
                bias.has_value() ? as_floats(*bias, floats.take<float>(N)) : nullptr};
   const Operand rows(x);
-  if (rows.rows.count <= kFewRowsSparse && format == Format::kBf16 && kernels().sparse_dot != nullptr) {
+  const BitmapWeight weight{values.const_data_ptr(), values.size(0), bitmap.const_data_ptr<uint8_t>(), bitmap.size(1),
+                            row_starts.const_data_ptr<int64_t>()};
+  const Kernels& level = kernels();
+  if (keeps_few(rows, weight, N)) {
     check_ends(kOp, values, row_starts);
-    multiply_few_rows(kOp, rows,
-                      {values.const_data_ptr(), values.size(0), bitmap.const_data_ptr<uint8_t>(), bitmap.size(1),
-                       row_starts.const_data_ptr<int64_t>()},
-                      N, y);
+    const int64_t wrong = multiply_kept(rows, weight, format, N, y);
+    BURNISH_CHECK(wrong < 0, kOp, ": row ", wrong, kContradiction);
+  } else if (rows.rows.count <= kFewRowsSparse && format != Format::kFp16 && level.sparse_dot != nullptr) {
+    check_ends(kOp, values, row_starts);
+    multiply_few_rows(kOp, rows, weight, N, y);
   } else {
     check_contents(kOp, values, bitmap, row_starts, K);
     sparse_product(rows, Bitmapped(values, bitmap, row_starts, K), y);

@@ -40,6 +40,8 @@ int64_t count_bits(const uint8_t* bits, int64_t bytes);
 void bits_of_metadata(const uint8_t* metadata, int64_t bytes, uint8_t* bits);
 void expand(const void* values, int64_t size, const uint8_t* bits, int64_t count, void* out);
 void compress(const float* dense, const uint8_t* bits, int64_t count, void* out, Format format);
+int64_t sparse_kept(const BitmapWeight& weight, Format format, const float* x, int64_t vectors, int64_t rows,
+                    int64_t width, int64_t begin, int64_t end, void* spare, const Sink& y);
 void sparse24_int8(const Sparse24Int8& args, int64_t begin, int64_t end, void* spare);
 #if defined(__AVX512BF16__)
 int64_t sparse_dot(const BitmapWeight& weight, const Matrix& x, int64_t rows, int64_t width, int64_t begin, int64_t end,

@@ -1,5 +1,5 @@
-// A few rows of bf16 times a bitmap weight: each of its rows is read once, expanded in registers and multiplied with
-// all rows of x.
+// A few rows of bf16 or fp32 times a bitmap weight: each of its rows is read once, expanded in registers and multiplied
+// with all rows of x.
 //
 // Four rows of the weight run side by side, so that a chunk of x is loaded once for four and the chains of popcounts
 // that say where the next values begin overlap. The expansion is one instruction of two operations beside one
@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <bit>
 
+#include "cpu/simd/bitmap.h"
 #include "cpu/simd/element.h"
-#include "cpu/simd/level.h"
 
 namespace burnish::BURNISH_ISA {
 
@@ -16,14 +16,15 @@ namespace burnish::BURNISH_ISA {
 
 namespace {
 
-constexpr int kWeights = 4;        // rows of the weight side by side
-constexpr int kMaxRows = 6;        // of x: 6 x 4 sums, 4 expanded chunks and one of x fit the 32 registers
-constexpr int64_t kChunk = 32;     // elements that are expanded together
-constexpr int64_t kFinished = 16;  // columns of y that are finished together
+constexpr int kWeights = 4;          // rows of the weight side by side
+constexpr int kMaxRows = 6;          // of x: 6 x 4 sums, 4 expanded chunks and one of x fit the 32 registers
+constexpr int64_t kChunkBytes = 64;  // of elements that are expanded together
+constexpr int64_t kFinished = 16;    // columns of y that are finished together
 
-// Four rows of the weight.
+// Four rows of the weight, T: their elements as bits.
+template <class T>
 struct Quad {
-  const uint16_t* values[kWeights];
+  const T* values[kWeights];
   const uint8_t* bits[kWeights];
 };
 
@@ -41,11 +42,26 @@ BURNISH_INLINE __m512i expand_chunk(const uint16_t* values, uint32_t bits) {
   asm volatile("vpexpandw %1, %0%{%2%}%{z%}" : "=v"(chunk) : "v"(packed), "Yk"(static_cast<__mmask32>(bits)));
   return chunk;
 }
+BURNISH_INLINE __m512i expand_chunk(const uint32_t* values, uint16_t bits) {
+  __m512i chunk;
+  const __m512i packed = _mm512_loadu_si512(values);
+  asm volatile("vpexpandd %1, %0%{%2%}%{z%}" : "=v"(chunk) : "v"(packed), "Yk"(static_cast<__mmask16>(bits)));
+  return chunk;
+}
+
+BURNISH_INLINE void multiply_add(Vec& sum, __m512i weight, __m512i x, uint16_t) { Pairs::multiply_add(sum, weight, x); }
+BURNISH_INLINE void multiply_add(Vec& sum, __m512i weight, __m512i x, uint32_t) {
+  sum = fma(Vec(_mm512_castsi512_ps(weight)), Vec(_mm512_castsi512_ps(x)), sum);
+}
+
+// A bit for each element of a chunk.
+template <class T>
+using Bits = std::conditional_t<sizeof(T) == 2, uint32_t, uint16_t>;
 
 // out[m][n] = row m of x times row n of the quad; `taken`: values that each row used.
-template <int MR>
-void tile(const Quad& quad, const char* x, int64_t x_stride, int64_t chunks, Lines* lines, int64_t (&taken)[kWeights],
-          float* out) {
+template <class T, int MR>
+void tile(const Quad<T>& quad, const char* x, int64_t x_stride, int64_t chunks, Lines* lines,
+          int64_t (&taken)[kWeights], float* out) {
   Vec sum[MR][kWeights];
   BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
     BURNISH_UNROLL for (int n = 0; n < kWeights; ++n) sum[m][n] = Vec(0.0f);
@@ -54,14 +70,14 @@ void tile(const Quad& quad, const char* x, int64_t x_stride, int64_t chunks, Lin
   for (int64_t c = 0; c < chunks; ++c) {
     __m512i weight[kWeights];
     BURNISH_UNROLL for (int n = 0; n < kWeights; ++n) {
-      uint32_t bits;
-      memcpy(&bits, quad.bits[n] + c * 4, 4);
+      Bits<T> bits;
+      memcpy(&bits, quad.bits[n] + c * sizeof(bits), sizeof(bits));
       weight[n] = expand_chunk(quad.values[n] + at[n], bits);
       at[n] += std::popcount(bits);
     }
     BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
-      const __m512i left = _mm512_loadu_si512(x + m * x_stride + c * 64);
-      BURNISH_UNROLL for (int n = 0; n < kWeights; ++n) Pairs::multiply_add(sum[m][n], weight[n], left);
+      const __m512i left = _mm512_loadu_si512(x + m * x_stride + c * kChunkBytes);
+      BURNISH_UNROLL for (int n = 0; n < kWeights; ++n) multiply_add(sum[m][n], weight[n], left, T());
     }
     BURNISH_UNROLL for (int i = 0; i < 2; ++i) {
       if (lines[i].next < lines[i].end) {
@@ -75,29 +91,15 @@ void tile(const Quad& quad, const char* x, int64_t x_stride, int64_t chunks, Lin
   std::copy(at, at + kWeights, taken);
 }
 
-using Tile = void (*)(const Quad&, const char*, int64_t, int64_t, Lines*, int64_t (&)[kWeights], float*);
-constexpr Tile kTiles[kMaxRows] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};
+template <class T>
+constexpr void (*kTiles[kMaxRows])(const Quad<T>&, const char*, int64_t, int64_t, Lines*, int64_t (&)[kWeights],
+                                   float*) = {tile<T, 1>, tile<T, 2>, tile<T, 3>, tile<T, 4>, tile<T, 5>, tile<T, 6>};
 
-// Whether rows [n, n + count) may be read: their starts ascend and lie in the values.
-bool in_order(const BitmapWeight& weight, int64_t n, int64_t count) {
-  bool ordered = weight.starts[n] >= 0;
-  for (int64_t i = 0; i < count; ++i) ordered = ordered && weight.starts[n + i] <= weight.starts[n + i + 1];
-  return ordered && weight.starts[n + count] <= weight.count;
-}
-
-// Whether a row of the bitmap has bits beyond `width` columns.
-bool beyond(const uint8_t* bits, int64_t row_bytes, int64_t width) {
-  if (width == row_bytes * 8) return false;
-  uint64_t last;
-  memcpy(&last, bits + row_bytes - 8, 8);
-  return last >> (width - (row_bytes - 8) * 8) != 0;
-}
-
-}  // namespace
-
-int64_t sparse_dot(const BitmapWeight& weight, const Matrix& x, int64_t rows, int64_t width, int64_t begin, int64_t end,
-                   void* spare, const Sink& y) {
-  const auto* values = static_cast<const uint16_t*>(weight.values);
+template <class T>
+int64_t dot_rows(const BitmapWeight& weight, const Matrix& x, int64_t rows, int64_t width, int64_t begin, int64_t end,
+                 void* spare, const Sink& y) {
+  constexpr int64_t kChunk = kChunkBytes / sizeof(T);
+  const auto* values = static_cast<const T*>(weight.values);
   const auto* xs = static_cast<const char*>(x.data);
   const int64_t most = weight.row_bytes * 8, chunks = most / kChunk, passes = (rows + kMaxRows - 1) / kMaxRows;
   for (int64_t block = begin; block < end; block += kFinished) {
@@ -106,7 +108,7 @@ int64_t sparse_dot(const BitmapWeight& weight, const Matrix& x, int64_t rows, in
     for (int64_t n = block; n < block + columns; n += kWeights) {
       const int64_t count = std::min<int64_t>(kWeights, block + columns - n);
       if (!in_order(weight, n, count)) return n;
-      Quad quad;
+      Quad<T> quad;
       // whole vectors are read, and a bitmap that contradicts row_starts is found out only at the end of its row
       const bool tail = weight.starts[n + count] + most + kChunk > weight.count;
       for (int64_t i = 0; i < kWeights; ++i) {
@@ -117,7 +119,7 @@ int64_t sparse_dot(const BitmapWeight& weight, const Matrix& x, int64_t rows, in
         if (beyond(quad.bits[i], weight.row_bytes, width)) return row;
         if (!tail) continue;
         if (size != count_bits(quad.bits[i], weight.row_bytes)) return row;
-        auto* copy = static_cast<uint16_t*>(spare) + i * (most + kChunk);
+        auto* copy = static_cast<T*>(spare) + i * (most + kChunk);
         std::copy(values + start, values + start + size, copy);
         quad.values[i] = copy;
       }
@@ -129,8 +131,8 @@ int64_t sparse_dot(const BitmapWeight& weight, const Matrix& x, int64_t rows, in
       for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t first = rows * pass / passes, last = rows * (pass + 1) / passes;
         int64_t taken[kWeights];
-        kTiles[last - first - 1](quad, xs + first * x.stride, x.stride, chunks, lines, taken,
-                                 out + first * kFinished + n - block);
+        kTiles<T>[last - first - 1](quad, xs + first* x.stride, x.stride, chunks, lines, taken,
+                                    out + first* kFinished + n - block);
         for (int64_t i = 0; i < count; ++i) {
           if (taken[i] != weight.starts[n + i + 1] - weight.starts[n + i]) return n + i;
         }
@@ -139,6 +141,14 @@ int64_t sparse_dot(const BitmapWeight& weight, const Matrix& x, int64_t rows, in
     for (int64_t m = 0; m < rows; ++m) finish_row(out + m * kFinished, columns, y.at(m, block));
   }
   return -1;
+}
+
+}  // namespace
+
+int64_t sparse_dot(const BitmapWeight& weight, const Matrix& x, int64_t rows, int64_t width, int64_t begin, int64_t end,
+                   void* spare, const Sink& y) {
+  return (x.format == Format::kBf16 ? dot_rows<uint16_t> : dot_rows<uint32_t>)(weight, x, rows, width, begin, end,
+                                                                               spare, y);
 }
 
 #endif

@@ -36,6 +36,7 @@ const Kernels& kernels_of<Isa::BURNISH_ISA>() {
                                   expand,
                                   compress,
                                   sparse_dot,
+                                  sparse_kept,
                                   sparse24_dot,
                                   sparse24_int8,
                                   kSparse24Offset,

@@ -188,6 +188,8 @@ _TEST_CASES = (
     *(case_of(*edge, dtype, "integers", base="int8") for dtype in FLOATING for edge in _SOLID[1::2]),
     # long enough to split K
     *(case_of(2, 17, 1304, 7, dtype, "integers", base=b, p=True) for dtype in FLOATING for b in (None, "int8")),
+    # narrow enough to be packed a part of its depth at a time
+    *(case_of(18, 40, 1500, 7, dtype, p=True) for dtype in FLOATING),
     *(case_of(9, 40, 48, 8, dtype, bias=torch.float32) for dtype in (torch.bfloat16, torch.float16)),
     *(case_of(7, 33, 64, 12, dtype, bias=False) for dtype in FLOATING),
 )

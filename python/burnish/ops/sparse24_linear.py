@@ -171,6 +171,8 @@ _TEST_CASES = (
     *(_case(*edge, dtype, "integers") for dtype in FLOATING for edge in _EDGES[3:] if edge[2]),
     *(_case(9, 40, 48, dtype, bias=torch.float32) for dtype in (torch.bfloat16, torch.float16)),
     *(_case(m, 33, 72, bias=False) for m in (2, 19)),
+    # a narrow weight that is packed a part of its depth at a time
+    *(_case(18, 40, 1500, dtype) for dtype in FLOATING),
     *(_case(*edge, dtype, weight="int8") for dtype in FLOATING for edge in _INT8_EDGES),
     *(_case(*edge, values=values, weight="int8") for values in ("integers", "extreme") for edge in _INT8_EDGES[2:5]),
 )

@@ -196,6 +196,11 @@ _TEST_CASES = (
     *(_case(9, 40, 48, dtype, bias=torch.float32) for dtype in (torch.bfloat16, torch.float16)),
     *(_case(m, 33, 72, bias=False) for m in (2, 19)),
     *(_case(m, 70, 200, dtype, density=kept) for dtype in FLOATING for m, kept in ((2, 0.1), (20, 0.0))),
+    # more rows by the kept elements alone, in one vector of them and in several passes
+    *(_case(m, 50, 260, dtype, density=0.1) for dtype in FLOATING for m in (13, 79)),
+    *(_case(37, 33, 130, dtype, "integers", density=0.06) for dtype in FLOATING),
+    # a narrow weight that is packed a part of its depth at a time
+    *(_case(18, 40, 1500, dtype) for dtype in FLOATING),
 )
 _BENCH_ROWS = (1, 4, 16, 128, 512)
 _BENCH_CASES = (
