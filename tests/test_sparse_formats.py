@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from burnish import ops
-from burnish.ops import sparse24_linear, sparse_linear
+from burnish.ops import sparse24_linear
 from burnish.ops.sparse24_linear import compress as compress24
 from burnish.ops.sparse24_linear import expand as expand24
-from burnish.ops.sparse_linear import compress, expand
+from burnish.ops.sparse_linear import compress, expand, sparse_linear
 from burnish.sparse24_format import positions
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,9 +74,9 @@ def test_a_bitmap_round_trips_bit_for_bit(size: tuple[int, int], pattern: str, d
     generator = torch.Generator().manual_seed(seed)
     mask, weight = drawn_mask(*size, pattern, generator), drawn_weight(*size, dtype, generator)
     values, bitmap, row_starts = compress(weight, mask)
-    assert torch.equal(bits(expand(values, bitmap, row_starts, *size)), bits(weight).where(mask, 0))
+    assert torch.equal(bits(expand(values, bitmap, *size)), bits(weight).where(mask, 0))
     assert values.numel() == int(mask.sum()) == int(row_starts[-1])
-    again = compress(expand(values, bitmap, row_starts, *size), mask)
+    again = compress(expand(values, bitmap, *size), mask)
     assert torch.equal(bits(again[0]), bits(values))
     assert torch.equal(again[1], bitmap)
     assert torch.equal(again[2], row_starts)
@@ -209,3 +209,40 @@ def test_any_metadata_stays_in_bounds(dtype: torch.dtype) -> None:
     for rows in (1, 40):
         x = torch.ones(rows, 100).to(torch.float32 if scale is not None else dtype)
         assert sparse24_linear(x, values, metadata, scale).shape == (rows, 17)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("density", [0.0, 0.03, 0.1, 0.5, 1.0])
+def test_sparse_rows_of_any_number_are_exact_and_their_nans_stay_theirs(density: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for M in (1, 4, 8, 16, 17, 64, 70):
+        for N, K in ((1, 1), (33, 130), (40, 1500)):
+            weight = torch.randint(-8, 9, (N, K), generator=generator).to(dtype)
+            mask = torch.rand(N, K, generator=generator) < density
+            x = torch.randint(-3, 4, (M, K), generator=generator).to(dtype)
+            packed = compress(weight, mask)
+            exact = (x.double() @ weight.where(mask, 0).double().T).to(dtype)
+            assert torch.equal(sparse_linear(x, *packed), exact)
+            x[M // 2, K // 2] = float("nan")
+            y = sparse_linear(x, *packed)
+            assert y[M // 2].isnan().all()
+            y[M // 2] = exact[M // 2]
+            assert torch.equal(y, exact)
+
+
+@pytest.mark.parametrize("M", [2, 30])
+@pytest.mark.parametrize("density", [0.05, 0.5])
+def test_parts_of_a_sparse_weight_that_contradict_each_other_are_refused(M: int, density: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 300, generator=generator)
+    values, bitmap, starts = compress(weight, torch.rand(40, 300, generator=generator) < density)
+    x = torch.randn(M, 300, generator=generator)
+    more, beyond, moved = bitmap.clone(), bitmap.clone(), starts.clone()
+    more[7, 3] ^= 16
+    beyond[8, 39] |= 128
+    moved[9] += 1
+    for bits, where in ((more, starts), (beyond, starts), (bitmap, moved)):
+        with pytest.raises(RuntimeError, match="of bitmap keeps other elements than row_starts counts"):
+            sparse_linear(x, values, bits, where)
+    with pytest.raises(RuntimeError, match="row_starts begins with 0 and ends with"):
+        sparse_linear(x, values[:-1], bitmap, starts)

@@ -24,8 +24,8 @@ def dense_layer(op: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor 
         _, values, metadata, scale, bias = args
         weight = expand_sparse24(values, metadata, metadata.shape[0], K)
     else:
-        _, values, bitmap, row_starts, bias = args
-        weight = expand_sparse(values, bitmap, row_starts, bitmap.shape[0], K)
+        _, values, bitmap, _, bias = args
+        weight = expand_sparse(values, bitmap, bitmap.shape[0], K)
     if scale is not None:
         weight = weight * scale.unsqueeze(-1)
     return x, weight.to(x.dtype), bias

@@ -30,6 +30,8 @@ MAX_SETS = 512
 #: a batch is never longer, or a round would not be short beside the drift of the machine; a GPU's queue of about a
 #: thousand launches must hold a batch of ten kernels a call
 MAX_BATCH = {"cpu": 256, "cuda": 64}
+#: a set that takes longer to make is copied where the same values are wanted elsewhere in memory
+MAKE_SECONDS = 0.25
 #: different sets; the others are made of the same values, elsewhere in memory
 SEEDS = 2
 #: calls that show how long launching takes, and how much longer the GPU sleeps at its fastest clock: a batch is queued
@@ -44,13 +46,21 @@ def argument_sets(spec: OpSpec, case: Case, backend: Backend, device: str, conte
         args = spec.make(case, backend, seed)
         return tuple(arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in args)
 
+    def copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
+
+    start = time.perf_counter()
     first = make(0)
+    slow = time.perf_counter() - start > MAKE_SECONDS
     size = max(1, sum(arg.nbytes for arg in first if isinstance(arg, torch.Tensor)))
     wanted = math.ceil(CACHE_FACTOR * machine.last_level_cache(device) / size) + 1
     # a contestant may keep its weights in fp32: four times the bytes
     affordable = machine.free_memory(device) // 2 // (4 * size * max(1, contestants))
     count = max(SEEDS, min(wanted, affordable, MAX_SETS))
-    return [first] + [make(index % SEEDS) for index in range(1, count)]
+    sets = [first, *(make(seed) for seed in range(1, SEEDS))]
+    for index in range(SEEDS, count):
+        sets.append(copied(sets[index % SEEDS]) if slow else make(index % SEEDS))
+    return sets
 
 
 class Contestant:

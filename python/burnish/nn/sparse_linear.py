@@ -92,7 +92,7 @@ class SparseLinear(LinearForm):
         return compress(weight, kept)
 
     def _expand(self) -> Tensor:
-        return expand(self.values, self.bitmap, self.row_starts, *self.matrix)
+        return expand(self.values, self.bitmap, *self.matrix)
 
     def _drawn(self, device: torch.device) -> Tensor:
         return drawn(*self.matrix, self.nnz, device)

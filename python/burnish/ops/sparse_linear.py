@@ -1,6 +1,6 @@
 """sparse_linear: a linear layer whose weight keeps any elements: loaded sparse, computed dense.
 
-    y = x W^T + bias          W = expand(values, bitmap, row_starts)
+    y = x W^T + bias          W = expand(values, bitmap)
 
 ==========  =============================  ==================================================================
 x           [..., K]                       fp32, bf16, fp16; any strides
@@ -17,7 +17,8 @@ layer. Deterministic, and independent of the number of threads. The CPU kernel r
 contradict each other or the number of values.
 
 The weight takes one bit an element and the kept values: the less of it is kept, the less a product with few rows of x
-has to read. With many rows the arithmetic is that of a dense layer.
+has to read. With many rows the arithmetic decides: where little is kept the CPU kernel multiplies by the kept elements
+alone, elsewhere it is that of a dense layer.
 
     dx = dy W          dvalues = dy^T x at the kept elements          dbias = sum_m dy
 
@@ -41,7 +42,7 @@ from burnish.checks import FLOATING, check_devices, check_floating
 from burnish.ops.int8_quantize_rows import supports_native as on_device
 from burnish.ops.lowrank_linear import as_rows, check_bias, check_gradient
 from burnish.registry import Autograd, Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, dtype_name, register
-from burnish.sparse_formats import dense_gradients, kept_weights, spread
+from burnish.sparse_formats import dense_gradients, kept_weights
 
 OptTensor = Tensor | None
 
@@ -82,15 +83,13 @@ def kept(bitmap: Tensor, K: int) -> Tensor:
     return bits.flatten(1)[:, :K].bool()
 
 
-def expand(values: Tensor, bitmap: Tensor, row_starts: Tensor, N: int, K: int) -> Tensor:
+def expand(values: Tensor, bitmap: Tensor, N: int, K: int) -> Tensor:
     """The dense weight ``[N, K]``; the inverse of :func:`compress`."""
-    there = kept(bitmap, K)
-    place = row_starts[:N].unsqueeze(-1) + there.cumsum(1) - 1
-    return spread(values, torch.where(there, place, values.numel()))
+    return values.new_zeros(N, K).masked_scatter(kept(bitmap, K), values)
 
 
 def reference(x: Tensor, values: Tensor, bitmap: Tensor, row_starts: Tensor, bias: OptTensor) -> Tensor:
-    dense = expand(values, bitmap, row_starts, bitmap.shape[0], x.shape[-1])
+    dense = expand(values, bitmap, bitmap.shape[0], x.shape[-1])
     return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
 
 
@@ -177,7 +176,7 @@ def cost(case: Case) -> Cost:
 
 def baseline(x: Tensor, values: Tensor, bitmap: Tensor, row_starts: Tensor, bias: OptTensor) -> Callable[[], Tensor]:
     """torch's own linear on the dense weight."""
-    dense = expand(values, bitmap, row_starts, bitmap.shape[0], x.shape[-1])
+    dense = expand(values, bitmap, bitmap.shape[0], x.shape[-1])
     offset = None if bias is None else bias.to(x.dtype)
     return lambda: F.linear(x, dense, offset)
 
@@ -275,7 +274,7 @@ def backward_reference(
     rows, wide = as_rows(dy), torch.promote_types(dy.dtype, torch.float32)
     dx = dvalues = x.new_empty(0)
     if x_grad:
-        dx = (rows @ expand(values, bitmap, row_starts, N, K)).reshape(x.shape)
+        dx = (rows @ expand(values, bitmap, N, K)).reshape(x.shape)
     if values_grad:
         places = kept(bitmap, K).flatten().nonzero().squeeze(-1)
         dvalues = (rows.T @ as_rows(x)).reshape(-1).index_select(0, places)
@@ -321,7 +320,7 @@ def backward_baseline(
     dy: Tensor, x: Tensor, values: Tensor, bitmap: Tensor, row_starts: Tensor, *wanted: bool
 ) -> Callable[[], Any]:
     """torch's own products for the dense layer."""
-    return dense_gradients(dy, x, expand(values, bitmap, row_starts, bitmap.shape[0], x.shape[-1]), *wanted)
+    return dense_gradients(dy, x, expand(values, bitmap, bitmap.shape[0], x.shape[-1]), *wanted)
 
 
 BACKWARD = register(

@@ -136,6 +136,8 @@ class _Magnitudes(TorchDispatchMode):
             return self.of(args[0]) + self.of(args[1])
         if name == "where":
             return torch.where(args[0], self.of(args[1]), self.of(args[2]))
+        if name == "masked_scatter":
+            return torch.masked_scatter(self.of(args[0]), args[1], self.of(args[2]))
         return self._function(func, args, kwargs, out)
 
     def _sum(self, func: Any, operands: Any, rest: Any, out: torch.Tensor, terms: int, **kwargs: Any) -> torch.Tensor:
