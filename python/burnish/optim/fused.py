@@ -20,7 +20,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,9 +32,14 @@ from burnish.optim.state import Entry, Moment, complete, entries, loaded, local_
 from burnish.registry import dtype_name
 
 _dtype, _device, _layout, _shape = (attrgetter(name) for name in ("dtype", "device", "layout", "shape"))
-#: torch.optim's own way to stay out of compiled code; torch.compiler.disable would import the compiler here
-_not_compiled: Any = torch._disable_dynamo  # type: ignore[attr-defined]
 _GOLDEN, _WORD = 0x9E3779B97F4A7C15, 2**64 - 1
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _not_compiled(function: _F) -> _F:
+    """torch.optim's own way to stay out of compiled code: torch.compiler.disable would import the compiler here."""
+    return torch._disable_dynamo(function)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

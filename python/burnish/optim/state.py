@@ -13,8 +13,8 @@ the same number of shards alone.
 
 A state dict of torch.optim loads: its moments, which have the parameter's dtype, become fp32 or bf16, and what it lacks
 (masters, averages) starts at the next step from the parameter. Our own loads as it was saved, dtypes included: torch's
-``load_state_dict`` would round the fp32 moments of a bf16 parameter. Nothing is copied where dtype and device fit, as in
-torch.optim.
+``load_state_dict`` would round the fp32 moments of a bf16 parameter. As in torch.optim, nothing is copied where dtype and
+device fit.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ def _sharded_scales(parameter: Any, shape: tuple[int, ...]) -> Tensor:
     cut = shard_dims(parameter)
     mine = torch.zeros(shape[0] // shards(parameter), dtype=torch.float32, device=parameter.device)
     placements = [Shard(0) if dim in cut else Replicate() for dim in range(parameter.device_mesh.ndim)]
-    return DTensor.from_local(mine, parameter.device_mesh, placements, run_check=False, shape=shape, stride=(1,))
+    return DTensor.from_local(
+        mine, parameter.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=(1,)
+    )
 
 
 def loaded(
@@ -149,7 +151,7 @@ def loaded(
 
 
 def _group(who: str, number: int, mine: Mapping[str, Any], theirs: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
-    """A saved group with our parameters, and, where torch.optim or an older torch saved it, with the options it lacks."""
+    """A saved group with our parameters, and with our options where torch.optim saved it."""
     version = theirs.get("burnish_version")
     if version is not None and (not isinstance(version, int) or version > options.VERSION):
         raise ValueError(
@@ -167,8 +169,6 @@ def _group(who: str, number: int, mine: Mapping[str, Any], theirs: Mapping[str, 
     group["params"] = mine["params"]
     if "param_names" in mine:
         group.setdefault("param_names", mine["param_names"])
-    if isinstance(group["betas"] if "betas" in group else None, list):
-        group["betas"] = tuple(group["betas"])
     group["burnish_version"] = options.VERSION
     optimizer.check_group(group)
     for name in optimizer.fixed:
