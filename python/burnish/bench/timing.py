@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from burnish.arguments import map_tensors, places
 from burnish.bench import machine
 from burnish.registry import Backend, Case, OpSpec
 
@@ -41,11 +42,10 @@ def argument_sets(spec: OpSpec, case: Case, backend: Backend, device: str, conte
     """Argument sets for ``case``: enough to overflow the cache, as few as memory allows, at least two."""
 
     def make(seed: int) -> tuple[Any, ...]:
-        args = spec.make(case, backend, seed)
-        return tuple(arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in args)
+        return map_tensors(lambda t: t.to(device), spec.make(case, backend, seed))
 
     first = make(0)
-    size = max(1, sum(arg.nbytes for arg in first if isinstance(arg, torch.Tensor)))
+    size = max(1, sum(tensor.nbytes for tensor in places(first).values()))
     wanted = math.ceil(CACHE_FACTOR * machine.last_level_cache(device) / size) + 1
     # a contestant may keep its weights in fp32: four times the bytes
     affordable = machine.free_memory(device) // 2 // (4 * size * max(1, contestants))
