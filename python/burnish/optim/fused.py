@@ -39,7 +39,8 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 def _not_compiled(function: _F) -> _F:
     """torch.optim's own way to stay out of compiled code: torch.compiler.disable would import the compiler here."""
-    return torch._disable_dynamo(function)  # type: ignore[attr-defined]
+    kept: _F = torch._disable_dynamo(function)  # type: ignore[attr-defined, assignment]
+    return kept
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ the same number of shards alone.
 
 A state dict of torch.optim loads: its moments, which have the parameter's dtype, become fp32 or bf16, and what it lacks
 (masters, averages) starts at the next step from the parameter. Our own loads as it was saved, dtypes included: torch's
-``load_state_dict`` would round the fp32 moments of a bf16 parameter. As in torch.optim, nothing is copied where dtype and
+``load_state_dict`` would round the fp32 moments of a bf16 parameter. As torch.optim, it copies nothing where dtype and
 device fit.
 """
 
