@@ -6,6 +6,7 @@ it, and a group may have its own. ``max_grad_norm`` alone is of all groups toget
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -77,7 +78,7 @@ def _number(value: Any) -> bool:
 
 
 _EXTRAS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_grad_norm": (lambda v: v is None or (_number(v) and v > 0), "a positive number or None"),
+    "max_grad_norm": (lambda v: v is None or (_number(v) and 0 < v < math.inf), "a positive number or None"),
     "state_dtype": (lambda v: v in STATE_DTYPES, "'fp32', 'bf16' or 'int8'"),
     "master_weights": (lambda v: v in MASTER_WEIGHTS, "None, 'fp32' or 'split'"),
     "stochastic_rounding": (lambda v: isinstance(v, bool), "True or False"),
@@ -111,14 +112,14 @@ def check_rate(group: Mapping[str, Any]) -> None:
 
 
 def check_not_negative(group: Mapping[str, Any], name: str, words: str) -> None:
-    """Raise torch.optim's error where an option is negative or not a number.
+    """Raise torch.optim's error where an option is negative, infinite or not a number.
 
     A tensor on a GPU is left unread, since that would wait for it.
     """
     value = group[name]
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return
-    if not value >= 0.0:
+    if not 0.0 <= value < math.inf:
         raise ValueError(f"Invalid {words}: {value}")
 
 
