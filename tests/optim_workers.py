@@ -66,16 +66,21 @@ def train(net: nn.Module, optimizer: Any, scaler: Any, steps: Iterable[int], ran
 
 def push(net: nn.Module, optimizer: Any, steps: Iterable[int]) -> None:
     """Steps on gradients that do not depend on how the parameters are cut."""
+    for step in steps:
+        fill(net, step)
+        optimizer.step()
+
+
+def fill(net: nn.Module, step: int) -> None:
+    """Gradients that are the same for every number of processes."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    for step in steps:
-        for number, parameter in enumerate(net.parameters()):
-            draw = torch.Generator().manual_seed(1000 * step + number)
-            grad = torch.randn(parameter.shape, generator=draw).to(parameter.dtype)
-            if isinstance(parameter, DTensor):
-                grad = distribute_tensor(grad, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.grad = grad
-        optimizer.step()
+    for number, parameter in enumerate(net.parameters()):
+        draw = torch.Generator().manual_seed(1000 * step + number)
+        grad = torch.randn(parameter.shape, generator=draw).to(parameter.dtype)
+        if isinstance(parameter, DTensor):
+            grad = distribute_tensor(grad, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.grad = grad
 
 
 def shard(net: nn.Sequential) -> nn.Module:
@@ -111,13 +116,13 @@ def restore(net: nn.Module, optimizer: Any, folder: str) -> None:
 
 
 def whole(net: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    """Parameters and state, gathered, by name."""
+    """Copies of parameters and state, gathered, by name."""
     options = StateDictOptions(full_state_dict=True)
     parameters, state = get_state_dict(net, optimizer, options=options)
     flat = {f"parameter {name}": value for name, value in parameters.items()}
     for name, values in state["state"].items():
         flat |= {f"{key} of {name}": value for key, value in values.items()}
-    return flat
+    return {key: value.clone() for key, value in flat.items()}
 
 
 def differences(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
@@ -176,6 +181,39 @@ def resharded(rank: int, cases: list[tuple[str, str, str]], folder: str) -> None
         state = whole(net, optimizer)
         if rank == 0:
             torch.save(state, f"{case}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def mask_and_average(net: nn.Module) -> tuple[dict[str, Tensor], list[bool]]:
+    """What is gathered of a masked model while averages stand in it, and at which steps nothing changed."""
+    masks = {}
+    for number, (name, parameter) in enumerate(net.named_parameters()):
+        draw = torch.Generator().manual_seed(number)
+        masks[name] = torch.rand(parameter.shape, generator=draw) < 0.5
+    optimizer = optim.AdamW(net.named_parameters(), masks=masks, ema_decay=0.5, lr=0.1)
+    scaler, still = torch.amp.GradScaler("cpu", init_scale=1.0), []
+    for step in range(3):
+        scaler.scale(torch.ones(()))  # as a loss would be
+        fill(net, step)
+        if step == 1:  # in the last row, which one of two processes has
+            grad: Any = next(iter(net.parameters())).grad
+            held = getattr(grad, "_local_tensor", grad)
+            if held is grad or dist.get_rank() == 1:
+                held[-1, -1] = float("inf")
+        before = whole(net, optimizer)
+        scaler.step(optimizer)
+        scaler.update(1.0)
+        still.append(not differences(before, whole(net, optimizer)))
+    with optimizer.swap_ema():
+        return whole(net, optimizer), still
+
+
+def masked(rank: int, folder: str) -> None:
+    """One of two processes: the same with FSDP2."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(mask_and_average(shard(model())), f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -41,7 +41,7 @@ def test_two_processes_resume(kind: str, tmp_path: Path) -> None:
     mp.spawn(workers.distributed, args=(kind, CASES, str(tmp_path)), nprocs=2)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
-        assert found == dict.fromkeys(CASES, [])
+        assert found == {case: [] for case in CASES}
 
 
 def test_two_processes_become_one_and_one_becomes_two(tmp_path: Path) -> None:
@@ -78,3 +78,12 @@ def test_two_processes_train_what_one_trains(kind: str, tmp_path: Path) -> None:
     assert not workers.differences(*ranks)
     for key, value in expected.items():
         torch.testing.assert_close(ranks[0][key], value, rtol=0, atol=1e-6)
+
+
+def test_shards_have_masks_averages_and_one_found_infinity(tmp_path: Path) -> None:
+    mp.spawn(workers.masked, args=(str(tmp_path),), nprocs=2)
+    net = workers.model()
+    averages, found = workers.mask_and_average(net)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert not workers.differences(ranks[0][0], averages)
+    assert ranks[0][1] == ranks[1][1] == found == [False, True, False]
