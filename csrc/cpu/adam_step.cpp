@@ -49,7 +49,7 @@ void check_lengths(const Lists& lists) {
   check_list(kOp, "masks", lists.masks, count, true);
 }
 
-// What the dtypes of moments and masters ask for.
+// What the dtypes of the lists ask for.
 void set_formats(const Lists& lists, AdamRule& rule) {
   const ScalarType first = common_dtype(
       "exp_avgs", lists.firsts, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Char}, "fp32, bf16 or int8");
@@ -61,6 +61,8 @@ void set_formats(const Lists& lists, AdamRule& rule) {
   if (!lists.greatest.empty()) common_dtype("max_exp_avg_sqs", lists.greatest, {second}, expected.c_str());
   BURNISH_CHECK(lists.scales.empty() != rule.coded, kOp, ": scales has ", lists.scales.size(), " tensors, expected ",
                 rule.coded ? lists.params.size() : 0, ", since exp_avgs are ", dtype_name(first));
+  if (!lists.averages.empty()) common_dtype("emas", lists.averages, {ScalarType::Float}, "fp32");
+  if (!lists.masks.empty()) common_dtype("masks", lists.masks, {ScalarType::Bool}, "bool");
   if (!lists.masters.empty()) {
     const ScalarType master =
         common_dtype("masters", lists.masters, {ScalarType::Float, ScalarType::Byte}, "fp32 or uint8");

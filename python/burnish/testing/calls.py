@@ -103,8 +103,16 @@ def outcome(spec: OpSpec, args: Args, result: Any) -> Outputs:
     return as_outputs(result) + tuple(tensor for place, tensor in places(args).items() if place[0] in written)
 
 
+def twin(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in memory of its own, gaps included."""
+    if tensor.is_contiguous():
+        return tensor.clone()
+    whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return whole.set_(tensor.untyped_storage().clone(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
 def on_copies(
-    spec: OpSpec, function: Callable[..., Any], copy: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+    spec: OpSpec, function: Callable[..., Any], copy: Callable[[torch.Tensor], torch.Tensor] = twin
 ) -> Callable[..., Outputs]:
     """``function``, which takes the op's arguments, as one that returns its :func:`outcome` and keeps its arguments as
     they are: what the op writes into are copies."""
@@ -123,7 +131,7 @@ def run(
     args: Args,
     grad: bool = False,
     draw: int = 0,
-    copy: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
+    copy: Callable[[torch.Tensor], torch.Tensor] = twin,
 ) -> Outputs:
     """Run the op on ``backend``, by the same road that users' calls take; ``grad`` asks for the differentiable op. The
     arguments stay as they are: an op that writes into some gets what ``copy`` makes of these.
