@@ -29,11 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from burnish.moments import BLOCK
 from burnish.optim import options
 from burnish.optim.tensors import is_sharded, largest_shard, local, name_of, shard_dims, shards
 from burnish.registry import dtype_name
 
-BLOCK = 256
 _MOMENT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
