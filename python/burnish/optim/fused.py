@@ -285,16 +285,17 @@ class FusedOptimizer(torch.optim.Optimizer):
 
 def _plain(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
     """Whether parameters are of one kind and gradients go with them, seen without a look at each; no is no answer."""
-    if not set(map(type, (*params, *grads))) <= {torch.nn.Parameter, Tensor}:
-        return False
     return (
-        len(set(map(_dtype, params))) == 1
-        and params[0].dtype in FLOATING
-        and set(map(_dtype, grads)) <= set(FLOATING)
-        and set(map(_layout, (*params, *grads))) == {torch.strided}
-        and len(set(map(_device, (*params, *grads)))) == 1
+        {*map(type, params), *map(type, grads)} <= {torch.nn.Parameter, Tensor}
+        and len(set(map(_dtype, params))) == 1
+        and {params[0].dtype, *map(_dtype, grads)} <= set(FLOATING)
+        and {*map(_layout, params), *map(_layout, grads)} == {torch.strided}
+        and len({*map(_device, params), *map(_device, grads)}) == 1
         and list(map(_shape, params)) == list(map(_shape, grads))
-        and list(map(Tensor.stride, params)) == list(map(Tensor.stride, grads))
+        and (
+            (all(map(Tensor.is_contiguous, params)) and all(map(Tensor.is_contiguous, grads)))
+            or list(map(Tensor.stride, params)) == list(map(Tensor.stride, grads))
+        )
     )
 
 
