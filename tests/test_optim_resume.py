@@ -90,3 +90,5 @@ def test_shards_have_masks_averages_and_one_found_infinity(tmp_path: Path) -> No
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert not workers.differences(ranks[0][0], averages)
     assert ranks[0][1] == ranks[1][1] == found == [False, True, False]
+    refused = "AdamW: state of parameter 0 of group 0: exp_avg is a Tensor, expected a DTensor, as the parameter is"
+    assert ranks[0][2] == ranks[1][2] == refused
