@@ -23,7 +23,7 @@ OURS = {name: spec for name, spec in SPECS.items() if spec.namespace == "burnish
 
 #: sources that serve all ops; whatever is not listed here must be named after an op
 INFRASTRUCTURE = {
-    "csrc/cpu": {"isa", "parallel", "probes", "float_product", "lowrank", "sparse"},
+    "csrc/cpu": {"isa", "parallel", "probes", "float_product", "lowrank", "optimizer_step", "sparse"},
     "csrc/cpu/simd": {"table", "peak", "product", "panel", "dot", "dropout", "expand"},
     "csrc/cuda": set(),
     "kernels": {"__init__"},
@@ -189,7 +189,7 @@ def test_a_record_without_cases_is_refused() -> None:
 
 
 def test_an_unknown_op_lists_the_ops() -> None:
-    with pytest.raises(KeyError, match="no op named 'int9_linear'; the ops are: bsr_linear, "):
+    with pytest.raises(KeyError, match="no op named 'int9_linear'; the ops are: adam_step, bsr_linear, "):
         registry.get("int9_linear")
 
 

@@ -66,7 +66,17 @@ void draw(const AdamRule& rule, uint32_t tensor, uint32_t stream, int64_t at, ui
 void put_random(const float* spare, void* data, Format format, int64_t at, int64_t count, const uint16_t* random) {
   if (format == Format::kBf16) {
     auto* to = static_cast<bf16*>(data) + at;
-    for (int64_t i = 0; i < count; ++i) to[i] = round_random<bf16>(spare[i], random[i]);
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= count; i += 16) {
+      const __m512i bits = _mm512_castps_si512(load(spare + i, 16).v);
+      const __m512i sum = _mm512_add_epi32(bits, _mm512_cvtepu16_epi32(load_words(random + i, 16)));
+      const __mmask16 nan = _mm512_cmp_ps_mask(_mm512_castsi512_ps(bits), _mm512_castsi512_ps(bits), _CMP_UNORD_Q);
+      const __m512i kept = _mm512_mask_or_epi32(sum, nan, bits, _mm512_set1_epi32(0x400000));
+      store_words(to + i, _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)), 16);
+    }
+#endif
+    for (; i < count; ++i) to[i] = round_random<bf16>(spare[i], random[i]);
   } else if (format == Format::kFp16) {
     auto* to = static_cast<fp16*>(data) + at;
     for (int64_t i = 0; i < count; ++i) to[i] = round_random<fp16>(spare[i], random[i]);

@@ -385,15 +385,16 @@ def adam_step(
     or number outside of what the module says; then nothing has changed.
     """
     written = [list(one) for one in (steps, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, scales, masters, emas)]
+    stepped = list(params)
     args = (
-        list(params), list(grads), *written, list(masks), lr, beta1, beta2, eps, weight_decay, decoupled, maximize,
+        stepped, list(grads), *written, list(masks), lr, beta1, beta2, eps, weight_decay, decoupled, maximize,
         ema_decay, max_grad_norm, grad_norm, grad_scale, found_inf, seed,
     )  # fmt: skip
     if dispatch.overrides:
         dispatch.call(SPEC, args, needs_grad=False)
     else:
         _op(*args)
-    torch.autograd.graph.increment_version([tensor for one in (args[0], *written) for tensor in one])
+    torch.autograd.graph.increment_version([tensor for one in (stepped, *written) for tensor in one])
 
 
 _op = SPEC.entry
