@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from burnish import registry
+from burnish.arguments import map_tensors
 from burnish.registry import Backend, Case, OpSpec
 from burnish.testing import calls
 
@@ -64,7 +65,7 @@ def test_runs_on_the_current_stream(spec: OpSpec, backend: Backend) -> None:
     case = ordinary(spec, backend)
     args = inputs(spec, backend, case, 0)
     expected = calls.run(spec, backend, args)
-    late = calls.map_tensors(torch.zeros_like, args)
+    late = map_tensors(torch.zeros_like, args)
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(side):

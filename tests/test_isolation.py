@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from burnish import ops, registry
+from burnish.testing.calls import on_copies
 
 OPTIONAL = ("numpy", "triton", "matplotlib", "rich", "transformers", "hypothesis", "pytest", "zentorch", "torchao")
 
@@ -176,7 +177,8 @@ assert torch.equal(got, torch.stack([rows[i] for i in range(16)]))
 def test_eight_threads_on_one_set_of_arguments_agree(name: str) -> None:
     spec = registry.get(name)
     cases = [case for case in spec.cases.test if case.values == "normal"][-4:]
-    work = [(args, spec.entry(*args)) for args in (spec.make(case, "cpu", 0) for case in cases)]
+    call = on_copies(spec, spec.entry)
+    work = [(args, call(*args)) for args in (spec.make(case, "cpu", 0) for case in cases)]
     wrong: list[str] = []
     together = threading.Barrier(8)
 
@@ -184,11 +186,8 @@ def test_eight_threads_on_one_set_of_arguments_agree(name: str) -> None:
         together.wait()
         for _ in range(50):
             for args, expected in work:
-                for y, wanted in zip(
-                    *(r if isinstance(r, tuple) else (r,) for r in (spec.entry(*args), expected)), strict=True
-                ):
-                    if not torch.equal(y, wanted):
-                        wrong.append(name)
+                if not all(torch.equal(y, wanted) for y, wanted in zip(call(*args), expected, strict=True)):
+                    wrong.append(name)
 
     threads = [threading.Thread(target=run) for _ in range(8)]
     for thread in threads:

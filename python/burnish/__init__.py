@@ -10,7 +10,7 @@ from burnish import native as _native
 
 _native.load()  # before the schemas below are defined, so that a mismatch is an exception here
 
-from burnish import factorize, nn, ops, prune  # noqa: E402
+from burnish import factorize, nn, ops, optim, prune  # noqa: E402
 from burnish.adapters import adapter_state_dict, load_adapter, save_adapter, trainable_only  # noqa: E402
 from burnish.calibration import Calibration, calibrate  # noqa: E402
 from burnish.checkpoint import load, save  # noqa: E402
@@ -48,6 +48,7 @@ __all__ = [
     "lora_rules",
     "nn",
     "ops",
+    "optim",
     "prune",
     "save",
     "save_adapter",

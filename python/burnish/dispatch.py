@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from burnish import native
+from burnish.arguments import places
 from burnish.errors import BackendError
 from burnish.registry import BACKENDS, Backend, Impl
 
@@ -152,7 +153,7 @@ def call(spec: OpSpec, args: tuple[Any, ...], needs_grad: bool) -> Any:
     if _capturing.get():
         raise _Captured(args)
     backend = _asked(spec)
-    device = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
+    device = next(tensor.device.type for tensor in places(args).values())
     if backend in (None, "cpu") or device != "cpu":
         if backend == "cpu" and device != "cpu":
             raise BackendError(f"{spec.name}: backend 'cpu' was asked for, but the tensors are on {device}")
@@ -210,7 +211,7 @@ def _emulated(spec: OpSpec) -> Callable[..., Any]:
 def candidates(spec: OpSpec, args: tuple[Any, ...] | None = None) -> dict[str, str]:
     """Every backend of an op with ``yes`` or the reason it cannot run; without arguments, whether it could at all."""
     table = {"reference": "yes: the definition, for checking"}
-    device = "cpu" if args is None else next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
+    device = "cpu" if args is None else next(tensor.device.type for tensor in places(args).values())
     if native.lacks(spec.namespace):
         table["cpu"] = native.missing["_native.so"]
     elif not torch._C._dispatch_has_kernel_for_dispatch_key(spec.qualname, "CPU"):

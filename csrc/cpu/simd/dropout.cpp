@@ -1,6 +1,6 @@
 // Rows of x taken into a product's format, and dropout: math/philox.h decides, 16 calls of the generator at a time.
 #include "cpu/simd/level.h"
-#include "math/philox.h"
+#include "cpu/simd/philox.h"
 
 namespace burnish::BURNISH_ISA {
 namespace {
@@ -10,40 +10,16 @@ constexpr int64_t kSpan = kGroups * kDropoutGroup;
 
 #if defined(__AVX512F__)
 
-struct Product64 {
-  __m512i high, low;
-};
-
-// a * b in 64 bits, split into high and low words.
-BURNISH_INLINE Product64 multiply_words(__m512i a, __m512i b) {
-  const __m512i even = _mm512_mul_epu32(a, b);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), b);
-  return {_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd),
-          _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32))};
-}
-
 // Bytes of kept_bits for groups [group, group + 16) of a row.
 void keep_groups(const Dropout& dropout, int64_t row, int64_t group, uint8_t* bits) {
   const uint64_t r = static_cast<uint64_t>(row);
   const __m512i count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i m0 = _mm512_set1_epi64(0xd2511f53), m1 = _mm512_set1_epi64(0xcd9e8d57);
-  __m512i c0 = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(group)), count);
-  __m512i c1 = _mm512_set1_epi32(static_cast<int32_t>(r)), c2 = _mm512_set1_epi32(static_cast<int32_t>(r >> 32));
-  __m512i c3 = _mm512_setzero_si512();
-  uint32_t k0 = static_cast<uint32_t>(dropout.seed), k1 = static_cast<uint32_t>(dropout.seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const Product64 first = multiply_words(c0, m0), second = multiply_words(c2, m1);
-    constexpr int kXor3 = 0x96;
-    c0 = _mm512_ternarylogic_epi32(second.high, c1, _mm512_set1_epi32(static_cast<int32_t>(k0)), kXor3);
-    c1 = second.low;
-    c2 = _mm512_ternarylogic_epi32(first.high, c3, _mm512_set1_epi32(static_cast<int32_t>(k1)), kXor3);
-    c3 = first.low;
-    k0 += 0x9e3779b9u;
-    k1 += 0xbb67ae85u;
-  }
+  __m512i words[4] = {_mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(group)), count),
+                      _mm512_set1_epi32(static_cast<int32_t>(r)), _mm512_set1_epi32(static_cast<int32_t>(r >> 32)),
+                      _mm512_setzero_si512()};
+  philox16(words, dropout.seed);
   const __m512i limit = _mm512_set1_epi16(static_cast<int16_t>(dropout.threshold));
   __m512i kept = _mm512_setzero_si512();
-  const __m512i words[4] = {c0, c1, c2, c3};
   BURNISH_UNROLL for (int i = 0; i < 4; ++i) {
     const __mmask32 above = _mm512_cmpge_epu16_mask(words[i], limit);
     kept = _mm512_or_si512(kept, _mm512_maskz_mov_epi16(above, _mm512_set1_epi32(0x20001 << 2 * i)));

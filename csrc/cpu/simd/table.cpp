@@ -40,6 +40,8 @@ const Kernels& kernels_of<Isa::BURNISH_ISA>() {
                                   sparse24_dot,
                                   sparse24_int8,
                                   kSparse24Offset,
+                                  adam_step,
+                                  sum_squares,
                                   peak_int8,
                                   peak_fp32,
                                   peak_bf16,

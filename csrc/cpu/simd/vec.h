@@ -29,6 +29,7 @@ BURNISH_INLINE Vec operator-(Vec a, Vec b) { return Vec(_mm512_sub_ps(a.v, b.v))
 BURNISH_INLINE Vec operator*(Vec a, Vec b) { return Vec(_mm512_mul_ps(a.v, b.v)); }
 BURNISH_INLINE Vec operator/(Vec a, Vec b) { return Vec(_mm512_div_ps(a.v, b.v)); }
 BURNISH_INLINE Vec fma(Vec a, Vec b, Vec c) { return Vec(_mm512_fmadd_ps(a.v, b.v, c.v)); }
+BURNISH_INLINE Vec square_root(Vec a) { return Vec(_mm512_sqrt_ps(a.v)); }
 BURNISH_INLINE Vec absolute(Vec a) {
   return Vec(_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff))));
 }
@@ -37,6 +38,9 @@ BURNISH_INLINE Vec select(__mmask16 condition, Vec a, Vec b) { return Vec(_mm512
 // vminps and vmaxps give their second operand at NaN
 BURNISH_INLINE Vec at_most(Vec a, Vec limit) { return Vec(_mm512_min_ps(limit.v, a.v)); }
 BURNISH_INLINE Vec at_least(Vec a, Vec limit) { return Vec(_mm512_max_ps(limit.v, a.v)); }
+BURNISH_INLINE Vec maximum(Vec a, Vec b) {
+  return Vec(_mm512_mask_mov_ps(_mm512_max_ps(a.v, b.v), _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), a.v));
+}
 BURNISH_INLINE Vec power_of_two(Vec shifted) {
   const __m512i bits = _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23);
   return Vec(_mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_set1_epi32(0x3f800000))));
@@ -113,6 +117,7 @@ BURNISH_INLINE Vec operator-(Vec a, Vec b) { return Vec(_mm256_sub_ps(a.v, b.v))
 BURNISH_INLINE Vec operator*(Vec a, Vec b) { return Vec(_mm256_mul_ps(a.v, b.v)); }
 BURNISH_INLINE Vec operator/(Vec a, Vec b) { return Vec(_mm256_div_ps(a.v, b.v)); }
 BURNISH_INLINE Vec fma(Vec a, Vec b, Vec c) { return Vec(_mm256_fmadd_ps(a.v, b.v, c.v)); }
+BURNISH_INLINE Vec square_root(Vec a) { return Vec(_mm256_sqrt_ps(a.v)); }
 BURNISH_INLINE Vec absolute(Vec a) {
   return Vec(_mm256_and_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff))));
 }
@@ -121,6 +126,9 @@ BURNISH_INLINE Vec select(__m256 condition, Vec a, Vec b) { return Vec(_mm256_bl
 // vminps and vmaxps give their second operand at NaN
 BURNISH_INLINE Vec at_most(Vec a, Vec limit) { return Vec(_mm256_min_ps(limit.v, a.v)); }
 BURNISH_INLINE Vec at_least(Vec a, Vec limit) { return Vec(_mm256_max_ps(limit.v, a.v)); }
+BURNISH_INLINE Vec maximum(Vec a, Vec b) {
+  return Vec(_mm256_blendv_ps(_mm256_max_ps(a.v, b.v), a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)));
+}
 BURNISH_INLINE Vec power_of_two(Vec shifted) {
   const __m256i bits = _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23);
   return Vec(_mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(0x3f800000))));
@@ -186,11 +194,13 @@ BURNISH_INLINE Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
 BURNISH_INLINE Vec operator*(Vec a, Vec b) { return Vec(a.v * b.v); }
 BURNISH_INLINE Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
 BURNISH_INLINE Vec fma(Vec a, Vec b, Vec c) { return Vec(burnish::fma(a.v, b.v, c.v)); }
+BURNISH_INLINE Vec square_root(Vec a) { return Vec(std::sqrt(a.v)); }
 BURNISH_INLINE Vec absolute(Vec a) { return Vec(burnish::absolute(a.v)); }
 BURNISH_INLINE bool less(Vec a, Vec b) { return a.v < b.v; }
 BURNISH_INLINE Vec select(bool condition, Vec a, Vec b) { return condition ? a : b; }
 BURNISH_INLINE Vec at_most(Vec a, Vec limit) { return Vec(burnish::at_most(a.v, limit.v)); }
 BURNISH_INLINE Vec at_least(Vec a, Vec limit) { return Vec(burnish::at_least(a.v, limit.v)); }
+BURNISH_INLINE Vec maximum(Vec a, Vec b) { return Vec(a.v != a.v || a.v > b.v ? a.v : b.v); }
 BURNISH_INLINE Vec power_of_two(Vec shifted) { return Vec(burnish::power_of_two(shifted.v)); }
 template <class T>
 BURNISH_INLINE Vec load(const T* p, int64_t) {

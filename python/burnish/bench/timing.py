@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from burnish.arguments import map_tensors, places
 from burnish.bench import machine
 from burnish.registry import Backend, Case, OpSpec
 
@@ -43,23 +44,19 @@ def argument_sets(spec: OpSpec, case: Case, backend: Backend, device: str, conte
     """Argument sets for ``case``: enough to overflow the cache, as few as memory allows, at least two."""
 
     def make(seed: int) -> tuple[Any, ...]:
-        args = spec.make(case, backend, seed)
-        return tuple(arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in args)
-
-    def copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
+        return map_tensors(lambda t: t.to(device), spec.make(case, backend, seed))
 
     start = time.perf_counter()
     first = make(0)
     slow = time.perf_counter() - start > MAKE_SECONDS
-    size = max(1, sum(arg.nbytes for arg in first if isinstance(arg, torch.Tensor)))
+    size = max(1, sum(tensor.nbytes for tensor in places(first).values()))
     wanted = math.ceil(CACHE_FACTOR * machine.last_level_cache(device) / size) + 1
     # a contestant may keep its weights in fp32: four times the bytes
     affordable = machine.free_memory(device) // 2 // (4 * size * max(1, contestants))
     count = max(SEEDS, min(wanted, affordable, MAX_SETS))
     sets = [first, *(make(seed) for seed in range(1, SEEDS))]
     for index in range(SEEDS, count):
-        sets.append(copied(sets[index % SEEDS]) if slow else make(index % SEEDS))
+        sets.append(map_tensors(torch.clone, sets[index % SEEDS]) if slow else make(index % SEEDS))
     return sets
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from burnish import dispatch, native
+from burnish.arguments import Args, map_tensors, places
 from burnish.registry import Backend, Case, OpSpec
 
-Args = tuple[Any, ...]
 Outputs = tuple[torch.Tensor, ...]
 
 INTERPRETED: tuple[Backend, str] = ("triton", "this process interprets Triton kernels")
@@ -84,17 +84,57 @@ def _to_cuda(tensor: torch.Tensor) -> torch.Tensor:
     return moved.requires_grad_(tensor.requires_grad)
 
 
-def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], args: Args) -> Args:
-    return tuple(function(arg) if isinstance(arg, torch.Tensor) else arg for arg in args)
-
-
 def as_outputs(result: Any) -> Outputs:
     """An op's result as a tuple of tensors."""
+    if result is None:
+        return ()
     return result if isinstance(result, tuple) else (result,)
 
 
-def run(spec: OpSpec, backend: Backend, args: Args, grad: bool = False, draw: int = 0) -> Outputs:
-    """Run the op on ``backend``, by the same road that users' calls take; ``grad`` asks for the differentiable op.
+def mutated(spec: OpSpec) -> set[int]:
+    """The arguments that the op writes into, by the schema's word."""
+    arguments = spec.overload()._schema.arguments
+    return {index for index, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write}
+
+
+def outcome(spec: OpSpec, args: Args, result: Any) -> Outputs:
+    """All that a call with ``args`` made: its result, then the tensors that it wrote into."""
+    written = mutated(spec)
+    return as_outputs(result) + tuple(tensor for place, tensor in places(args).items() if place[0] in written)
+
+
+def twin(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in memory of its own, gaps included."""
+    if tensor.is_contiguous():
+        return tensor.clone()
+    whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return whole.set_(tensor.untyped_storage().clone(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def on_copies(
+    spec: OpSpec, function: Callable[..., Any], copy: Callable[[torch.Tensor], torch.Tensor] = twin
+) -> Callable[..., Outputs]:
+    """``function``, which takes the op's arguments, as one that returns its :func:`outcome` and keeps its arguments as
+    they are: what the op writes into are copies."""
+    written = mutated(spec)
+
+    def call(*args: Any) -> Outputs:
+        own = tuple(map_tensors(copy, (arg,))[0] if index in written else arg for index, arg in enumerate(args))
+        return outcome(spec, own, function(*own))
+
+    return call
+
+
+def run(
+    spec: OpSpec,
+    backend: Backend,
+    args: Args,
+    grad: bool = False,
+    draw: int = 0,
+    copy: Callable[[torch.Tensor], torch.Tensor] = twin,
+) -> Outputs:
+    """Run the op on ``backend``, by the same road that users' calls take; ``grad`` asks for the differentiable op. The
+    arguments stay as they are: an op that writes into some gets what ``copy`` makes of these.
 
     ``draw`` counts what differs from an earlier call in its values alone: an emulated kernel, whose schedules do not
     depend on them, then runs under schedule ``draw`` and no other.
@@ -102,7 +142,7 @@ def run(spec: OpSpec, backend: Backend, args: Args, grad: bool = False, draw: in
     moved = to_device(backend, args)
 
     def call() -> Outputs:
-        return as_outputs(dispatch.call(spec, moved, grad))
+        return on_copies(spec, lambda *own: dispatch.call(spec, own, grad), copy)(*moved)
 
     with dispatch.use_backend(backend):
         if not native.emulating():
@@ -138,20 +178,13 @@ def _raw(tensor: torch.Tensor) -> torch.Tensor:
 def eager(spec: OpSpec, args: Args) -> Outputs:
     """The reference in the inputs' own dtypes."""
     with torch.no_grad():
-        return as_outputs(spec.reference(*args))
+        return on_copies(spec, spec.reference)(*args)
 
 
 def widen(args: Args) -> Args:
     """Every floating-point tensor, and every floating-point dtype argument, to float64."""
-    return tuple(_widened(arg) for arg in args)
-
-
-def _widened(arg: Any) -> Any:
-    if isinstance(arg, torch.Tensor):
-        return arg.detach().double() if arg.is_floating_point() else arg
-    if isinstance(arg, torch.dtype):
-        return torch.float64 if arg.is_floating_point else arg
-    return arg
+    args = map_tensors(lambda t: t.detach().double() if t.is_floating_point() else t, args)
+    return tuple(torch.float64 if isinstance(arg, torch.dtype) and arg.is_floating_point else arg for arg in args)
 
 
 def oracle(spec: OpSpec, args: Args) -> Outputs:
@@ -166,7 +199,12 @@ def is_exact(outputs: Outputs) -> bool:
 
 def makes_integers(spec: OpSpec, backend: Backend, case: Case) -> bool:
     """:func:`is_exact`, asked of the op's fake."""
-    return is_exact(as_outputs(spec.fake(*spec.make(case, backend, 0))))
+    return is_exact(announced(spec, spec.make(case, backend, 0)))
+
+
+def announced(spec: OpSpec, args: Args) -> Outputs:
+    """What the op's fake says that a call makes; what the op writes into stays as it is."""
+    return outcome(spec, args, spec.fake(*args))
 
 
 def resized(case: Case, first: int) -> Case:

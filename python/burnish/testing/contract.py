@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from burnish.arguments import Args, map_tensors, places, put
 from burnish.registry import Backend, Case, Invalid, OpSpec
 from burnish.testing import numerics
-from burnish.testing.calls import Args, Violation, as_outputs, map_tensors, resized, rows, run, to_device, volume
+from burnish.testing.calls import Violation, as_outputs, on_copies, resized, rows, run, to_device, volume
 from burnish.testing.layouts import LAYOUTS
 from burnish.testing.values import strided_arguments
 
@@ -45,17 +46,18 @@ def input_sets(spec: OpSpec, dtype: torch.dtype) -> dict[str, tuple[Case, str, b
 def opcheck(spec: OpSpec, backend: Backend, dtype: torch.dtype, name: str) -> None:
     """C1: torch.library.opcheck of every overload, with no list of known failures."""
     case, layout, grad = input_sets(spec, dtype)[name]
-    args = list(spec.make(case, backend, 0))
-    free = strided_arguments(spec, tuple(args))
+    args = spec.make(case, backend, 0)
+    free = strided_arguments(spec, args)
     if free:
-        args[free[0]] = LAYOUTS[layout](args[free[0]])
+        args = put(args, free[0], LAYOUTS[layout](places(args)[free[0]]))
     if grad:
-        for index in free:
-            if args[index].is_floating_point():
-                args[index] = args[index].detach().requires_grad_()
+        for place in free:
+            tensor = places(args)[place]
+            if tensor.is_floating_point():
+                args = put(args, place, tensor.detach().requires_grad_())
     overloads = [spec.overload()] if grad or spec.entry is spec.overload() else [spec.entry, spec.overload()]
     for overload in overloads:
-        torch.library.opcheck(overload, to_device(backend, tuple(args)))
+        torch.library.opcheck(overload, to_device(backend, args))
 
 
 def compiled(spec: OpSpec, backend: Backend, case: Case, compiler: str, grad: bool) -> None:
@@ -75,10 +77,11 @@ def compiled(spec: OpSpec, backend: Backend, case: Case, compiler: str, grad: bo
         return overload(*args)
 
     fast = torch.compile(function, backend=counting, fullgraph=True, dynamic=True)
+    pair = [on_copies(spec, one) for one in (fast, function)]
     try:
         for batch in BATCHES if "M" in case.dims else BATCHES[::2]:
             args = to_device(backend, spec.make(resized(case, batch), backend, batch))
-            for index, (y, wanted) in enumerate(zip(_pull(fast, args, grad), _pull(function, args, grad), strict=True)):
+            for index, (y, wanted) in enumerate(zip(*(_pull(one, args, grad) for one in pair), strict=True)):
                 numerics.check_equal("C7", f"compiled {spec.stem}[{index}] of {batch} rows", y.cpu(), wanted.cpu())
     finally:
         torch._dynamo.reset()

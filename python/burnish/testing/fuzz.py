@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from burnish.arguments import Args, Place, places, put
 from burnish.registry import Backend, Case, OpSpec
-from burnish.testing.calls import Args, interpreting, objection
+from burnish.testing.calls import interpreting, objection
 from burnish.testing.layouts import LAYOUTS
 from burnish.testing.values import compare, run_checked, strided_arguments
 
@@ -54,11 +55,10 @@ def fuzz(spec: OpSpec, backend: Backend, examples: int = EXAMPLES) -> int:
     return ran
 
 
-def _laid_out(args: Args, free: list[int], chosen: tuple[str, ...]) -> Args:
-    moved = list(args)
-    for index in free:
-        moved[index] = LAYOUTS[chosen[index]](moved[index])
-    return tuple(moved)
+def _laid_out(args: Args, free: list[Place], chosen: tuple[str, ...]) -> Args:
+    for place in free:
+        args = put(args, place, LAYOUTS[chosen[sum(place) % len(chosen)]](places(args)[place]))
+    return args
 
 
 def _unique(kinds: list[Any]) -> list[Any]:

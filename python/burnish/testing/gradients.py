@@ -14,9 +14,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from burnish import dispatch
+from burnish.arguments import Args
 from burnish.registry import Autograd, Backend, Case, OpSpec
 from burnish.testing import numerics
-from burnish.testing.calls import Args, Outputs, Violation, as_outputs, kinds, resized, rows, run, widen
+from burnish.testing.calls import Outputs, Violation, as_outputs, kinds, resized, rows, run, widen
 
 
 class Smooth(TorchFunctionMode):

@@ -54,8 +54,10 @@ def channels_last(t: torch.Tensor) -> torch.Tensor:
 
 def _garbage(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     """What no kernel should read: NaN, or the largest integer."""
-    fill = float("nan") if like.is_floating_point() else torch.iinfo(like.dtype).max
-    return torch.full(shape, fill, dtype=like.dtype, device=like.device)
+    whole = torch.empty(shape, dtype=like.dtype, device=like.device)
+    if like.dtype == torch.bool:
+        return whole.fill_(True)
+    return whole.fill_(float("nan") if like.is_floating_point() else torch.iinfo(like.dtype).max)
 
 
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -21,8 +21,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from burnish.arguments import Args
 from burnish.checks import FLOATING
-from burnish.testing.calls import Args, Outputs, as_outputs, widen
+from burnish.testing.calls import Outputs, as_outputs, widen
 
 _MOVES = {
     "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select",
@@ -68,7 +69,7 @@ class _Magnitudes(TorchDispatchMode):
         if not isinstance(value, torch.Tensor):
             return torch.tensor(abs(float(value)), dtype=torch.float64)
         found: torch.Tensor | None = self.known.get(value)
-        return value.detach().abs().double() if found is None else found
+        return value.detach().double().abs() if found is None else found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -138,6 +139,8 @@ class _Magnitudes(TorchDispatchMode):
             return torch.where(args[0], self.of(args[1]), self.of(args[2]))
         if name == "masked_scatter":
             return torch.masked_scatter(self.of(args[0]), args[1], self.of(args[2]))
+        if name == "copy":
+            return self.of(args[1]).expand_as(out)
         return self._function(func, args, kwargs, out)
 
     def _sum(self, func: Any, operands: Any, rest: Any, out: torch.Tensor, terms: int, **kwargs: Any) -> torch.Tensor:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from burnish.arguments import places
 from burnish.testing.calls import Violation
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -57,7 +58,7 @@ def lazy(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return _storage(base, nbytes, base, nbytes)[: elements * dtype.itemsize].view(dtype).view(shape)
 
 
-def guarded(tensor: torch.Tensor, side: Literal["end", "start"] = "end") -> torch.Tensor:
+def guarded(tensor: torch.Tensor, side: Literal["end", "start"] = "end", writable: bool = False) -> torch.Tensor:
     """A contiguous, read-only copy with its last byte before, or its first byte after, an untouchable page."""
     nbytes = tensor.numel() * tensor.itemsize
     if nbytes == 0:
@@ -67,7 +68,8 @@ def guarded(tensor: torch.Tensor, side: Literal["end", "start"] = "end") -> torc
     copy = _storage(base + start, nbytes, base - mmap.PAGESIZE, body + 2 * mmap.PAGESIZE)
     typed = copy.view(tensor.dtype).view(tensor.shape)
     typed.copy_(tensor.detach())
-    _protect(base, body, mmap.PROT_READ)
+    if not writable:
+        _protect(base, body, mmap.PROT_READ)
     return typed
 
 
@@ -136,12 +138,12 @@ def poisoned() -> Iterator[None]:
 
 def snapshot(args: tuple[Any, ...]) -> list[torch.Tensor]:
     """The whole storage of each tensor, the gaps between its elements included."""
-    return [_bytes(arg).clone() for arg in args if isinstance(arg, torch.Tensor)]
+    return [_bytes(tensor).clone() for tensor in places(args).values()]
 
 
 def unchanged(before: list[torch.Tensor], args: tuple[Any, ...]) -> bool:
     """Whether every byte of every input is what it was."""
-    after = [_bytes(arg) for arg in args if isinstance(arg, torch.Tensor)]
+    after = [_bytes(tensor) for tensor in places(args).values()]
     return all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 

@@ -103,7 +103,7 @@ def _on_cases(spec: OpSpec, backend: Backend) -> Iterator[tuple[str, Case, str, 
             positions = INTERPRETED_POSITIONS if stand_in() else positions
             few = resized(small, min(rows(small), 3))
             yield "special", few, few.id, partial(values.special, spec, backend, few, positions)
-        if not makes_integers(spec, backend, small):
+        if not makes_integers(spec, backend, small) and values.grows(spec, backend, middle):
             yield "unbiased", middle, middle.id, partial(values.unbiased, spec, backend, middle)
         yield "deterministic", solid[-1], solid[-1].id, partial(values.deterministic, spec, backend, solid[-1])
         if spec.autograd and not native.emulating():

@@ -5,25 +5,26 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Iterator
+from functools import partial
 from hashlib import sha256
 from itertools import count
 from typing import Any
 
 import torch
 
+from burnish.arguments import Args, Place, map_tensors, places, put
 from burnish.registry import Backend, Case, OpSpec
 from burnish.testing import memory, numerics
 from burnish.testing.calls import (
-    Args,
     Outputs,
     Violation,
-    as_outputs,
+    announced,
     eager,
     interpreting,
     is_exact,
     kinds,
-    map_tensors,
     objection,
+    on_copies,
     oracle,
     resized,
     rows,
@@ -51,8 +52,7 @@ def run_checked(spec: OpSpec, backend: Backend, args: Args, draw: int = 0) -> Ou
     outputs = run(spec, backend, args, draw=draw)
     if not memory.unchanged(before, args):
         raise Violation(f"C5: {spec.name} changed one of its inputs")
-    announced = as_outputs(spec.fake(*args))
-    for what, y, fake in zip(_names(spec, outputs), outputs, announced, strict=True):
+    for what, y, fake in zip(_names(spec, outputs), outputs, announced(spec, args), strict=True):
         for word in ("shape", "dtype", "stride"):
             real, promised = getattr(y, word), getattr(fake, word)
             real, promised = (real(), promised()) if word == "stride" else (real, promised)
@@ -69,7 +69,7 @@ def compare(spec: OpSpec, args: Args, outputs: Outputs, values: str) -> None:
         for what, y, expected in zip(_names(spec, outputs), outputs, eager(spec, args), strict=True):
             numerics.check_equal(rule, what, y, expected)
         return
-    y64s, terms = magnitudes(spec.reference, args)
+    y64s, terms = magnitudes(on_copies(spec, spec.reference), args)
     for what, y, y64, of in zip(_names(spec, outputs), outputs, y64s, terms, strict=True):
         if values == "integers" and y.dtype not in of.inexact:
             numerics.check_equal("C4", what, y, y64.to(y.dtype))
@@ -101,9 +101,18 @@ def _triples(spec: OpSpec, args: Args, outputs: Outputs) -> Iterator[tuple[torch
     yield from zip(outputs, (y64.double() for y64 in oracle(spec, args)), eager(spec, args), strict=True)
 
 
+def grows(spec: OpSpec, backend: Backend, case: Case) -> bool:
+    """Whether more rows make more results, which the mean error of N3 is taken over; those of a reduction stay few."""
+    sizes = [
+        sum(y.numel() for y in announced(spec, spec.make(resized(case, count), backend, 0)))
+        for count in (rows(case), 2 * rows(case))
+    ]
+    return sizes[0] < sizes[1]
+
+
 def unbiased(spec: OpSpec, backend: Backend, case: Case) -> None:
     """N3, with the case's rows made many enough, or as many as the backend takes and drawn again and again."""
-    narrow = as_outputs(spec.fake(*spec.make(case, backend, 0)))
+    narrow = announced(spec, spec.make(case, backend, 0))
     times = math.ceil(numerics.BIAS_ELEMENTS / max(y.numel() for y in narrow))
     taller = times
     while taller > 1 and objection(spec, backend, spec.make(resized(case, taller * rows(case)), backend, 0)):
@@ -113,7 +122,9 @@ def unbiased(spec: OpSpec, backend: Backend, case: Case) -> None:
     for seed in range(times):
         args = spec.make(case, backend, seed)
         outputs = run_checked(spec, backend, args, seed)
-        for pool, y, y64, terms in zip(pooled, outputs, *magnitudes(spec.reference, args), strict=True):
+        for pool, y, y64, terms in zip(
+            pooled, outputs, *magnitudes(on_copies(spec, spec.reference), args), strict=True
+        ):
             pool.append((y.ravel(), y64.ravel(), numerics.unit_of(y, y64, terms).ravel()))
     for what, pool in zip(_names(spec, narrow), pooled, strict=True):
         y, y64, unit = (torch.cat(parts) for parts in zip(*pool, strict=True))
@@ -124,18 +135,18 @@ def unbiased(spec: OpSpec, backend: Backend, case: Case) -> None:
 def special(spec: OpSpec, backend: Backend, case: Case, positions: int) -> None:
     """N7: a NaN, infinity, negative zero or subnormal in at most ``positions`` places of each floating input."""
     clean = spec.make(case, backend, 0)
-    floating = [i for i, arg in enumerate(clean) if isinstance(arg, torch.Tensor) and arg.is_floating_point()]
+    floating = {place: tensor for place, tensor in places(clean).items() if tensor.is_floating_point()}
     draws = count()
-    for index in floating:
-        size = clean[index].numel()
-        places = min(size, positions)
-        for place in sorted({round(i * (size - 1) / max(places - 1, 1)) for i in range(places)}):
-            for value in _specials(clean[index].dtype):
-                changed = clean[index].clone()
-                changed.view(-1)[place] = value
-                args = (*clean[:index], changed, *clean[index + 1 :])
-                what = f"{spec.stem} with {value} at element {place} of argument {index}"
-                ordinary = index == floating[0] and not case.options
+    for place, tensor in floating.items():
+        size = tensor.numel()
+        some = min(size, positions)
+        for at in sorted({round(i * (size - 1) / max(some - 1, 1)) for i in range(some)}):
+            for value in _specials(tensor.dtype):
+                changed = tensor.clone()
+                changed.view(-1)[at] = value
+                args = put(clean, place, changed)
+                what = f"{spec.stem} with {value} at element {at} of argument {_words(place)}"
+                ordinary = place == next(iter(floating)) and not case.options
                 _check_special(spec, backend, args, what, next(draws), against_torch=ordinary)
 
 
@@ -153,24 +164,29 @@ def _check_special(spec: OpSpec, backend: Backend, args: Args, what: str, draw: 
     for y, y64 in zip(outputs, oracle(spec, args), strict=True):
         numerics.check_mask(what, y, y64.to(y.dtype), "the reference")
     if against_torch and spec.baseline is not None:
-        for y, torch_own in zip(outputs, as_outputs(spec.baseline(*widen(args))()), strict=True):
+        torchs = on_copies(spec, lambda *own: spec.baseline(*own)())(*widen(args))  # type: ignore[misc]
+        for y, torch_own in zip(outputs, torchs, strict=True):
             if torch_own is not None and torch_own.shape == y.shape:
                 numerics.check_mask(what, y, torch_own.to(y.dtype), "torch's own path")
 
 
-def strided_arguments(spec: OpSpec, args: Args) -> list[int]:
-    """The tensors that may have any strides: those of which the op's fake does not ask contiguity."""
+def _words(place: Place) -> str:
+    return "[".join(map(str, place)) + "]" * (len(place) - 1)
+
+
+def strided_arguments(spec: OpSpec, args: Args) -> list[Place]:
+    """The tensors, scalars aside, that may have any strides: those of which the fake does not ask contiguity."""
     free = []
-    for index, arg in enumerate(args):
-        if not isinstance(arg, torch.Tensor):
+    for place, tensor in places(args).items():
+        if tensor.dim() == 0:
             continue
-        gapped = LAYOUTS["every_second"](arg if arg.numel() > 1 else arg.new_zeros(3, 4))
+        gapped = LAYOUTS["every_second"](tensor if tensor.numel() > 1 else tensor.new_zeros(3, 4))
         try:
-            spec.fake(*args[:index], gapped, *args[index + 1 :])
+            spec.fake(*put(args, place, gapped))
         except RuntimeError as error:
             if "contiguous" in str(error):
                 continue
-        free.append(index)
+        free.append(place)
     return free
 
 
@@ -180,12 +196,12 @@ def layout(spec: OpSpec, backend: Backend, case: Case, name: str) -> None:
     free = strided_arguments(spec, original)
     if not free:
         return
-    moved = list(original)
-    for index in free:
-        moved[index] = LAYOUTS[name](original[index])
-    plain = map_tensors(lambda t: t.clone(memory_format=torch.contiguous_format), tuple(moved))
+    moved = original
+    for place in free:
+        moved = put(moved, place, LAYOUTS[name](places(original)[place]))
+    plain = map_tensors(lambda t: t.clone(memory_format=torch.contiguous_format), moved)
     expected = tuple(y.cpu() for y in run(spec, backend, plain))
-    outputs = run_checked(spec, backend, tuple(moved))
+    outputs = run_checked(spec, backend, moved)
     for what, y, wanted in zip(_names(spec, outputs), outputs, expected, strict=True):
         numerics.check_equal("layout", f"{what} of {name} inputs", y, wanted)
 
@@ -210,15 +226,17 @@ def guard(spec: OpSpec, backend: Backend, case: Case) -> None:
     results: list[Outputs] = []
     with memory.poisoned():
         if expected[0].device.type == "cpu":  # where a write to an input faults, and need not be looked for
-            results.append(run(spec, backend, map_tensors(lambda t: memory.guarded(t, "end"), args)))
-            results.append(run(spec, backend, map_tensors(lambda t: memory.guarded(t, "start"), args)))
+            for side in ("end", "start"):
+                inputs = map_tensors(partial(memory.guarded, side=side), args)
+                results.append(run(spec, backend, inputs, copy=partial(memory.guarded, side=side, writable=True)))
         else:
             results.append(run_checked(spec, backend, args))
     if backend == "cpu":
         with memory.GuardedOutputs(spec.namespace) as outputs_guard:
             results.append(run(spec, backend, args))
         outputs_guard.check()
-        if outputs_guard.allocated == 0 and any(y.numel() for y in expected):
+        returned = expected[: len(spec.overload()._schema.returns)]
+        if outputs_guard.allocated == 0 and any(y.numel() for y in returned):
             raise Violation(f"C5: {spec.name} allocated nothing through torch, so its results were not guarded")
     for outputs in results:
         for what, y, wanted in zip(_names(spec, expected), outputs, expected, strict=True):
@@ -252,8 +270,8 @@ def huge(spec: OpSpec, backend: Backend, case: Case) -> None:
     """C6: each strided matrix argument in turn spans more than 2**31 elements, by rows and by columns."""
     args = spec.make(tall(spec, backend, case), backend, 0)
     expected = run(spec, backend, args)
-    for index in strided_arguments(spec, args):
-        matrix = args[index]
+    for place in strided_arguments(spec, args):
+        matrix = places(args)[place]
         if matrix.dim() != 2:
             continue
         for axis in (0, 1):
@@ -269,9 +287,11 @@ def huge(spec: OpSpec, backend: Backend, case: Case) -> None:
                 spread = memory.lazy((span,), matrix.dtype)
             spread = spread.as_strided(matrix.shape, (stride, 1) if axis == 0 else (1, stride))
             spread.copy_(matrix)
-            outputs = run(spec, backend, (*args[:index], spread, *args[index + 1 :]))
+            outputs = run(spec, backend, put(args, place, spread))
             for what, y, wanted in zip(_names(spec, outputs), outputs, expected, strict=True):
-                numerics.check_equal("C6", f"{what} with argument {index} strided by {stride}", y.cpu(), wanted.cpu())
+                numerics.check_equal(
+                    "C6", f"{what} with argument {_words(place)} strided by {stride}", y.cpu(), wanted.cpu()
+                )
             del spread
             if runs_on_gpu(backend):
                 torch.cuda.empty_cache()  # other test processes share the GPU

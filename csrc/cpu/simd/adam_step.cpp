@@ -1,0 +1,223 @@
+// Blocks of a parameter's step: what is not fp32 is staged through buffers of a block that stay in the first-level
+// cache, so that one loop over floats does the maths of every mix of formats. fp32 is worked on where it lies.
+#include "cpu/simd/level.h"
+#include "cpu/simd/philox.h"
+#include "math/moments.h"
+#include "math/rounding.h"
+
+namespace burnish::BURNISH_ISA {
+namespace {
+
+struct alignas(64) Staged {
+  float parameter[kStateBlock], gradient[kStateBlock], moments[3][kStateBlock];
+  uint16_t random[kStateBlock];
+};
+
+// `count` elements from `at` on as floats: where they are, or converted into `spare`.
+float* take(const void* data, Format format, int64_t at, int64_t count, float* spare) {
+  if (format == Format::kFloat) return static_cast<float*>(const_cast<void*>(data)) + at;
+  with_type(format, [&](auto* type) {
+    const auto* from = static_cast<decltype(type)>(const_cast<void*>(data)) + at;
+    for (int64_t i = 0; i < count; i += Vec::kLanes) store(spare + i, load(from + i, count - i), count - i);
+  });
+  return spare;
+}
+
+// Back from `spare`, rounded to nearest; nothing where the floats lie in their place.
+void put(const float* spare, void* data, Format format, int64_t at, int64_t count) {
+  if (format == Format::kFloat) return;
+  with_type(format, [&](auto* type) {
+    auto* to = static_cast<decltype(type)>(data) + at;
+    for (int64_t i = 0; i < count; i += Vec::kLanes) store(to + i, load(spare + i, count - i), count - i);
+  });
+}
+
+// Sixteen random bits for each element of the block at `at`.
+void draw(const AdamRule& rule, uint32_t tensor, uint32_t stream, int64_t at, uint16_t* random) {
+  const auto group = static_cast<uint64_t>(at / kRoundingGroup);
+#if defined(__AVX512F__)
+  // lane 4 j + t counts group 4 t + j, so that transposing fours of words leaves the groups in order
+  const __m512i count = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  for (uint64_t g = 0; g < kStateBlock / kRoundingGroup; g += 16) {
+    // a block's groups share the high word of their count: 2^32 is a multiple of a block's
+    __m512i w[4] = {_mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(group + g)), count),
+                    _mm512_set1_epi32(static_cast<int32_t>((group + g) >> 32)),
+                    _mm512_set1_epi32(static_cast<int32_t>(tensor)), _mm512_set1_epi32(static_cast<int32_t>(stream))};
+    philox16(w, rule.seed);
+    const __m512i a = _mm512_unpacklo_epi32(w[0], w[1]), b = _mm512_unpackhi_epi32(w[0], w[1]);
+    const __m512i c = _mm512_unpacklo_epi32(w[2], w[3]), d = _mm512_unpackhi_epi32(w[2], w[3]);
+    uint16_t* const to = random + g * kRoundingGroup;
+    _mm512_store_si512(to, _mm512_unpacklo_epi64(a, c));
+    _mm512_store_si512(to + 32, _mm512_unpackhi_epi64(a, c));
+    _mm512_store_si512(to + 64, _mm512_unpacklo_epi64(b, d));
+    _mm512_store_si512(to + 96, _mm512_unpackhi_epi64(b, d));
+  }
+#else
+  for (uint64_t g = 0; g < kStateBlock / kRoundingGroup; ++g) {
+    const Philox words = rounding_words(rule.seed, tensor, stream, group + g);
+    for (int i = 0; i < kRoundingGroup; ++i) {
+      random[g * kRoundingGroup + static_cast<uint64_t>(i)] = static_cast<uint16_t>(words.word[i / 2] >> 16 * (i % 2));
+    }
+  }
+#endif
+}
+
+// Back from `spare`, rounded by `random`.
+void put_random(const float* spare, void* data, Format format, int64_t at, int64_t count, const uint16_t* random) {
+  if (format == Format::kBf16) {
+    auto* to = static_cast<bf16*>(data) + at;
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= count; i += 16) {
+      const __m512i bits = _mm512_castps_si512(load(spare + i, 16).v);
+      const __m512i sum = _mm512_add_epi32(bits, _mm512_cvtepu16_epi32(load_words(random + i, 16)));
+      const __mmask16 nan = _mm512_cmp_ps_mask(_mm512_castsi512_ps(bits), _mm512_castsi512_ps(bits), _CMP_UNORD_Q);
+      const __m512i kept = _mm512_mask_or_epi32(sum, nan, bits, _mm512_set1_epi32(0x400000));
+      store_words(to + i, _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)), 16);
+    }
+#endif
+    for (; i < count; ++i) to[i] = round_random<bf16>(spare[i], random[i]);
+  } else if (format == Format::kFp16) {
+    auto* to = static_cast<fp16*>(data) + at;
+    for (int64_t i = 0; i < count; ++i) to[i] = round_random<fp16>(spare[i], random[i]);
+  }
+}
+
+void decode(const AdamTensor& tensor, int kind, int64_t at, int64_t count, float* values) {
+  const int64_t blocks = (tensor.count + kStateBlock - 1) / kStateBlock;
+  const float scale = tensor.scales[kind * blocks + at / kStateBlock];
+  if (kind == 0) {
+    const auto* codes = static_cast<const int8_t*>(tensor.moments[0]) + at;
+    for (int64_t i = 0; i < count; ++i) values[i] = first_value(codes[i], scale);
+  } else {
+    const auto* codes = static_cast<const uint8_t*>(tensor.moments[kind]) + at;
+    for (int64_t i = 0; i < count; ++i) values[i] = second_value(codes[i], scale);
+  }
+}
+
+void encode(const float* values, const AdamTensor& tensor, int kind, int64_t at, int64_t count) {
+  alignas(64) float roots[kStateBlock];
+  for (int64_t i = 0; i < count; i += Vec::kLanes) {
+    const Vec value = load(values + i, count - i);
+    store(roots + i, kind == 0 ? first_root(value) : second_root(value), count - i);
+  }
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = float_bits(roots[i]) & 0x7fffffffu;
+    largest = bits > largest ? bits : largest;
+  }
+  const int64_t blocks = (tensor.count + kStateBlock - 1) / kStateBlock;
+  const CodeScale rule = code_scale(largest, kind == 0 ? kFirstLimit : kSecondLimit);
+  tensor.scales[kind * blocks + at / kStateBlock] = rule.scale;
+  if (kind == 0) {
+    auto* codes = static_cast<int8_t*>(tensor.moments[0]) + at;
+    for (int64_t i = 0; i < count; ++i) codes[i] = first_code(values[i], roots[i], rule.inverse);
+  } else {
+    auto* codes = static_cast<uint8_t*>(tensor.moments[kind]) + at;
+    for (int64_t i = 0; i < count; ++i) codes[i] = second_code(roots[i], rule.inverse);
+  }
+}
+
+template <class T>
+void join_block(const AdamTensor& tensor, int64_t at, int64_t count, float* values) {
+  const auto* high = static_cast<const T*>(tensor.parameter) + at;
+  const auto* low = static_cast<const uint8_t*>(tensor.master) + at;
+  for (int64_t i = 0; i < count; ++i) values[i] = join(high[i], low[i]);
+}
+
+template <class T>
+void split_block(const float* values, const AdamTensor& tensor, int64_t at, int64_t count) {
+  auto* high = static_cast<T*>(tensor.parameter) + at;
+  auto* low = static_cast<uint8_t*>(tensor.master) + at;
+  for (int64_t i = 0; i < count; ++i) {
+    const Split parts = split<T>(values[i]);
+    high[i].bits = parts.high;
+    low[i] = parts.low;
+  }
+}
+
+template <bool kCoupled, bool kGreatest>
+void step(const AdamScalars& scalars, float* parameter, const float* gradient, float* const (&moments)[3],
+          int64_t count) {
+  for (int64_t i = 0; i < count; i += Vec::kLanes) {
+    const int64_t left = count - i;
+    Vec first = load(moments[0] + i, left), second = load(moments[1] + i, left), greatest;
+    if (kGreatest) greatest = load(moments[2] + i, left);
+    const Vec next = adam_element<kCoupled>(scalars, load(parameter + i, left), load(gradient + i, left), first, second,
+                                            kGreatest ? &greatest : nullptr);
+    store(parameter + i, next, left);
+    store(moments[0] + i, first, left);
+    store(moments[1] + i, second, left);
+    if (kGreatest) store(moments[2] + i, greatest, left);
+  }
+}
+
+// The fp32 values of the parameter, or of its master.
+float* take_parameter(const AdamTensor& tensor, const AdamRule& rule, int64_t at, int64_t count, float* spare) {
+  if (rule.master == Master::kFloat) return static_cast<float*>(tensor.master) + at;
+  if (rule.master == Master::kNone) return take(tensor.parameter, tensor.format, at, count, spare);
+  (tensor.format == Format::kBf16 ? join_block<bf16> : join_block<fp16>)(tensor, at, count, spare);
+  return spare;
+}
+
+void put_parameter(const float* values, const AdamTensor& tensor, const AdamRule& rule, int64_t at, int64_t count,
+                   uint16_t* random) {
+  if (rule.master == Master::kSplit) {
+    (tensor.format == Format::kBf16 ? split_block<bf16> : split_block<fp16>)(values, tensor, at, count);
+  } else if (rule.master == Master::kFloat && tensor.format == Format::kFloat) {
+    memcpy(static_cast<float*>(tensor.parameter) + at, values, static_cast<size_t>(count) * sizeof(float));
+  } else if (rule.master == Master::kNone && rule.random && tensor.format != Format::kFloat) {
+    draw(rule, tensor.index, 1, at, random);
+    put_random(values, tensor.parameter, tensor.format, at, count, random);
+  } else {
+    put(values, tensor.parameter, tensor.format, at, count);
+  }
+}
+
+void average_block(const float* parameter, const AdamTensor& tensor, const AdamRule& rule, int64_t at, int64_t count) {
+  float* const average = tensor.average + at;
+  for (int64_t i = 0; i < count; ++i) average[i] = average[i] * rule.average_kept + parameter[i] * rule.average_taken;
+  if (tensor.mask == nullptr) return;
+  for (int64_t i = 0; i < count; ++i) average[i] = tensor.mask[at + i] != 0 ? average[i] : 0.0f;
+}
+
+void step_block(const AdamTensor& tensor, const AdamRule& rule, int64_t at, int64_t count, Staged& staged) {
+  float* const parameter = take_parameter(tensor, rule, at, count, staged.parameter);
+  const float* const gradient = take(tensor.gradient, tensor.gradient_format, at, count, staged.gradient);
+  const int kinds = tensor.moments[2] != nullptr ? 3 : 2;
+  float* moments[3] = {};
+  for (int k = 0; k < kinds; ++k) {
+    moments[k] = rule.coded ? staged.moments[k] : take(tensor.moments[k], rule.moments, at, count, staged.moments[k]);
+    if (rule.coded) decode(tensor, k, at, count, moments[k]);
+  }
+  const auto run = rule.coupled ? (kinds == 3 ? step<true, true> : step<true, false>)
+                                : (kinds == 3 ? step<false, true> : step<false, false>);
+  run(tensor.scalars, parameter, gradient, moments, count);
+  if (tensor.mask != nullptr) {
+    for (int64_t i = 0; i < count; ++i) parameter[i] = tensor.mask[at + i] != 0 ? parameter[i] : 0.0f;
+  }
+  if (tensor.average != nullptr) average_block(parameter, tensor, rule, at, count);
+  for (int k = 0; k < kinds; ++k) {
+    if (rule.coded) {
+      encode(moments[k], tensor, k, at, count);
+    } else if (rule.random && rule.moments == Format::kBf16) {
+      draw(rule, tensor.index, static_cast<uint32_t>(2 + k), at, staged.random);
+      put_random(moments[k], tensor.moments[k], rule.moments, at, count, staged.random);
+    } else {
+      put(moments[k], tensor.moments[k], rule.moments, at, count);
+    }
+  }
+  put_parameter(parameter, tensor, rule, at, count, staged.random);
+}
+
+}  // namespace
+
+void adam_step(const AdamTensor& tensor, const AdamRule& rule, int64_t begin, int64_t end) {
+  Staged staged;
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t at = block * kStateBlock;
+    step_block(tensor, rule, at, tensor.count - at < kStateBlock ? tensor.count - at : kStateBlock, staged);
+  }
+}
+
+}  // namespace burnish::BURNISH_ISA

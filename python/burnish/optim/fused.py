@@ -1,0 +1,321 @@
+"""What burnish's optimizers share: a step is checked as a whole, then done by one call of an op a kind of parameter.
+
+A step reads the gradients once for their norm, if ``max_grad_norm`` is set, and then parameters, gradients and state
+once for everything else. It waits for no device. Parameters without a gradient are left alone; all else is checked
+before anything is written, and a gradient that is refused leaves parameters and state as they were, in every group.
+
+With torch.amp.GradScaler, ``scaler.step(optimizer)`` hands its scale and what it found to the step, which unscales, or
+changes nothing at all. The norm is of the unscaled gradients. Gradients may have been unscaled before, by
+``scaler.unscale_(optimizer)``.
+
+DTensors (FSDP2, tensor parallelism) are stepped shard by shard; the norm is taken over all of their mesh. The state of
+each parameter is made at its first step, as by torch.optim; :mod:`burnish.optim.state` says what it is and how state
+dicts load. ``foreach`` and ``fused`` are accepted for torch.optim's sake and choose nothing: every step is fused. Under
+torch.compile a step is a call that the compiler does not look into.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from burnish.checks import FLOATING
+from burnish.optim import norm, options, tensors
+from burnish.optim.masks import Masks
+from burnish.optim.state import Entry, Moment, complete, entries, loaded, local_scales
+from burnish.registry import dtype_name
+
+_dtype, _device, _layout, _shape = (attrgetter(name) for name in ("dtype", "device", "layout", "shape"))
+_GOLDEN, _WORD = 0x9E3779B97F4A7C15, 2**64 - 1
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _not_compiled(function: _F) -> _F:
+    """torch.optim's own way to stay out of compiled code: torch.compiler.disable would import the compiler here."""
+    kept: _F = torch._disable_dynamo(function)  # type: ignore[attr-defined, assignment]
+    return kept
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Parameters of one group, one dtype and one device, which one call steps: what this process holds of each.
+
+    ``state`` has a list for each name of a state's entries, those that this group does not have empty.
+    """
+
+    group: Mapping[str, Any]
+    origin: list[Any]
+    params: list[Tensor]
+    grads: list[Tensor]
+    masks: list[Tensor]
+    lane: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.params[0].device
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of this step's rounding: another for each group, kind of parameter and shard."""
+        if not self.group["stochastic_rounding"]:
+            return None
+        mixed = _mix(_mix(self.group["seed"]) ^ self.lane)
+        return _mix(mixed ^ tensors.shard_index(self.origin[0])) >> 1
+
+
+def _mix(word: int) -> int:
+    """SplitMix64's output function (Steele, Lea and Flood 2014)."""
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & _WORD
+    word = (word ^ word >> 27) * 0x94D049BB133111EB & _WORD
+    return word ^ word >> 31
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """The base of burnish's optimizers.
+
+    A subclass has ``required``, the options without which a state dict is of another optimizer, ``fixed``, those that
+    must be its own, ``moments(group)``, ``check_group(group)`` and ``update(...)``, which calls the op.
+    """
+
+    required: ClassVar[tuple[str, ...]]
+    fixed: ClassVar[tuple[str, ...]] = ()
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: Any, defaults: dict[str, Any], extras: options.Extras) -> None:
+        defaults = defaults | options.with_defaults(self._who, extras)
+        self.check_group(defaults)
+        self._built = False
+        super().__init__(params, defaults)
+        self._check_memory()
+        self._built, self._swapped = True, False
+        self._masks = Masks(self._who, self.param_groups, extras.get("masks"))
+
+    @property
+    def _who(self) -> str:
+        return type(self).__name__
+
+    def moments(self, group: Mapping[str, Any]) -> tuple[Moment, ...]:
+        """The moments that the state of a parameter in ``group`` has."""
+        raise NotImplementedError
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Raise ValueError where an option of a group is not allowed."""
+        options.check_rate(group)
+        options.check_extras(self._who, group)
+
+    def update(self, batch: Batch, state: Mapping[str, list[Tensor]], scaling: norm.Scaling) -> None:
+        """Step the parameters of ``batch``."""
+        raise NotImplementedError
+
+    @property
+    def masks(self) -> Mapping[Tensor, Tensor]:
+        """The mask of each parameter that has one; assign a mapping as the constructor takes it to put others there."""
+        return self._masks.of
+
+    @masks.setter
+    def masks(self, masks: Mapping[Any, Tensor] | None) -> None:
+        self._masks = Masks(self._who, self.param_groups, masks)
+
+    @_not_compiled
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with options of its own where it names them.
+
+        Raises:
+            TypeError, ValueError: as torch.optim; and where an option is not allowed, a parameter comes twice, shares
+                memory with another, or is of a kind that cannot be stepped. The optimizer is as it was.
+        """
+        super().add_param_group(param_group)
+        try:
+            self._check_added(param_group, len(self.param_groups) - 1)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    def _check_added(self, group: Mapping[str, Any], number: int) -> None:
+        self.check_group(group)
+        if len(set(group["params"])) != len(group["params"]):
+            raise ValueError(f"{self._who}: a parameter comes twice in group {number}")
+        if group["max_grad_norm"] != self.param_groups[0]["max_grad_norm"]:
+            raise ValueError(f"{self._who}: max_grad_norm is of all groups together, but group {number} has its own")
+        for place, parameter in enumerate(group["params"]):
+            reason = tensors.objection(parameter) if parameter.requires_grad else None
+            if reason:
+                raise ValueError(f"{self._who}: {tensors.name_of(group, number, place)} {reason}")
+        if self._built:
+            self._check_memory()
+
+    def _check_memory(self) -> None:
+        name = tensors.overlapping(tensors.named(self.param_groups))
+        if name is not None:
+            raise ValueError(f"{self._who}: {name} shares memory with another parameter")
+
+    @_not_compiled
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Do one step; returns what ``closure``, which computes the gradients anew, returns.
+
+        Raises:
+            RuntimeError: a gradient that does not go with its parameter, or parameters that averages stand in for.
+        """
+        if self._swapped:
+            raise RuntimeError(f"{self._who}: step inside swap_ema(), where averages stand in the parameters' place")
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        batches = self._batches()
+        if not batches:
+            return result
+        work = [(batch, self._columns(batch)) for batch in batches]
+        scaling = norm.Scaling.of(self, batches)
+        for batch, state in work:
+            self.update(batch, state, scaling)
+        for group in self.param_groups:
+            if group["stochastic_rounding"]:
+                group["seed"] = (group["seed"] + _GOLDEN) & _WORD
+        return result
+
+    def _batches(self) -> list[Batch]:
+        """What is to be stepped, all of it checked."""
+        if len({group["max_grad_norm"] for group in self.param_groups}) > 1:
+            raise RuntimeError(f"{self._who}: max_grad_norm is of all groups together, but they differ in it")
+        batches: list[Batch] = []
+        for number, group in enumerate(self.param_groups):
+            params = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not params:
+                continue
+            grads = [parameter.grad for parameter in params]
+            if group["capturable"] and any(parameter.device.type == "cpu" for parameter in params):
+                raise RuntimeError("If capturable=True, params and state_steps must be on supported devices: ['cuda'].")
+            if not self._masks.of and _plain(params, grads):
+                batches.append(Batch(group, params, params, grads, [], number))
+            else:
+                batches += self._split(number, group, params, grads)
+        return batches
+
+    def _split(self, number: int, group: Mapping[str, Any], params: list[Any], grads: list[Any]) -> Iterator[Batch]:
+        """The batches of a group whose parameters are not all of one kind, or have to be looked at one by one."""
+        kinds: dict[Any, list[int]] = {}
+        for i, (parameter, grad) in enumerate(zip(params, grads, strict=True)):
+            reason = tensors.objection(parameter) or _refusal(parameter, grad, self._who)
+            if reason:
+                place = next(place for place, other in enumerate(group["params"]) if other is parameter)
+                raise RuntimeError(f"{self._who}: {tensors.name_of(group, number, place)} {reason}")
+            mesh = (parameter.device_mesh, parameter.placements) if tensors.is_sharded(parameter) else None
+            kinds.setdefault((parameter.dtype, parameter.device, parameter in self._masks.of, mesh), []).append(i)
+        for kind, ((_, _, masked, _), members) in enumerate(kinds.items()):
+            origin = [params[i] for i in members]
+            yield Batch(
+                group,
+                origin,
+                [tensors.local(parameter) for parameter in origin],
+                [tensors.local(grads[i]) for i in members],
+                [self._masks.local(parameter) for parameter in origin] if masked else [],
+                number + len(self.param_groups) * kind,
+            )
+
+    def _columns(self, batch: Batch) -> dict[str, list[Tensor]]:
+        """The state of a batch by entry, made where it is not there yet."""
+        moments = self.moments(batch.group)
+        wanted: dict[str, Entry] = entries(batch.origin[0], batch.group, moments)
+        states = [self.state[parameter] for parameter in batch.origin]
+        for parameter, state in zip(batch.origin, states, strict=True):
+            if state.keys() != wanted.keys():
+                complete(state, parameter, entries(parameter, batch.group, moments))
+        columns = {name: [state[name] for state in states] for name in wanted}
+        if tensors.is_sharded(batch.origin[0]):
+            columns = {name: list(map(tensors.local, column)) for name, column in columns.items() if name != "scales"}
+            if "scales" in wanted:
+                pairs = zip(batch.origin, (state["scales"] for state in states), strict=True)
+                columns["scales"] = [local_scales(parameter, scales, len(moments)) for parameter, scales in pairs]
+        return columns
+
+    @contextlib.contextmanager
+    def swap_ema(self) -> Iterator[None]:
+        """Inside, every parameter that has an average is that average, rounded to its dtype; after, what it was before.
+
+        Raises:
+            RuntimeError: no group has an ``ema_decay``, or the averages stand there already.
+        """
+        if all(group["ema_decay"] is None for group in self.param_groups):
+            raise RuntimeError(f"{self._who}: swap_ema() without averages, expected a group with ema_decay")
+        if self._swapped:
+            raise RuntimeError(f"{self._who}: swap_ema() inside swap_ema()")
+        averaged = [(parameter, state["ema"]) for parameter, state in self.state.items() if "ema" in state]
+        kept = [parameter.detach().clone() for parameter, _ in averaged]
+        self._swapped = True
+        try:
+            with torch.no_grad():
+                for parameter, average in averaged:
+                    parameter.copy_(average)
+            yield
+        finally:
+            with torch.no_grad():
+                for (parameter, _), values in zip(averaged, kept, strict=True):
+                    parameter.copy_(values)
+            self._swapped = False
+
+    @_not_compiled
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state and the options of a state dict, of this optimizer or of its twin in torch.optim.
+
+        Raises:
+            ValueError: of another optimizer, of a newer version, or with entries that are missing, unknown or do not go
+                with the parameters. The optimizer is as it was.
+        """
+        state_dict = state_dict.copy() if isinstance(state_dict, dict) else state_dict
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        groups, state = loaded(self._who, self.param_groups, state_dict, self)
+        self.__setstate__({"state": state, "param_groups": groups})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_masks": self._masks, "_built": True, "_swapped": False}
+
+
+def _plain(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+    """Whether parameters are of one kind and gradients go with them, seen without a look at each; no is no answer."""
+    return (
+        {*map(type, params), *map(type, grads)} <= {torch.nn.Parameter, Tensor}
+        and len(set(map(_dtype, params))) == 1
+        and {params[0].dtype, *map(_dtype, grads)} <= set(FLOATING)
+        and {*map(_layout, params), *map(_layout, grads)} == {torch.strided}
+        and len({*map(_device, params), *map(_device, grads)}) == 1
+        and list(map(_shape, params)) == list(map(_shape, grads))
+        and (
+            (all(map(Tensor.is_contiguous, params)) and all(map(Tensor.is_contiguous, grads)))
+            or list(map(Tensor.stride, params)) == list(map(Tensor.stride, grads))
+        )
+    )
+
+
+def _refusal(parameter: Any, grad: Any, who: str) -> str | None:
+    """Why a gradient does not go with its parameter, in words, or None."""
+    if grad.layout is not torch.strided:
+        if grad.is_sparse:
+            return f"has a sparse gradient: {who} does not support sparse gradients, please consider SparseAdam instead"
+        return f"has a gradient of layout {grad.layout}, expected torch.strided"
+    if grad.dtype not in FLOATING:
+        return f"has a gradient of {dtype_name(grad.dtype)}, expected fp32, bf16 or fp16"
+    if grad.device != parameter.device:
+        return f"has a gradient on {grad.device}, expected {parameter.device}"
+    if grad.shape != parameter.shape:
+        return f"has a gradient of shape {tuple(grad.shape)}, expected {tuple(parameter.shape)}"
+    sharded = tensors.is_sharded(parameter)
+    if tensors.is_sharded(grad) != sharded:
+        return f"has a gradient that is a {type(grad).__name__}, expected a {type(parameter).__name__}"
+    if sharded and (grad.device_mesh != parameter.device_mesh or grad.placements != parameter.placements):
+        return f"has a gradient placed {grad.placements}, expected {parameter.placements} of the same mesh"
+    if not tensors.same_order(tensors.local(parameter), tensors.local(grad)):
+        return f"has a gradient of strides {tuple(grad.stride())}, expected {tuple(parameter.stride())}"
+    return None

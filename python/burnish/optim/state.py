@@ -1,0 +1,222 @@
+"""What an optimizer keeps of each parameter: its tensors, their making, and their way in and out of state dicts.
+
+    step                                     fp32 []                   steps done, as torch.optim's fused ones keep it
+    exp_avg, exp_avg_sq, ... (moments)       the parameter's shape     fp32, bf16, or codes of one byte (int8)
+    scales                                   fp32 [moments, blocks]    with int8: one for each 256 elements
+    master                                   the parameter's shape     fp32, or uint8 with "split"; 16-bit parameters
+    ema                                      the parameter's shape     fp32
+
+What has the parameter's shape is a DTensor where the parameter is one, with its placements, so that
+torch.distributed.checkpoint cuts it anew for another number of processes. ``scales`` then are a DTensor ``[shards *
+moments * blocks]``, in which every shard has the room of the largest: blocks are of a shard, so int8 moments load into
+the same number of shards alone.
+
+A state dict of torch.optim loads: its moments, which have the parameter's dtype, become fp32 or bf16, and what it lacks
+(masters, averages) starts at the next step from the parameter. Our own loads as it was saved, dtypes included: torch's
+``load_state_dict`` would round the fp32 moments of a bf16 parameter. As torch.optim, it copies nothing where dtype and
+device fit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from burnish.moments import BLOCK
+from burnish.optim import options
+from burnish.optim.tensors import is_sharded, largest_shard, local, name_of, shard_dims, shards
+from burnish.registry import dtype_name
+
+_MOMENT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One that an optimizer keeps: its key in the state, and the dtype of its codes with int8."""
+
+    name: str
+    codes: torch.dtype
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a parameter's state. ``like``: whether it has the parameter's shape and shards."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    like: bool
+
+
+def entries(parameter: Tensor, group: Mapping[str, Any], moments: Sequence[Moment]) -> dict[str, Entry]:
+    """Every tensor that the state of ``parameter`` has under the options of ``group``."""
+    shape = tuple(parameter.shape)
+    found = {"step": Entry(torch.float32, (), False)}
+    coded = group["state_dtype"] == "int8"
+    for moment in moments:
+        dtype = moment.codes if coded else _MOMENT_DTYPES[group["state_dtype"]]
+        found[moment.name] = Entry(dtype, shape, True)
+    if coded:
+        found["scales"] = Entry(torch.float32, _scales_shape(parameter, len(moments)), False)
+    if group["master_weights"] is not None and parameter.dtype is not torch.float32:
+        dtype = torch.float32 if group["master_weights"] == "fp32" else torch.uint8
+        found["master"] = Entry(dtype, shape, True)
+    if group["ema_decay"] is not None:
+        found["ema"] = Entry(torch.float32, shape, True)
+    return found
+
+
+def _scales_shape(parameter: Tensor, moments: int) -> tuple[int, ...]:
+    blocks = -(-largest_shard(parameter) // BLOCK)
+    return (shards(parameter) * moments * blocks,) if is_sharded(parameter) else (moments, blocks)
+
+
+def local_scales(parameter: Tensor, scales: Tensor, moments: int) -> Tensor:
+    """Those of the elements that this process holds, ``[moments, blocks]``."""
+    if not is_sharded(parameter):
+        return scales
+    blocks = -(-local(parameter).numel() // BLOCK)
+    return local(scales)[: moments * blocks].view(moments, blocks)
+
+
+def complete(state: dict[str, Tensor], parameter: Tensor, wanted: Mapping[str, Entry]) -> None:
+    """Make what ``state`` lacks: moments of zero, master and average from the parameter."""
+    for name, entry in wanted.items():
+        if name in state:
+            continue
+        if entry.like and entry.dtype is torch.float32 and name in ("master", "ema"):
+            state[name] = parameter.detach().to(torch.float32, copy=True)
+        elif entry.like:
+            state[name] = torch.zeros_like(parameter, dtype=entry.dtype, requires_grad=False)
+        elif name == "scales" and is_sharded(parameter):
+            state[name] = _sharded_scales(parameter, entry.shape)
+        else:
+            state[name] = torch.zeros(entry.shape, dtype=entry.dtype, device=parameter.device)
+
+
+def _sharded_scales(parameter: Any, shape: tuple[int, ...]) -> Tensor:
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    cut = shard_dims(parameter)
+    mine = torch.zeros(shape[0] // shards(parameter), dtype=torch.float32, device=parameter.device)
+    placements = [Shard(0) if dim in cut else Replicate() for dim in range(parameter.device_mesh.ndim)]
+    return DTensor.from_local(
+        mine, parameter.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=(1,)
+    )
+
+
+def loaded(
+    who: str, groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any], optimizer: Any
+) -> tuple[list[dict[str, Any]], defaultdict[Tensor, dict[str, Any]]]:
+    """The groups and the state in ``state_dict`` for an optimizer with ``groups``; changes nothing.
+
+    Args:
+        who: what an error begins with.
+        optimizer: has ``check_group(group)``, ``moments(group)`` and ``defaults``.
+
+    Raises:
+        ValueError: of another optimizer, a newer version, other groups, or with missing, unknown or wrong entries.
+    """
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError(f"{who}: expected a state dict with 'state' and 'param_groups'")
+    saved = list(state_dict["param_groups"])
+    if len(groups) != len(saved):
+        raise ValueError("loaded state dict has a different number of parameter groups")
+    if any(len(mine["params"]) != len(theirs["params"]) for mine, theirs in zip(groups, saved, strict=True)):
+        raise ValueError(
+            "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
+        )
+    new = [_group(who, number, *both, optimizer) for number, both in enumerate(zip(groups, saved, strict=True))]
+    of_id: dict[Any, tuple[Tensor, dict[str, Any], str, bool]] = {}
+    for number, (group, theirs) in enumerate(zip(new, saved, strict=True)):
+        for place, (key, parameter) in enumerate(zip(theirs["params"], group["params"], strict=True)):
+            of_id[key] = (parameter, group, name_of(group, number, place), "burnish_version" in theirs)
+    if len(of_id) != len(list(chain.from_iterable(group["params"] for group in saved))):
+        raise ValueError(f"{who}: the state dict names a parameter twice")
+    state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+    for key, values in state_dict["state"].items():
+        if key not in of_id:
+            raise ValueError(f"{who}: the state dict has state of a parameter {key!r} that none of its groups lists")
+        parameter, group, name, ours = of_id[key]
+        if values:
+            wanted = entries(parameter, group, optimizer.moments(group))
+            state[parameter] = _entries_of(f"{who}: state of {name}", parameter, values, wanted, ours)
+    return new, state
+
+
+def _group(who: str, number: int, mine: Mapping[str, Any], theirs: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
+    """A saved group with our parameters, and with our options where torch.optim saved it."""
+    version = theirs.get("burnish_version")
+    if version is not None and (not isinstance(version, int) or version > options.VERSION):
+        raise ValueError(
+            f"{who}: the state dict is of format {version}, of a newer burnish; this one reads up to {options.VERSION}"
+        )
+    required = optimizer.defaults if version is not None else optimizer.required
+    missing = [name for name in required if name not in theirs]
+    if missing:
+        raise ValueError(
+            f"{who}: group {number} of the state dict has no {', '.join(missing)}: it is of another optimizer"
+        )
+    group = {name: mine[name] for name in optimizer.defaults} | copy.deepcopy(
+        {name: value for name, value in theirs.items() if name != "params"}
+    )
+    group["params"] = mine["params"]
+    if "param_names" in mine:
+        group.setdefault("param_names", mine["param_names"])
+    group["burnish_version"] = options.VERSION
+    optimizer.check_group(group)
+    for name in optimizer.fixed:
+        if group[name] != mine[name]:
+            raise ValueError(
+                f"{who}: group {number} of the state dict has {name}={group[name]}, expected {mine[name]}: "
+                "it is of another optimizer"
+            )
+    return group
+
+
+def _entries_of(
+    who: str, parameter: Tensor, values: Mapping[str, Any], wanted: Mapping[str, Entry], ours: bool
+) -> dict[str, Any]:
+    """The checked state of one parameter; ``ours`` says that burnish saved it."""
+    late = set() if ours else {"master", "ema"}
+    missing, unknown = [name for name in wanted if name not in values and name not in late], set(values) - set(wanted)
+    if missing or unknown:
+        has = f"has no {', '.join(missing)}" if missing else f"has {', '.join(map(str, sorted(unknown, key=str)))}"
+        raise ValueError(f"{who} {has}, expected {', '.join(wanted)}")
+    return {
+        name: _value(f"{who}: {name}", parameter, values[name], wanted[name], name == "step" or not ours)
+        for name in wanted
+        if name in values
+    }
+
+
+def _value(who: str, parameter: Any, value: Any, entry: Entry, converts: bool) -> Tensor:
+    if not isinstance(value, Tensor):
+        if entry.shape != () or not isinstance(value, (int, float)):
+            raise ValueError(f"{who} is a {type(value).__name__}, expected a tensor")
+        value = torch.tensor(float(value))
+    if tuple(value.shape) != entry.shape:
+        raise ValueError(f"{who} has the shape {tuple(value.shape)}, expected {entry.shape}{_count(parameter, entry)}")
+    converts = converts and value.is_floating_point() and entry.dtype.is_floating_point
+    if value.dtype is not entry.dtype and not converts:
+        raise ValueError(f"{who} is {dtype_name(value.dtype)}, expected {dtype_name(entry.dtype)}")
+    if entry.like or (is_sharded(parameter) and entry.shape != ()):
+        if is_sharded(value) != is_sharded(parameter):
+            words = "a DTensor" if is_sharded(parameter) else "a plain tensor"
+            raise ValueError(f"{who} is a {type(value).__name__}, expected {words}, as the parameter is")
+        if entry.like and is_sharded(value) and value.placements != parameter.placements:
+            raise ValueError(f"{who} is placed {value.placements}, expected {parameter.placements}, as the parameter")
+    value = value.detach().to(device=parameter.device, dtype=entry.dtype)
+    if entry.like and local(value).stride() != local(parameter).stride():
+        value = torch.empty_like(parameter, dtype=entry.dtype, requires_grad=False).copy_(value)
+    return value
+
+
+def _count(parameter: Tensor, entry: Entry) -> str:
+    return f" of {shards(parameter)} shards" if is_sharded(parameter) and not entry.like and entry.shape else ""

@@ -1,0 +1,126 @@
+"""What an optimizer needs to know of parameters as tensors: names, shards, memory."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from burnish.checks import FLOATING
+from burnish.registry import dtype_name
+
+
+def named(groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and what an error calls it: its name, or where it is."""
+    for number, group in enumerate(groups):
+        for place, parameter in enumerate(group["params"]):
+            yield name_of(group, number, place), parameter
+
+
+def name_of(group: Mapping[str, Any], number: int, place: int) -> str:
+    """What an error calls a parameter."""
+    if "param_names" in group:
+        return f"parameter {group['param_names'][place]!r}"
+    return f"parameter {place} of group {number}"
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor; looking does not import what DTensors need."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Any) -> Tensor:
+    """The tensor whose elements this process holds."""
+    return tensor._local_tensor if is_sharded(tensor) else tensor
+
+
+def shard_dims(parameter: Any) -> tuple[int, ...]:
+    """The dimensions of its mesh along which a DTensor is cut; the others hold replicas."""
+    return tuple(dim for dim, placement in enumerate(parameter.placements) if placement.is_shard())
+
+
+def shards(parameter: Any) -> int:
+    """Into how many pieces a parameter is cut, 1 where it is whole."""
+    if not is_sharded(parameter):
+        return 1
+    return math.prod(parameter.device_mesh.size(dim) for dim in shard_dims(parameter))
+
+
+def shard_index(parameter: Any) -> int:
+    """Which of them this process holds: the same for replicas."""
+    index = 0
+    if is_sharded(parameter):
+        for dim in shard_dims(parameter):
+            index = index * parameter.device_mesh.size(dim) + parameter.device_mesh.get_local_rank(dim)
+    return index
+
+
+def largest_shard(parameter: Any) -> int:
+    """The number of elements in the largest piece."""
+    sizes = list(parameter.shape)
+    if is_sharded(parameter):
+        for dim in shard_dims(parameter):
+            cut = parameter.placements[dim].dim
+            sizes[cut] = -(-sizes[cut] // parameter.device_mesh.size(dim))
+    return math.prod(sizes)
+
+
+def same_order(a: Tensor, b: Tensor) -> bool:
+    """Whether elements of tensors of one shape lie in the same order; a dimension of one element has no order."""
+    strides = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return a.numel() == 0 or all(size == 1 or mine == theirs for size, mine, theirs in strides)
+
+
+def dense(tensor: Tensor) -> bool:
+    """Whether a strided tensor fills its memory without gaps and overlaps."""
+    return same_order(tensor, torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format))
+
+
+def objection(parameter: Tensor) -> str | None:
+    """Why a parameter cannot be stepped, in words, or None."""
+    if parameter.dtype not in FLOATING:
+        return f"is {dtype_name(parameter.dtype)}, expected fp32, bf16 or fp16"
+    if parameter.layout is not torch.strided:
+        return f"has the layout {parameter.layout}, expected torch.strided"
+    if not dense(local(parameter)):
+        return f"has strides {tuple(parameter.stride())} with gaps or overlaps, expected dense memory"
+    return None
+
+
+def overlapping(parameters: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of a parameter that shares memory with one of the others, or None."""
+    spans = []
+    for name, parameter in parameters:
+        tensor = local(parameter)
+        if tensor.layout is torch.strided and not tensor.is_meta and tensor.numel():
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            first = tensor.data_ptr()
+            spans.append((str(tensor.device), first, first + (last + 1) * tensor.element_size(), name, tensor))
+    spans.sort(key=lambda span: span[:3])
+    cluster: list[Any] = []
+    for span in spans:
+        if cluster and (span[0] != cluster[0][0] or span[1] >= max(end for _, _, end, _, _ in cluster)):
+            cluster = []
+        cluster.append(span)
+        if len(cluster) > 1 and _meets(cluster):
+            return str(span[3])
+    return None
+
+
+def _meets(cluster: list[Any]) -> bool:
+    """Whether the last of tensors with intersecting spans has a byte of one of the others."""
+    base = cluster[0][1]
+    marks = torch.zeros(max(end for _, _, end, _, _ in cluster) - base, dtype=torch.bool)
+    views = []
+    for _, first, _, _, tensor in cluster:
+        size = tensor.element_size()
+        strides = [stride * size for stride in tensor.stride()]
+        views.append(marks.as_strided((*tensor.shape, size), (*strides, 1), first - base))
+    for view in views[:-1]:
+        view.fill_(True)
+    return bool(views[-1].any())

@@ -1,0 +1,94 @@
+"""50 + 50 = 100 steps, bit for bit and dtype for dtype: in one process, under DDP and FSDP2, from 2 processes to 1 and
+back."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import optim_workers as workers
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+VARIED = [variant for variant in workers.VARIANTS if variant != "plain"]
+PLAIN = [(dtype, name, "plain") for dtype in workers.DTYPES for name in workers.OPTIMIZERS]
+CASES = PLAIN + [(dtype, "AdamW", variant) for dtype in workers.DTYPES for variant in VARIED]
+#: a case takes two processes seconds
+SHARED = PLAIN + [("bf16", "AdamW", variant) for variant in VARIED]
+
+
+@pytest.mark.parametrize(("dtype", "name", "variant"), CASES, ids="-".join)
+def test_one_process_resumes(dtype: str, name: str, variant: str) -> None:
+    kind, half = workers.DTYPES[dtype], workers.HALF
+    straight, scaler = workers.model(kind), workers.scaler_for(kind)
+    optimizer = workers.make(straight, name, variant)
+    skipped = workers.train(straight, optimizer, scaler, range(2 * half))
+    assert 0 < skipped < half or kind is not torch.float16
+    first, scaler = workers.model(kind), workers.scaler_for(kind)
+    saved = workers.make(first, name, variant)
+    workers.train(first, saved, scaler, range(half))
+    states = copy.deepcopy((first.state_dict(), saved.state_dict(), scaler.state_dict()))
+    second, scaler = workers.model(kind), workers.scaler_for(kind)
+    again = workers.make(second, name, variant)
+    for part, state in zip((second, again, scaler), states, strict=True):
+        part.load_state_dict(state)
+    assert not workers.differences(workers.whole(second, again), workers.whole(first, saved))
+    workers.train(second, again, scaler, range(half, 2 * half))
+    assert not workers.differences(workers.whole(second, again), workers.whole(straight, optimizer))
+    assert again.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_resume(kind: str, tmp_path: Path) -> None:
+    mp.spawn(workers.distributed, args=(kind, SHARED, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found == {case: [] for case in SHARED}
+
+
+def test_two_processes_become_one_and_one_becomes_two(tmp_path: Path) -> None:
+    cases = [(dtype, "AdamW", variant) for dtype in workers.DTYPES for variant in workers.RESHARDED]
+    half = workers.HALF
+    for dtype, name, variant in cases:
+        net = workers.model(workers.DTYPES[dtype])
+        optimizer = workers.make(net, name, variant)
+        workers.push(net, optimizer, range(half))
+        workers.save(net, optimizer, str(tmp_path / f"{dtype}-{name}-{variant}-1"))
+    mp.spawn(workers.resharded, args=(cases, str(tmp_path)), nprocs=2)
+    for dtype, name, variant in cases:
+        straight = workers.model(workers.DTYPES[dtype])
+        optimizer = workers.make(straight, name, variant)
+        workers.push(straight, optimizer, range(2 * half))
+        expected = workers.whole(straight, optimizer)
+        assert not workers.differences(torch.load(tmp_path / f"{dtype}-{name}-{variant}.pt"), expected)
+        net = workers.model(workers.DTYPES[dtype])
+        again = workers.make(net, name, variant)
+        workers.restore(net, again, str(tmp_path / f"{dtype}-{name}-{variant}-2"))
+        workers.push(net, again, range(half, 2 * half))
+        assert not workers.differences(workers.whole(net, again), expected)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_train_what_one_trains(kind: str, tmp_path: Path) -> None:
+    mp.spawn(workers.parity, args=(kind, str(tmp_path)), nprocs=2)
+    net = workers.model()
+    optimizer = workers.make(net, variant="clipped")
+    workers.train(net, optimizer, workers.scaler_for(torch.float32), range(10))
+    expected = workers.whole(net, optimizer)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert ranks[0].keys() == ranks[1].keys() == expected.keys()
+    assert not workers.differences(*ranks)
+    for key, value in expected.items():
+        torch.testing.assert_close(ranks[0][key], value, rtol=0, atol=1e-6)
+
+
+def test_shards_have_masks_averages_and_one_found_infinity(tmp_path: Path) -> None:
+    mp.spawn(workers.masked, args=(str(tmp_path),), nprocs=2)
+    net = workers.model()
+    averages, found = workers.mask_and_average(net)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert not workers.differences(ranks[0][0], averages)
+    assert ranks[0][1] == ranks[1][1] == found == [False, True, False]
+    refused = "AdamW: state of parameter 0 of group 0: exp_avg is a Tensor, expected a DTensor, as the parameter is"
+    assert ranks[0][2] == ranks[1][2] == refused

@@ -1,0 +1,218 @@
+"""What the optimizers' ops promise beyond the kit's rules: trajectories (N6), rounding without bias, steps that are
+skipped, layouts, indices past 2**31."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import pytest
+import torch
+from burnish import moments, ops, registry, rounding, testing
+from burnish.registry import Case
+from burnish.testing.calls import on_copies
+
+SPEC = registry.get("adam_step")
+STEPS = 100
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SIZES = ((257, 9), (1,), (1000,))
+
+
+def gradients(step: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1000 + step)
+    return [torch.randn(shape, generator=generator) for shape in SIZES]
+
+
+def start(dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in SIZES]
+
+
+def torchs(dtype: torch.dtype, given: torch.dtype, amsgrad: bool, decoupled: bool) -> list[torch.Tensor]:
+    """STEPS of torch.optim's foreach in ``dtype``, on gradients and parameters that ``given`` holds."""
+    params = [p.to(dtype).requires_grad_() for p in start(given)]
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    optimizer = kind(params, lr=1e-2, weight_decay=0.05, amsgrad=amsgrad, foreach=True)
+    for step in range(STEPS):
+        for param, grad in zip(params, gradients(step), strict=True):
+            param.grad = grad.to(given).to(dtype)
+        optimizer.step()
+    return [p.detach() for p in params]
+
+
+def ours(dtype: torch.dtype, amsgrad: bool, decoupled: bool, master: str | None = None) -> list[torch.Tensor]:
+    params, masters = start(dtype), []
+    if master == "fp32":
+        masters = [p.float() for p in params]
+    elif master == "split":
+        masters = [torch.zeros_like(p, dtype=torch.uint8) for p in params]
+    state = torch.float32 if master else dtype
+    first, second, greatest = ([torch.zeros_like(p, dtype=state) for p in params] for _ in range(3))
+    steps = [torch.zeros(()) for _ in params]
+    for step in range(STEPS):
+        grads = [grad.to(dtype) for grad in gradients(step)]
+        ops.adam_step(
+            params,
+            grads,
+            steps,
+            first,
+            second,
+            greatest if amsgrad else [],
+            masters=masters,
+            lr=torch.tensor(1e-2, dtype=torch.float64),
+            weight_decay=0.05,
+            decoupled=decoupled,
+        )
+    assert all(float(step) == STEPS for step in steps)
+    if master == "split":
+        return [rounding.join(p, low) for p, low in zip(params, masters, strict=True)]
+    return masters or params
+
+
+def deviation(params: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    return max(float((p.double() - e).abs().max()) for p, e in zip(params, exact, strict=True))
+
+
+@pytest.mark.parametrize("decoupled", [True, False], ids=["decoupled", "coupled"])
+@pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_a_hundred_steps_stay_as_close_to_float64_as_torchs(dtype: torch.dtype, amsgrad: bool, decoupled: bool) -> None:
+    exact = torchs(torch.float64, dtype, amsgrad, decoupled)
+    limit = 2 * deviation(torchs(dtype, dtype, amsgrad, decoupled), exact)
+    assert 0 < deviation(ours(dtype, amsgrad, decoupled), exact) <= limit
+
+
+@pytest.mark.parametrize(("master", "bits"), [("fp32", 24), ("split", 16)])
+def test_masters_of_bf16_parameters_follow_float64(master: str, bits: int) -> None:
+    """A hundred roundings of as many bits as the master has, and of the moments' fp32."""
+    exact = torchs(torch.float64, torch.bfloat16, False, True)
+    got = ours(torch.bfloat16, False, True, master)
+    largest = max(float(e.abs().max()) for e in exact)
+    assert deviation(got, exact) <= STEPS * largest * 2.0**-bits
+
+
+def arguments(seed: int = 0, **options: Any) -> tuple[Any, ...]:
+    dtype = options.pop("dtype", torch.bfloat16)
+    return SPEC.make(Case({"N": 1000}, dtype, options=options), "cpu", seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_is_unbiased(dtype: torch.dtype) -> None:
+    """Over a million draws the mean is the value, within three standard errors of a Bernoulli variable."""
+    draws, value = 2**20, 1 + 0.3 * float(torch.finfo(dtype).eps)
+    params, zeros = [torch.full((draws,), value, dtype=torch.float32)], torch.zeros(draws)
+    below, above = 1.0, 1 + float(torch.finfo(dtype).eps)
+    for seed in range(3):
+        # a step of nothing from an average of the value: lr 0, so the parameter is rounded alone
+        low = [params[0].to(dtype)]
+        ops.adam_step(
+            low, [torch.full((draws,), -0.3, dtype=torch.float32)], [torch.zeros(())], [zeros.clone()], [zeros.clone()],
+            lr=torch.tensor(0.3 * float(torch.finfo(dtype).eps), dtype=torch.float64), eps=0.0, seed=seed,
+        )  # fmt: skip
+        assert set(low[0].float().unique().tolist()) == {below, above}
+        share = float((low[0].float() == above).double().mean())
+        assert abs(share - 0.3) <= 3 * math.sqrt(0.3 * 0.7 / draws) + 2.0**-13
+
+
+def test_rounding_differs_by_seed_parameter_and_moment_and_by_nothing_else() -> None:
+    args = arguments(state="bf16", stochastic=True)
+    call = on_copies(SPEC, SPEC.entry)
+    first, again = call(*args), call(*args)
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+    other = call(*args[:-1], args[-1] + 1)
+    assert not torch.equal(first[0], other[0])
+    streams = [rounding.random_bits(1, tensor, stream, 64) for tensor in (0, 1) for stream in (1, 2)]
+    assert len({tuple(bits.tolist()) for bits in streams}) == 4
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("options", [{"amp": True}, {"amp": True, "state": "int8", "master": "split", "mask": True}])
+def test_a_gradient_that_is_not_finite_changes_nothing(options: dict[str, Any], place: int, bad: float) -> None:
+    args = list(arguments(**options))
+    args[1][place].view(-1)[-1] = bad
+    args[19], args[21] = ops.grad_norm(args[1], args[20])
+    assert args[21] == 1
+    done = on_copies(SPEC, SPEC.entry)(*args)
+    kept = on_copies(SPEC, lambda *_: None)(*args)
+    assert len(done) == len(kept)
+    assert all(torch.equal(one, two) for one, two in zip(done, kept, strict=True))
+
+
+def test_an_infinite_norm_beside_found_inf_changes_nothing() -> None:
+    args = list(arguments(amp=True))
+    args[19] = torch.tensor(math.inf)
+    kept = on_copies(SPEC, lambda *_: None)(*args)
+    assert all(torch.equal(a, b) for a, b in zip(on_copies(SPEC, SPEC.entry)(*args), kept, strict=True))
+
+
+def test_any_dense_order_of_dimensions_is_stepped() -> None:
+    plain, turned = arguments(dtype=torch.float32), arguments(dtype=torch.float32)
+    turned = tuple([t.t().contiguous().t() for t in arg] if i in (0, 1, 3, 4) else arg for i, arg in enumerate(turned))
+    call = on_copies(SPEC, SPEC.entry)
+    assert all(torch.equal(a, b) for a, b in zip(call(*plain), call(*turned), strict=True))
+
+
+def test_gaps_and_other_strides_are_refused() -> None:
+    args = arguments(dtype=torch.float32)
+    wide = torch.zeros(2, 1000)[:, ::2]
+    with pytest.raises(RuntimeError, match=r"adam_step: params\[0\] has gaps or overlaps"):
+        SPEC.entry([wide, *args[0][1:]], *args[1:])
+    with pytest.raises(RuntimeError, match=r"adam_step: grads\[0\] has other strides than params\[0\]"):
+        SPEC.entry(args[0], [args[1][0].t().contiguous().t(), *args[1][1:]], *args[2:])
+
+
+def test_autograd_learns_of_the_change() -> None:
+    param = torch.ones(3)
+    before = param._version
+    zeros = [torch.zeros(3)], [torch.zeros(3)]
+    ops.adam_step([param], [torch.ones(3)], [torch.zeros(())], *zeros, lr=torch.tensor(0.1))
+    assert param._version > before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_split_float_keeps_24_bits(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(100_000, generator=generator) * torch.exp2(
+        torch.randint(-13, 14, (100_000,), generator=generator)
+    )
+    high, low = rounding.split(value, dtype)
+    bits = 15 if dtype == torch.bfloat16 else 18
+    lost = (rounding.join(high, low) - value).abs()
+    assert (lost <= value.abs() * 2.0 ** -(bits + 1) + torch.finfo(dtype).tiny * 2.0 ** -(bits + 1)).all()
+    distance, least = ((one.double() - value.double()).abs() for one in (high, value.to(dtype)))
+    assert (distance <= least * (1 + 2.0**-6)).all()
+    again = rounding.split(rounding.join(high, low), dtype)
+    assert torch.equal(high, again[0])
+    assert torch.equal(low, again[1])
+
+
+def test_codes_of_moments_are_as_near_as_they_promise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(10_000, generator=generator)
+    root = first.abs().sqrt()
+    got = moments.decode(*moments.encode(first, True))
+    largest = torch.nn.functional.pad(root, (0, -10_000 % 256)).view(-1, 256).amax(1).repeat_interleave(256)[:10_000]
+    assert ((got.abs().sqrt() - root).abs() <= largest / 254 * 1.001).all()
+    second = moments.decode(*moments.encode(first.square() * 1e-30 + 1e-44, False))
+    assert (second > 0).all()
+
+
+def test_an_index_past_2_to_the_31() -> None:
+    """bf16 with coded moments, 8 GB written; only the last element has a gradient."""
+    if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 12 * 2**30:
+        pytest.skip("less than 12 GiB of memory are free")
+    count = 2**31 + 300
+    param, grad, first, second = (
+        testing.lazy((count,), dtype) for dtype in (torch.bfloat16, torch.bfloat16, torch.int8, torch.uint8)
+    )
+    grad[-1] = 1.0
+    scales = torch.zeros(2, -(-count // moments.BLOCK))
+    norm, found = ops.grad_norm([grad])
+    assert (norm, found) == (1, 0)
+    ops.adam_step([param], [grad], [torch.zeros(())], [first], [second], scales=[scales], lr=torch.tensor(0.5))
+    assert param[-1] == -0.5
+    assert (first[-1], second[-1]) == (127, 255)
+    assert not param[-300:-1].any()
+    assert not second[2**31 - 300 : -1].any()
