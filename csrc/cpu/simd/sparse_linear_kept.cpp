@@ -11,9 +11,10 @@
 namespace burnish::BURNISH_ISA {
 namespace {
 
-constexpr int64_t kFinished = 16;  // rows of the weight, columns of y, that are finished together
-constexpr int64_t kRowsAhead = 2;  // from a row to the one that is prefetched meanwhile
-constexpr int kChains = 4;         // sums that hide the latency of a multiply-add
+constexpr int64_t kFinished = 16;     // rows of the weight, columns of y, that are finished together
+constexpr int64_t kRowsAhead = 2;     // from a row to the one that is prefetched meanwhile
+constexpr int64_t kLongestSum = 256;  // elements that are summed in one go
+constexpr int kChains = 4;            // sums that hide the latency of a multiply-add
 
 #if defined(__AVX512VBMI2__)
 
@@ -80,27 +81,33 @@ BURNISH_INLINE Vec spread(const bf16* value) {
 }
 #endif
 
-// sums [vectors] = the sum over the row's elements; VR: vectors of rows of x.
+// sums [vectors] = the sum over the row's elements, in two levels; VR: vectors of rows of x.
 template <class T, int VR>
 void add_row(const T* values, const uint16_t* columns, int64_t count, const float* x, float* sums) {
   constexpr int kApart = VR >= kChains ? 1 : kChains / VR;
-  Vec sum[kApart][VR];
-  BURNISH_UNROLL for (int c = 0; c < kApart; ++c) { BURNISH_UNROLL for (int v = 0; v < VR; ++v) sum[c][v] = Vec(0.0f); }
-  const auto add = [&](int64_t i, Vec(&to)[VR]) {
-    const Vec value = spread(values + i);
-    const float* row = x + columns[i] * int64_t{VR * Vec::kLanes};
-    BURNISH_UNROLL for (int v = 0; v < VR; ++v) to[v] = fma(value, load(row + v * Vec::kLanes, Vec::kLanes), to[v]);
-  };
-  int64_t i = 0;
-  for (; i + kApart <= count; i += kApart) {
-    BURNISH_UNROLL for (int c = 0; c < kApart; ++c) add(i + c, sum[c]);
+  Vec total[VR];
+  BURNISH_UNROLL for (int v = 0; v < VR; ++v) total[v] = Vec(0.0f);
+  for (int64_t i = 0; i < count;) {
+    Vec sum[kApart][VR];
+    BURNISH_UNROLL for (int c = 0; c < kApart; ++c) {
+      BURNISH_UNROLL for (int v = 0; v < VR; ++v) sum[c][v] = Vec(0.0f);
+    }
+    const auto add = [&](int64_t at, Vec(&to)[VR]) {
+      const Vec value = spread(values + at);
+      const float* row = x + columns[at] * int64_t{VR * Vec::kLanes};
+      BURNISH_UNROLL for (int v = 0; v < VR; ++v) to[v] = fma(value, load(row + v * Vec::kLanes, Vec::kLanes), to[v]);
+    };
+    const int64_t end = std::min(count, i + kApart * kLongestSum);
+    for (; i + kApart <= end; i += kApart) {
+      BURNISH_UNROLL for (int c = 0; c < kApart; ++c) add(i + c, sum[c]);
+    }
+    for (; i < end; ++i) add(i, sum[0]);
+    BURNISH_UNROLL for (int v = 0; v < VR; ++v) {
+      BURNISH_UNROLL for (int c = 1; c < kApart; ++c) sum[0][v] = sum[0][v] + sum[c][v];
+      total[v] = total[v] + sum[0][v];
+    }
   }
-  for (; i < count; ++i) add(i, sum[0]);
-  BURNISH_UNROLL for (int v = 0; v < VR; ++v) {
-    Vec all = sum[0][v];
-    BURNISH_UNROLL for (int c = 1; c < kApart; ++c) all = all + sum[c][v];
-    store(sums + v * Vec::kLanes, all, Vec::kLanes);
-  }
+  BURNISH_UNROLL for (int v = 0; v < VR; ++v) store(sums + v * Vec::kLanes, total[v], Vec::kLanes);
 }
 
 // The lines of [begin, begin + bytes): while a row is multiplied, one after it comes from memory.
