@@ -159,7 +159,7 @@ class TestRows:
 @pytest.mark.usefixtures("toys")
 class TestCases:
     def test_unknown_op_lists_the_ops(self):
-        with pytest.raises(KeyError, match=r"no op named 'softmaxx'; the ops are: bsr_linear, .*toy::good"):
+        with pytest.raises(KeyError, match=r"no op named 'softmaxx'; the ops are: .*bsr_linear, .*toy::good"):
             select_cases(["softmaxx"])
 
     def test_pattern_without_a_match_lists_the_cases(self):
