@@ -7,14 +7,15 @@
 #include <bit>
 
 #include "cpu/simd/bitmap.h"
+#include "cpu/simd/element.h"
 
 namespace burnish::BURNISH_ISA {
 namespace {
 
-constexpr int64_t kFinished = 16;     // rows of the weight, columns of y, that are finished together
-constexpr int64_t kRowsAhead = 2;     // from a row to the one that is prefetched meanwhile
-constexpr int64_t kLongestSum = 256;  // elements that are summed in one go
-constexpr int kChains = 4;            // sums that hide the latency of a multiply-add
+constexpr int64_t kFinished = 16;  // rows of the weight, columns of y, that are finished together
+constexpr int64_t kRowsAhead = 2;  // from a row to the one that is prefetched meanwhile
+constexpr int kChains = 4;         // sums that hide the latency of a multiply-add
+constexpr int64_t kLongestSum = Vec::kLanes == 1 ? kShortSum : 64;  // elements that are summed in one go
 
 #if defined(__AVX512VBMI2__)
 
