@@ -105,7 +105,8 @@ def _on_cases(spec: OpSpec, backend: Backend) -> Iterator[tuple[str, Case, str, 
             yield "special", few, few.id, partial(values.special, spec, backend, few, positions)
         if not makes_integers(spec, backend, small) and values.grows(spec, backend, middle):
             yield "unbiased", middle, middle.id, partial(values.unbiased, spec, backend, middle)
-        yield "deterministic", solid[-1], solid[-1].id, partial(values.deterministic, spec, backend, solid[-1])
+        last = next((case for case in reversed(solid) if _objection(spec, backend, case) is None), solid[-1])
+        yield "deterministic", last, last.id, partial(values.deterministic, spec, backend, last)
         if spec.autograd and not native.emulating():
             for case in [small, middle] if interpreting() else cases:
                 yield "gradient", case, case.id, partial(gradients.gradient, spec, backend, case)
