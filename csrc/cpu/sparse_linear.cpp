@@ -93,23 +93,29 @@ void check_contents(const char* op, const Tensor& values, const Tensor& bitmap, 
   BURNISH_CHECK(wrong == N, op, ": row ", wrong.load(), kContradiction);
 }
 
-// A few rows of bf16 or fp32, which find out while they read whether the weight's parts contradict each other.
-void multiply_few_rows(const char* op, const Operand& x, const BitmapWeight& weight, int64_t N, const Sink& y) {
-  static thread_local Scratch padded;
-  const Kernels& level = kernels();
-  const Matrix rows = whole_blocks(x, padded);
+// Calls f(begin, end, memory of `spare` bytes) for rows of a weight of `width` columns, by all threads. f returns a row
+// whose contents contradict each other, or -1; so does this.
+template <class F>
+int64_t for_rows(int64_t N, int64_t width, int64_t spare, const F& f) {
   std::atomic<int64_t> wrong{-1};
-  const int64_t blocks = (N + kWeightRows - 1) / kWeightRows, width = weight.row_bytes * 8;
   const int64_t grain = std::max<int64_t>(1, kSerialElements / kWeightRows / std::max<int64_t>(1, width));
-  parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, (N + kWeightRows - 1) / kWeightRows, grain, [&](int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
-    const int64_t spare = 4 * (width * size_of(rows.format) + 64);
     scratch.reserve(spare);
-    const int64_t found = level.sparse_dot(weight, rows, x.rows.count, x.rows.width, begin * kWeightRows,
-                                           std::min(end * kWeightRows, N), scratch.take<char>(spare), y);
+    const int64_t found = f(begin * kWeightRows, std::min(end * kWeightRows, N), scratch.take<char>(spare));
     if (found >= 0) wrong = found;
   });
-  BURNISH_CHECK(wrong < 0, op, ": row ", wrong.load(), kContradiction);
+  return wrong;
+}
+
+// A few rows of bf16 or fp32; returns a row of the weight whose contents contradict each other, or -1.
+int64_t multiply_few_rows(const Operand& x, const BitmapWeight& weight, int64_t N, const Sink& y) {
+  static thread_local Scratch padded;
+  const Matrix rows = whole_blocks(x, padded);
+  const int64_t width = weight.row_bytes * 8;
+  return for_rows(N, width, 4 * (width * size_of(rows.format) + 64), [&](int64_t begin, int64_t end, char* spare) {
+    return kernels().sparse_dot(weight, rows, x.rows.count, x.rows.width, begin, end, spare, y);
+  });
 }
 
 // Vectors of rows of x that are multiplied together: their columns of x transposed stay in L2.
@@ -140,8 +146,8 @@ int64_t multiply_kept(const Operand& x, const BitmapWeight& weight, Format forma
   const int64_t M = x.rows.count, K = x.rows.width, vectors = kept_vectors(level, M, K), block = vectors * level.lanes;
   storage.reserve_large(Scratch::bytes<float>(K * block));
   auto* transposed = storage.take<float>(K * block);
-  std::atomic<int64_t> wrong{-1};
-  for (int64_t row = 0; row < M; row += block) {
+  int64_t wrong = -1;
+  for (int64_t row = 0; row < M && wrong < 0; row += block) {
     const int64_t rows = std::min(block, M - row), used = (rows + level.lanes - 1) / level.lanes,
                   columns = used * level.lanes;
     parallel_for(0, (K + kTransposed - 1) / kTransposed, std::max<int64_t>(1, 64 / columns),
@@ -157,17 +163,10 @@ int64_t multiply_kept(const Operand& x, const BitmapWeight& weight, Format forma
                                             columns, Format::kFloat);
                    }
                  });
-    const int64_t grain =
-        std::max<int64_t>(1, kSerialElements / kWeightRows / std::max<int64_t>(1, weight.row_bytes * 8));
-    parallel_for(0, (N + kWeightRows - 1) / kWeightRows, grain, [&](int64_t begin, int64_t end) {
-      static thread_local Scratch scratch;
-      const int64_t spare = sparse_kept_spare(weight.row_bytes);
-      scratch.reserve(spare);
-      const int64_t found = level.sparse_kept(weight, format, transposed, used, rows, K, begin * kWeightRows,
-                                              std::min(end * kWeightRows, N), scratch.take<char>(spare), y.at(row, 0));
-      if (found >= 0) wrong = found;
-    });
-    if (wrong >= 0) break;
+    wrong = for_rows(
+        N, weight.row_bytes * 8, sparse_kept_spare(weight.row_bytes), [&](int64_t begin, int64_t end, char* spare) {
+          return level.sparse_kept(weight, format, transposed, used, rows, K, begin, end, spare, y.at(row, 0));
+        });
   }
   storage.trim();
   return wrong;
@@ -194,13 +193,11 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& bitmap
   const BitmapWeight weight{values.const_data_ptr(), values.size(0), bitmap.const_data_ptr<uint8_t>(), bitmap.size(1),
                             row_starts.const_data_ptr<int64_t>()};
   const Kernels& level = kernels();
-  if (keeps_few(rows, weight, N)) {
+  const bool few = keeps_few(rows, weight, N);
+  if (few || (rows.rows.count <= kFewRowsSparse && format != Format::kFp16 && level.sparse_dot != nullptr)) {
     check_ends(kOp, values, row_starts);
-    const int64_t wrong = multiply_kept(rows, weight, format, N, y);
+    const int64_t wrong = few ? multiply_kept(rows, weight, format, N, y) : multiply_few_rows(rows, weight, N, y);
     BURNISH_CHECK(wrong < 0, kOp, ": row ", wrong, kContradiction);
-  } else if (rows.rows.count <= kFewRowsSparse && format != Format::kFp16 && level.sparse_dot != nullptr) {
-    check_ends(kOp, values, row_starts);
-    multiply_few_rows(kOp, rows, weight, N, y);
   } else {
     check_contents(kOp, values, bitmap, row_starts, K);
     sparse_product(rows, Bitmapped(values, bitmap, row_starts, K), y);

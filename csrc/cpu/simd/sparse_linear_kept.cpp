@@ -141,18 +141,16 @@ int64_t sparse_kept(const BitmapWeight& weight, Format format, const float* x, i
                  (weight.starts[later + 1] - weight.starts[later]) * size_of(format));
         prefetch(weight.bitmap + later * weight.row_bytes, weight.row_bytes);
       }
+      float* sum = sums + i * columns;
       with_type(format, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        using Type = typename Stored<T>::Type;
         const auto* stored = static_cast<const T*>(weight.values) + start;
-        const Type* from;
-        if constexpr (std::is_same_v<T, Type>) {
-          from = stored;
+        if constexpr (std::is_same_v<T, typename Stored<T>::Type>) {
+          kAddRow<T>[vectors - 1](stored, places, size, x, sum);
         } else {
           widen(stored, size, values);
-          from = values;
+          kAddRow<float>[vectors - 1](values, places, size, x, sum);
         }
-        kAddRow<Type>[vectors - 1](from, places, size, x, sums + i* columns);
       });
     }
     store_transposed(sums, columns, count, columns, finished, kFinished, Format::kFloat);

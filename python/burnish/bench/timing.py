@@ -33,8 +33,6 @@ MAX_SETS = 512
 MAX_BATCH = {"cpu": 256, "cuda": 64}
 #: a set that takes longer to make is copied where the same values are wanted elsewhere in memory
 MAKE_SECONDS = 0.25
-#: of an element of a weight [N, K] in a peer's form: fp32 and a 64-bit index, as torch's CSR has them
-PEER_BYTES = 12
 #: different sets; the others are made of the same values, elsewhere in memory
 SEEDS = 2
 #: calls that show how long launching takes, and how much longer the GPU sleeps at its fastest clock: a batch is queued
@@ -53,9 +51,8 @@ def argument_sets(spec: OpSpec, case: Case, backend: Backend, device: str, conte
     slow = time.perf_counter() - start > MAKE_SECONDS
     size = max(1, sum(tensor.nbytes for tensor in places(first).values()))
     wanted = math.ceil(CACHE_FACTOR * machine.last_level_cache(device) / size) + 1
-    # a contestant may keep its weights in fp32, four times the bytes, and a sparse op's peer the dense ones
-    form = max(4 * size, PEER_BYTES * math.prod(case.dims.get(name, 1) for name in ("N", "K")))
-    affordable = machine.free_memory(device) // 2 // (form * max(1, contestants))
+    # a contestant may keep its weights in fp32: four times the bytes
+    affordable = machine.free_memory(device) // 2 // (4 * size * max(1, contestants))
     count = max(SEEDS, min(wanted, affordable, MAX_SETS))
     sets = [first, *(make(seed) for seed in range(1, SEEDS))]
     for index in range(SEEDS, count):
