@@ -42,6 +42,7 @@ class Peer:
     supports: Callable[[str, Case], str | None]
     make: Callable[[str, tuple[Any, ...]], Callable[[], Any]]
     tolerance: float = 0.05
+    reads: Callable[[str, Case], int] | None = None
 
 
 def find_folder(given: str | Path | None = None) -> Path:

@@ -18,7 +18,7 @@ from burnish.bench import machine, roofline
 from burnish.bench.gate import Gate, one_line
 from burnish.bench.peers import Peer
 from burnish.bench.rows import BASELINE, Results, Row
-from burnish.bench.timing import Call, Contestant, argument_sets, interleave, quartiles
+from burnish.bench.timing import MAX_SETS, Call, Contestant, argument_sets, interleave, quartiles, sets_wanted
 from burnish.errors import BackendError
 from burnish.registry import Backend, Case, Cost, OpSpec, all_ops, get
 
@@ -190,12 +190,14 @@ def _contestants(plan: Plan, spec: OpSpec, case: Case) -> tuple[dict[str, Row], 
     refused: dict[str, Row] = {}
     entered: list[Contestant] = []
 
-    def enter(name: str, build: Callable[[tuple[Any, ...]], Call], judge: Callable[[Call], str | None]) -> None:
+    def enter(
+        name: str, build: Callable[[tuple[Any, ...]], Call], judge: Callable[[Call], str | None], most: int = MAX_SETS
+    ) -> None:
         try:
             first = build(sets[0])
             wrong = judge(first)
             if wrong is None:
-                entered.append(Contestant(name, [first, *map(build, sets[1:])]))
+                entered.append(Contestant(name, [first, *map(build, sets[1:most])]))
         except BackendError as error:
             refused[name] = Row(spec.name, case.id, name, skipped=str(error))
             return
@@ -225,6 +227,7 @@ def _contestants(plan: Plan, spec: OpSpec, case: Case) -> tuple[dict[str, Row], 
                 f"peer:{peer.name}",
                 partial(peer.make, spec.name),
                 partial(gate.peer_objection, tolerance=peer.tolerance),
+                sets_wanted(peer.reads(spec.name, case), plan.device) if peer.reads else MAX_SETS,
             )
     return refused, entered
 
