@@ -42,10 +42,11 @@ void draw(const AdamRule& rule, uint32_t tensor, uint32_t stream, int64_t at, ui
     // a block's groups share the high word of their count: 2^32 is a multiple of a block's
     __m512i w[4] = {_mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(group + g)), count),
                     _mm512_set1_epi32(static_cast<int32_t>((group + g) >> 32)),
-                    _mm512_set1_epi32(static_cast<int32_t>(tensor)), _mm512_set1_epi32(static_cast<int32_t>(stream))};
+                    _mm512_set1_epi32(static_cast<int32_t>(tensor)), _mm512_set1_epi32(1)};
     philox16(w, rule.seed);
-    const __m512i a = _mm512_unpacklo_epi32(w[0], w[1]), b = _mm512_unpackhi_epi32(w[0], w[1]);
-    const __m512i c = _mm512_unpacklo_epi32(w[2], w[3]), d = _mm512_unpackhi_epi32(w[2], w[3]);
+    const auto turned = [&](uint32_t place) { return w[(place + stream - 1) % 4]; };
+    const __m512i a = _mm512_unpacklo_epi32(turned(0), turned(1)), b = _mm512_unpackhi_epi32(turned(0), turned(1));
+    const __m512i c = _mm512_unpacklo_epi32(turned(2), turned(3)), d = _mm512_unpackhi_epi32(turned(2), turned(3));
     uint16_t* const to = random + g * kRoundingGroup;
     _mm512_store_si512(to, _mm512_unpacklo_epi64(a, c));
     _mm512_store_si512(to + 32, _mm512_unpackhi_epi64(a, c));
@@ -54,9 +55,9 @@ void draw(const AdamRule& rule, uint32_t tensor, uint32_t stream, int64_t at, ui
   }
 #else
   for (uint64_t g = 0; g < kStateBlock / kRoundingGroup; ++g) {
-    const Philox words = rounding_words(rule.seed, tensor, stream, group + g);
+    const Philox words = rounding_words(rule.seed, tensor, group + g);
     for (int i = 0; i < kRoundingGroup; ++i) {
-      random[g * kRoundingGroup + static_cast<uint64_t>(i)] = static_cast<uint16_t>(words.word[i / 2] >> 16 * (i % 2));
+      random[g * kRoundingGroup + static_cast<uint64_t>(i)] = static_cast<uint16_t>(random_bits(words, stream, i));
     }
   }
 #endif
