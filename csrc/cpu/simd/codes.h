@@ -29,6 +29,7 @@ BURNISH_INLINE void store_bytes(void* p, Vec a, int64_t count) {
 BURNISH_INLINE Vec greater_bits(Vec a, Vec b) {
   return Vec(_mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v))));
 }
+BURNISH_INLINE float greatest_lane(Vec a) { return bits_float(_mm512_reduce_max_epu32(_mm512_castps_si512(a.v))); }
 
 #elif defined(__AVX2__)
 
@@ -49,6 +50,11 @@ BURNISH_INLINE void store_bytes(void* p, Vec a, int64_t count) {
 BURNISH_INLINE Vec greater_bits(Vec a, Vec b) {
   return Vec(_mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v))));
 }
+BURNISH_INLINE float greatest_lane(Vec a) {
+  a = greater_bits(a, Vec(_mm256_permute2f128_ps(a.v, a.v, 0x01)));
+  a = greater_bits(a, Vec(_mm256_permute_ps(a.v, 0x4e)));
+  return _mm256_cvtss_f32(greater_bits(a, Vec(_mm256_permute_ps(a.v, 0xb1))).v);
+}
 
 #else
 
@@ -61,16 +67,9 @@ BURNISH_INLINE void store_bytes(void* p, Vec a, int64_t) {
 }
 // The greater by their bits, so that what is negative or not finite is greater than what is.
 BURNISH_INLINE Vec greater_bits(Vec a, Vec b) { return float_bits(a.v) > float_bits(b.v) ? a : b; }
+BURNISH_INLINE float greatest_lane(Vec a) { return a.v; }
 
 #endif
-
-BURNISH_INLINE float greatest_lane(Vec a) {
-  alignas(64) float lanes[Vec::kLanes];
-  store(lanes, a, Vec::kLanes);
-  uint32_t greatest = 0;
-  for (const float lane : lanes) greatest = float_bits(lane) > greatest ? float_bits(lane) : greatest;
-  return bits_float(greatest);
-}
 
 BURNISH_INLINE Vec decoded(const void* codes, bool is_signed, Vec scale, int64_t count) {
   const Vec root = load_codes(codes, is_signed, count) * scale;
@@ -96,17 +95,19 @@ struct Halfway {
   }
 };
 
-// The second pass: the codes and their scale.
-BURNISH_INLINE void encode(const Halfway& half, bool is_signed, void* codes, float* scale, int64_t count) {
-  const float root = std::sqrt(greatest_lane(half.greatest)), largest = is_signed ? root : std::sqrt(root);
-  const CodeScale rule = code_scale(float_bits(largest) & 0x7fffffffu, is_signed ? kFirstLimit : kSecondLimit);
-  *scale = rule.scale;
-  if (rule.inverse == 0.0f) {
+BURNISH_INLINE CodeScale scale_for(Vec greatest, bool is_signed) {
+  const float root = std::sqrt(greatest_lane(greatest)), largest = is_signed ? root : std::sqrt(root);
+  return code_scale(float_bits(largest) & 0x7fffffffu, is_signed ? kFirstLimit : kSecondLimit);
+}
+
+// The second pass.
+BURNISH_INLINE void encode(const Halfway& half, bool is_signed, float factor, void* codes, int64_t count) {
+  if (factor == 0.0f) {
     memset(codes, 0, static_cast<size_t>(count));
     return;
   }
   // half to even: 1.5 * 2^23 leaves a small integer in the low bits
-  const Vec zero(0.0f), one(1.0f), inverse(rule.inverse), rounder(12582912.0f);
+  const Vec zero(0.0f), one(1.0f), inverse(factor), rounder(12582912.0f);
   for (int64_t i = 0; i < count; i += Vec::kLanes) {
     const Vec value = load(half.values + i, count - i);
     Vec code;
@@ -165,7 +166,10 @@ void step_coded(const typename Element::Scalars& scalars, Place parameter, Place
     store_to(parameter, i, next, left);
     BURNISH_UNROLL for (int k = 0; k < kKinds; ++k) half[k].put(held[k], Element::signed_moment(k), i, left);
   }
-  for (int k = 0; k < kKinds; ++k) encode(half[k], Element::signed_moment(k), codes[k], scales[k], count);
+  CodeScale rules[kKept];
+  for (int k = 0; k < kKinds; ++k)
+    *scales[k] = (rules[k] = scale_for(half[k].greatest, Element::signed_moment(k))).scale;
+  for (int k = 0; k < kKinds; ++k) encode(half[k], Element::signed_moment(k), rules[k].inverse, codes[k], count);
 }
 
 }  // namespace burnish::BURNISH_ISA
