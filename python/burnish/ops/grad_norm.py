@@ -23,7 +23,7 @@ import torch
 
 from burnish import dispatch
 from burnish.checks import FLOATING, check_devices, check_floating, check_scalar
-from burnish.registry import Backend, Case, Cases, Cost, Invalid, OpSpec, register
+from burnish.registry import Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, register
 
 __all__ = ["grad_norm"]
 
@@ -98,7 +98,9 @@ SPEC = register(
         reference=reference,
         fake=fake,
         autograd=None,
-        impls=(),
+        impls=(
+            Impl("triton", "burnish.kernels.optim.grad_norm:grad_norm", "burnish.kernels.optim.grad_norm:supports"),
+        ),
         cases=Cases(
             test=(
                 *(Case({"N": size}, dtype) for dtype in FLOATING for size in _EDGES),
