@@ -16,16 +16,25 @@ _LARGEST = tl.constexpr(0x47800000)  # 2**16, beyond fp16
 
 
 @triton.jit
-def rounding_halves(seed, tensor, stream, group):
-    """Sixteen bits for each element of the groups [ROWS, GROUPS], int64: int32 [ROWS, 8 * GROUPS]."""
+def rounding_halves(seed, tensor, STREAM: tl.constexpr, group):
+    """Sixteen bits for each element of the groups [ROWS, GROUPS], int64: int32 [ROWS, 8 * GROUPS].
+
+    All streams, 1 to 4, are turns of the same words.
+    """
     zero = group * 0
     w0, w1, w2, w3 = philox(
         (group & 0xFFFFFFFF).to(tl.uint32),
         (group >> 32).to(tl.uint32),
         (zero + tensor).to(tl.uint32),
-        (zero + stream).to(tl.uint32),
+        (zero + 1).to(tl.uint32),
         seed,
     )
+    if STREAM == 2:
+        w0, w1, w2, w3 = w1, w2, w3, w0
+    elif STREAM == 3:
+        w0, w1, w2, w3 = w2, w3, w0, w1
+    elif STREAM == 4:
+        w0, w1, w2, w3 = w3, w0, w1, w2
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [ROWS, GROUPS, word // 2, word % 2]
     halves = tl.join((words & 0xFFFF).to(tl.int32), (words >> 16).to(tl.int32))
     return tl.reshape(halves, (group.shape[0], group.shape[1] * ROUNDING_GROUP))
