@@ -66,7 +66,7 @@ test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gate and not gpu" tests
 
 interpret: $(VENV)/dev.stamp
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/test_ops.py tests/test_triton_interpreter.py tests/test_triton_sparse.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/test_ops.py tests/test_triton_interpreter.py tests/test_triton_sparse.py tests/test_triton_optim.py
 
 emulate: $(VENV)/dev.stamp
 	BURNISH_EMULATE_CUDA=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/test_ops.py tests/test_counters.py

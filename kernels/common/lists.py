@@ -28,7 +28,11 @@ START, COUNT, INDEX, ADDRESSES = (tl.constexpr(row) for row in range(4))
 
 #: bytes that an address, and elements that an item, must be a multiple of to be read in whole vectors
 ALIGNMENT = 16
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8}
+#: codes of either sign are bytes
+TYPES = {
+    torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8,
+    torch.uint8: tl.int8,
+}  # fmt: skip
 #: tables kept: some for each group of parameters, since gradients come at other addresses from time to time
 _KEPT = 64
 

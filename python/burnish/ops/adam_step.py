@@ -119,7 +119,11 @@ SPEC = register(
         cost=step_cases.coster(STEP, ops=16.0),
         baseline=baseline,
         impls=(
-            Impl("triton", "burnish.kernels.optim.adam_step:adam_step", "burnish.kernels.optim.adam_step:supports"),
+            Impl(
+                "triton",
+                "burnish.kernels.optim.adam_step:adam_step",
+                "burnish.kernels.optim.adam_step:supports",
+            ),
         ),
     )
 )

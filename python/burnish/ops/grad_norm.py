@@ -99,7 +99,11 @@ SPEC = register(
         fake=fake,
         autograd=None,
         impls=(
-            Impl("triton", "burnish.kernels.optim.grad_norm:grad_norm", "burnish.kernels.optim.grad_norm:supports"),
+            Impl(
+                "triton",
+                "burnish.kernels.optim.grad_norm:grad_norm",
+                "burnish.kernels.optim.grad_norm:supports",
+            ),
         ),
         cases=Cases(
             test=(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from burnish import step_cases
-from burnish.registry import Case, register
+from burnish.registry import Case, Impl, register
 from burnish.step_cases import BF16, FP16, FP32, WEIGHT_DECAY
 from burnish.step_checks import FINITE, FLAG, NOT_NEGATIVE
 from burnish.step_op import Moments, StepOp, caller
@@ -104,6 +104,13 @@ SPEC = register(
         make=step_cases.maker(STEP, numbers),
         cost=step_cases.coster(STEP, ops=7.0),
         baseline=baseline,
+        impls=(
+            Impl(
+                "triton",
+                "burnish.kernels.optim.sgd_step:sgd_step",
+                "burnish.kernels.optim.sgd_step:supports",
+            ),
+        ),
     )
 )
 

@@ -225,10 +225,15 @@ def volume(case: Case) -> int:
     return product
 
 
+def kind(case: Case) -> tuple[Any, ...]:
+    """What makes cases alike but for their sizes."""
+    return (case.dtype, tuple(sorted(case.options.items(), key=str)))
+
+
 def kinds(spec: OpSpec) -> dict[tuple[Any, ...], list[Case]]:
     """The ordinary test cases by dtype and options, each list from small to large."""
     groups: dict[tuple[Any, ...], list[Case]] = {}
     for case in spec.cases.test:
         if case.values == "normal":
-            groups.setdefault((case.dtype, tuple(sorted(case.options.items(), key=str))), []).append(case)
+            groups.setdefault(kind(case), []).append(case)
     return {key: sorted(cases, key=volume) for key, cases in groups.items()}
