@@ -40,6 +40,10 @@ void check_finite(const char* op, const char* name, double value) {
   BURNISH_CHECK(std::isfinite(value), op, ": ", name, " is ", value, ", expected a finite number");
 }
 
+void check_needed(const char* op, const char* name, double value, const char* needed, bool there) {
+  BURNISH_CHECK(value == 0 || there, op, ": ", name, " is ", value, ", but ", needed, " is missing");
+}
+
 bool is_dense(const Tensor& tensor) {
   if (tensor.is_contiguous()) return true;
   const auto sizes = tensor.sizes(), strides = tensor.strides();
@@ -203,8 +207,7 @@ CheckedStep check_step(const StepArguments& given) {
   check_lengths(given);
   check_fraction(op, "ema_decay", given.ema_decay);
   check_not_negative(op, "max_grad_norm", given.max_grad_norm);
-  BURNISH_CHECK(given.max_grad_norm == 0 || given.grad_norm.has_value(), op, ": max_grad_norm is ", given.max_grad_norm,
-                ", but grad_norm is missing");
+  check_needed(op, "max_grad_norm", given.max_grad_norm, "grad_norm", given.grad_norm.has_value());
   const size_t count = given.params.size();
   const Tensor& like = count == 0 ? given.lr : given.params.front();
   check_scalar(op, "lr", given.lr, like);

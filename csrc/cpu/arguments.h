@@ -6,10 +6,10 @@
 
 #include <optional>
 
-#include "tensor_text.h"
 #include "cpu/kernels.h"
 #include "math/half.h"
 #include "math/pack.h"
+#include "tensor_text.h"
 
 namespace burnish {
 

@@ -35,6 +35,7 @@ void adam_step(const Tensors& params, const Tensors& grads, const Tensors& steps
   check_fraction(kOp, "beta2", beta2);
   check_not_negative(kOp, "eps", eps);
   check_not_negative(kOp, "weight_decay", weight_decay);
+  const AdamNumbers numbers{beta1, beta2, eps, weight_decay, decoupled};
   const StepArguments given{.op = kOp,
                             .params = params,
                             .grads = grads,
@@ -55,8 +56,7 @@ void adam_step(const Tensors& params, const Tensors& grads, const Tensors& steps
                             .found_inf = found_inf,
                             .seed = seed};
   with_adam_element(!decoupled && weight_decay != 0, !max_exp_avg_sqs.empty(), [&]<class Element>(Element) {
-    start_step(given, AdamNumbers{beta1, beta2, eps, weight_decay, decoupled}, adam_step_fwd_kernel<Element, 4>,
-               adam_step_fwd_kernel<Element, 8>);
+    start_step(given, numbers, adam_step_fwd_kernel<Element, 4>, adam_step_fwd_kernel<Element, 8>);
   });
 }
 

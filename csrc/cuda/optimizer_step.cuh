@@ -7,15 +7,15 @@
 //   begin_chunk       what the step is to a tensor, by one thread of the block, in double
 //   start_step        the host's side: the table of tensors, and the launch
 //
-// A warp takes 256 elements, 8 a lane. Where some array is fp32 these are two runs of 4, 128 apart, so that an access of
-// fp32 has 16 bytes; else they are one run of 8, and those of 16-bit arrays have. Either way the lanes' accesses lie side
-// by side. All lanes together then ask for at least 64 bytes of each of 512 threads of a multiprocessor, 32 KB, where
-// 15 KB would cover the latency of an H100's memory. A run that passes a tensor's end, or a tensor that is not aligned,
-// is read and written by single elements.
+// A warp takes 256 elements, 8 a lane. Where some array is fp32 these are two runs of 4, 128 apart, so that an access
+// of fp32 has 16 bytes; else they are one run of 8, and those of 16-bit arrays have. Either way the lanes' accesses lie
+// side by side. All lanes together then ask for at least 64 bytes of each of 512 threads of a multiprocessor, 32 KB,
+// where 15 KB would cover the latency of an H100's memory. A run that passes a tensor's end, or a tensor that is not
+// aligned, is read and written by single elements.
 //
 // Learning rate, scales and steps are read on the device. A block computes what the step is to its tensor by itself;
-// blocks draw a ticket of the tensor once they have read its step, and the last one writes it down: all others have read
-// it by then.
+// blocks draw a ticket of the tensor once they have read its step, and the last one writes it down: all others have
+// read it by then.
 #pragma once
 
 #include <cmath>
@@ -31,8 +31,8 @@
 namespace burnish {
 
 constexpr int kStepThreads = 128;
-constexpr int kStepBlocks = 4;       // resident at least: 128 registers a thread
-constexpr size_t kStepShared = 128;  // bytes: a word and the scalars of begin_chunk
+constexpr int kStepBlocks = 4;                              // resident at least: 128 registers a thread
+constexpr size_t kStepShared = 128;                         // bytes: a word and the scalars of begin_chunk
 constexpr int kShare = static_cast<int>(kStateBlock / 32);  // elements of a lane
 constexpr int64_t kWidest = 16;                             // bytes of an access
 static_assert(kChunk % kStateBlock == 0);

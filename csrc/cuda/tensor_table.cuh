@@ -90,8 +90,9 @@ class TableCache {
 
   static UploadedTable upload(const std::vector<char>& image, const Tensor& like, int32_t device, cudaStream_t stream) {
     const int64_t size = static_cast<int64_t>(image.size());
-    const Tensor pinned = torch::stable::empty({size}, ScalarType::Byte, std::nullopt,
-                                               torch::stable::Device(torch::headeronly::DeviceType::CPU), like.is_cuda());
+    const Tensor pinned =
+        torch::stable::empty({size}, ScalarType::Byte, std::nullopt,
+                             torch::stable::Device(torch::headeronly::DeviceType::CPU), like.is_cuda());
     memcpy(pinned.mutable_data_ptr(), image.data(), image.size());
     Tensor table = torch::stable::new_empty(like, {size}, ScalarType::Byte);
     torch::stable::copy_(table, pinned, true);
