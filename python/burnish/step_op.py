@@ -42,7 +42,7 @@ from typing import Any
 
 import torch
 
-from burnish import dispatch, moments, rounding
+from burnish import dispatch, moments, native, rounding
 from burnish.registry import Case, Cases, Cost, Impl, OpSpec
 from burnish.step_checks import FLAG, check
 
@@ -116,14 +116,14 @@ class StepOp:
         baseline: Callable[..., Callable[[], Any]] | None = None,
         impls: tuple[Impl, ...] = (),
     ) -> OpSpec:
-        """The op's record."""
+        """The op's record; ``impls`` are those that it has beside the one in CUDA C++."""
         return OpSpec(
             name=self.name,
             schema=self.schema,
             reference=self._function(self._reference),
             fake=self._function(partial(check, self)),
             autograd=None,
-            impls=impls,
+            impls=(native_impl(self.name), *impls),
             cases=cases,
             make=make,
             cost=cost,
@@ -176,6 +176,19 @@ class StepOp:
                 assert value is not None
                 _store_moment(stored[i], scales[k], value, kind.signed, given.seed, i, 2 + k)
             _store(param, master, p, given.seed, i)
+
+
+def native_impl(op: str) -> Impl:
+    """The implementation in CUDA C++ of an op whose first argument is a list of tensors."""
+    return Impl("native", f"torch.ops:burnish.{op}.native", f"{__name__}:supports_native")
+
+
+def supports_native(tensors: Tensors, *_: Any) -> str | None:
+    """Why the kernels in CUDA C++ cannot run on these tensors; None if they can."""
+    if native.emulating():
+        return None
+    elsewhere = (f"the tensors are on {tensor.device}, expected CUDA" for tensor in tensors if not tensor.is_cuda)
+    return next(elsewhere, None)
 
 
 def caller(spec: OpSpec) -> Callable[..., None]:

@@ -24,6 +24,7 @@ import torch
 from burnish import dispatch
 from burnish.checks import FLOATING, check_devices, check_floating, check_scalar
 from burnish.registry import Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, register
+from burnish.step_op import native_impl
 
 __all__ = ["grad_norm"]
 
@@ -99,6 +100,7 @@ SPEC = register(
         fake=fake,
         autograd=None,
         impls=(
+            native_impl("grad_norm"),
             Impl(
                 "triton",
                 "burnish.kernels.optim.grad_norm:grad_norm",
