@@ -4,8 +4,11 @@ back."""
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
+import optim_killed as killed
 import optim_workers as workers
 import pytest
 import torch
@@ -92,3 +95,17 @@ def test_shards_have_masks_averages_and_one_found_infinity(tmp_path: Path) -> No
     assert ranks[0][1] == ranks[1][1] == found == [False, True, False]
     refused = "AdamW: state of parameter 0 of group 0: exp_avg is a Tensor, expected a DTensor, as the parameter is"
     assert ranks[0][2] == ranks[1][2] == refused
+
+
+def test_a_rank_killed_under_torchrun_resumes_from_the_last_complete_checkpoint(tmp_path: Path) -> None:
+    """Killed between gradients and step, and then while the checkpoint after step 80 is being written."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+    done = subprocess.run(
+        [sys.executable, *command, killed.__file__, str(tmp_path)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    lives = [(tmp_path / f"life-{life}").read_text().split() for life in range(3)]
+    assert [int(life[0]) for life in lives] == [0, 50, 70]
+    assert str(killed.KILLED_SAVE) in lives[2][1:]
+    assert killed.complete(tmp_path) == list(range(killed.EVERY, killed.STEPS + 1, killed.EVERY))
+    assert [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)] == [[], []]
