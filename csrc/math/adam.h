@@ -1,24 +1,12 @@
-// One element's step of Adam and AdamW, written once over a value type V: float here and on a GPU, a SIMD vector in
-// cpu/simd/. Every operation rounds once, in this order, so all of them give the bits of the reference in
-// python/burnish/ops/adam_step.py. Beside what activation.h asks of V: square_root, and maximum, which keeps NaN.
+// Adam and AdamW, see math/optimizer.h: the first moment, the second, and of amsgrad the greatest second so far.
 #pragma once
 
-#include "math/activation.h"
+#include "math/optimizer.h"
 
 namespace burnish {
 
-BURNISH_HD inline float square_root(float a) {
-#ifdef __CUDA_ARCH__
-  return __fsqrt_rn(a);
-#else
-  return std::sqrt(a);
-#endif
-}
-BURNISH_HD inline float maximum(float a, float b) { return a != a || a > b ? a : b; }
-
-// What a step is to one tensor. Each is computed in double and rounded once.
 struct AdamScalars {
-  float gradient;      // what the gradient is multiplied by: unscaled, clipped, and negative to maximize
+  float gradient;      // what the gradient is multiplied by
   float weight_decay;  // joins the gradient; 0 where it is decoupled
   float kept;          // 1 - lr * weight_decay where it is decoupled, else 1
   float take1;         // 1 - beta1
@@ -28,8 +16,8 @@ struct AdamScalars {
   float step_size;  // lr / (1 - beta1^step)
 };
 
-inline AdamScalars adam_scalars(double factor, double lr, double beta1, double beta2, double eps, double weight_decay,
-                                bool decoupled, double step) {
+BURNISH_HD inline AdamScalars adam_scalars(double factor, double lr, double step, double beta1, double beta2,
+                                           double eps, double weight_decay, bool decoupled) {
   const double correction1 = 1 - std::pow(beta1, step), correction2 = 1 - std::pow(beta2, step);
   const double kept = decoupled && weight_decay != 0 ? 1 - lr * weight_decay : 1;
   return {static_cast<float>(factor),
@@ -43,18 +31,36 @@ inline AdamScalars adam_scalars(double factor, double lr, double beta1, double b
           static_cast<float>(lr / correction1)};
 }
 
-// The parameter after a step on `gradient`; the moments change in place. `largest` is the greatest second moment so
-// far, of amsgrad, or null.
-template <bool kCoupled, class V>
-BURNISH_HD inline V adam_element(const AdamScalars& c, V parameter, V gradient, V& first, V& second, V* largest) {
-  V g = gradient * splat<V>(c.gradient);
-  if (kCoupled) g = g + parameter * splat<V>(c.weight_decay);
-  first = first + (g - first) * splat<V>(c.take1);
-  second = second * splat<V>(c.beta2) + g * g * splat<V>(c.take2);
-  if (largest != nullptr) *largest = maximum(*largest, second);
-  const V spread = largest != nullptr ? *largest : second;
-  const V update = first / (square_root(spread) * splat<V>(c.inverse) + splat<V>(c.eps));
-  return parameter * splat<V>(c.kept) - update * splat<V>(c.step_size);
+// kCoupled: weight decay joins the gradient.
+template <bool kCoupled, bool kGreatest>
+struct AdamElement {
+  using Scalars = AdamScalars;
+  static constexpr int kMoments = kGreatest ? 3 : 2;
+  BURNISH_HD static constexpr bool signed_moment(int k) { return k == 0; }
+
+  template <class V>
+  BURNISH_HD static V step(const AdamScalars& c, V parameter, V gradient, V* moments) {
+    V g = gradient * splat<V>(c.gradient);
+    if constexpr (kCoupled) g = g + parameter * splat<V>(c.weight_decay);
+    const V first = moments[0] + (g - moments[0]) * splat<V>(c.take1);
+    const V second = moments[1] * splat<V>(c.beta2) + g * g * splat<V>(c.take2);
+    V spread = second;
+    if constexpr (kGreatest) moments[2] = spread = maximum(moments[2], second);
+    moments[0] = first;
+    moments[1] = second;
+    const V update = first / (square_root(spread) * splat<V>(c.inverse) + splat<V>(c.eps));
+    return parameter * splat<V>(c.kept) - update * splat<V>(c.step_size);
+  }
+};
+
+// f(element) with the variant that is asked for.
+template <class F>
+void with_adam_element(bool coupled, bool greatest, const F& f) {
+  if (coupled) {
+    greatest ? f(AdamElement<true, true>()) : f(AdamElement<true, false>());
+  } else {
+    greatest ? f(AdamElement<false, true>()) : f(AdamElement<false, false>());
+  }
 }
 
 }  // namespace burnish

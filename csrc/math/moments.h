@@ -2,7 +2,7 @@
 // python/burnish/moments.py for why.
 #pragma once
 
-#include "math/adam.h"
+#include "math/optimizer.h"
 
 namespace burnish {
 
