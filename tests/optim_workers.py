@@ -15,7 +15,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 HALF, ROWS = 50, 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-OPTIMIZERS = {"Adam": optim.Adam, "AdamW": optim.AdamW}
+OPTIMIZERS = {name: getattr(optim, name) for name in optim.__all__ if name != "FusedOptimizer"}
+#: options of optimizers that have moments only with them
+MOMENTS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}, "RMSprop": {"momentum": 0.9, "centered": True}}
 #: options of AdamW whose state also has to come back as it was
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -26,7 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int8": {"state_dtype": "int8", "amsgrad": True, "ema_decay": 0.9},
 }
 #: those whose bits do not depend on how parameters are cut
-RESHARDED = ("plain", "averaged", "split")
+RESHARDED = ("averaged", "split")
 
 
 def model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -39,7 +41,7 @@ def make(net: nn.Module, name: str = "AdamW", variant: str = "plain") -> optim.F
     """Two groups, one with its own learning rate."""
     parameters = list(net.parameters())
     groups = [{"params": parameters[:3], "lr": 3e-2}, {"params": parameters[3:]}]
-    return OPTIMIZERS[name](groups, lr=1e-2, weight_decay=0.1, **VARIANTS[variant])
+    return OPTIMIZERS[name](groups, lr=1e-2, weight_decay=0.1, **MOMENTS.get(name, {}), **VARIANTS[variant])
 
 
 def scaler_for(dtype: torch.dtype) -> Any:
@@ -64,20 +66,28 @@ def train(net: nn.Module, optimizer: Any, scaler: Any, steps: Iterable[int], ran
     return skipped
 
 
-def push(net: nn.Module, optimizer: Any, steps: Iterable[int]) -> None:
-    """Steps on gradients that do not depend on how the parameters are cut."""
+def push(net: nn.Module, optimizer: Any, scaler: Any, steps: Iterable[int]) -> None:
+    """Steps on gradients that do not depend on how the parameters are cut; with a scaler scaled, and each tenth time
+    infinite."""
     for step in steps:
-        fill(net, step)
-        optimizer.step()
+        scale = float(scaler.scale(torch.ones(())))
+        fill(net, step, float("inf") if scale > 1 and step % 10 == 7 else scale)
+        scaler.step(optimizer)
+        scaler.update()
 
 
-def fill(net: nn.Module, step: int) -> None:
+def steady_scaler(dtype: torch.dtype) -> Any:
+    """With fp16 one whose scale the gradients of :func:`push` do not overflow, in any of their elements."""
+    return torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=5, enabled=dtype is torch.float16)
+
+
+def fill(net: nn.Module, step: int, scale: float = 1.0) -> None:
     """Gradients that are the same for every number of processes."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     for number, parameter in enumerate(net.parameters()):
         draw = torch.Generator().manual_seed(1000 * step + number)
-        grad = torch.randn(parameter.shape, generator=draw).to(parameter.dtype)
+        grad = (torch.randn(parameter.shape, generator=draw) * scale).to(parameter.dtype)
         if isinstance(parameter, DTensor):
             grad = distribute_tensor(grad, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.grad = grad
@@ -164,20 +174,32 @@ def distributed(rank: int, kind: str, cases: list[tuple[str, str, str]], folder:
     dist.destroy_process_group()
 
 
+def push_half(net: nn.Module, name: str, variant: str, folder: str) -> None:
+    """Half the steps, and a checkpoint of them; the scaler beside it."""
+    optimizer, scaler = make(net, name, variant), steady_scaler(next(net.parameters()).dtype)
+    push(net, optimizer, scaler, range(HALF))
+    save(net, optimizer, folder)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        torch.save(scaler.state_dict(), f"{folder}.scaler")
+
+
+def push_rest(net: nn.Module, name: str, variant: str, folder: str) -> tuple[nn.Module, Any]:
+    """The other half, from such a checkpoint."""
+    optimizer, scaler = make(net, name, variant), steady_scaler(next(net.parameters()).dtype)
+    restore(net, optimizer, folder)
+    scaler.load_state_dict(torch.load(f"{folder}.scaler"))
+    push(net, optimizer, scaler, range(HALF, 2 * HALF))
+    return net, optimizer
+
+
 def resharded(rank: int, cases: list[tuple[str, str, str]], folder: str) -> None:
     """One of two processes: half the steps for a checkpoint, the other half from one of a single process."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for dtype, name, variant in cases:
         case = f"{folder}/{dtype}-{name}-{variant}"
-        net = shard(model(DTYPES[dtype]))
-        optimizer = make(net, name, variant)
-        push(net, optimizer, range(HALF))
-        save(net, optimizer, f"{case}-2")
-        net = shard(model(DTYPES[dtype]))
-        optimizer = make(net, name, variant)
-        restore(net, optimizer, f"{case}-1")
-        push(net, optimizer, range(HALF, 2 * HALF))
+        push_half(shard(model(DTYPES[dtype])), name, variant, f"{case}-2")
+        net, optimizer = push_rest(shard(model(DTYPES[dtype])), name, variant, f"{case}-1")
         state = whole(net, optimizer)
         if rank == 0:
             torch.save(state, f"{case}.pt")
@@ -213,7 +235,7 @@ def whole_state_refused() -> str:
     """What a sharded optimizer says to the plain tensors of a whole one."""
     net = model()
     plain = make(net)
-    push(net, plain, range(1))
+    push(net, plain, steady_scaler(torch.float32), range(1))
     try:
         make(shard(model())).load_state_dict(plain.state_dict())
     except ValueError as error:

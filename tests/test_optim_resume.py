@@ -51,25 +51,20 @@ def test_two_processes_resume(kind: str, tmp_path: Path) -> None:
 
 
 def test_two_processes_become_one_and_one_becomes_two(tmp_path: Path) -> None:
-    cases = [(dtype, "AdamW", variant) for dtype in workers.DTYPES for variant in workers.RESHARDED]
-    half = workers.HALF
-    for dtype, name, variant in cases:
-        net = workers.model(workers.DTYPES[dtype])
-        optimizer = workers.make(net, name, variant)
-        workers.push(net, optimizer, range(half))
-        workers.save(net, optimizer, str(tmp_path / f"{dtype}-{name}-{variant}-1"))
+    cases = PLAIN + [(dtype, "AdamW", variant) for dtype in workers.DTYPES for variant in workers.RESHARDED]
+    paths = {case: str(tmp_path / "-".join(case)) for case in cases}
+    for (dtype, name, variant), path in paths.items():
+        workers.push_half(workers.model(workers.DTYPES[dtype]), name, variant, f"{path}-1")
     mp.spawn(workers.resharded, args=(cases, str(tmp_path)), nprocs=2)
-    for dtype, name, variant in cases:
-        straight = workers.model(workers.DTYPES[dtype])
+    for (dtype, name, variant), path in paths.items():
+        straight, scaler = workers.model(workers.DTYPES[dtype]), workers.steady_scaler(workers.DTYPES[dtype])
         optimizer = workers.make(straight, name, variant)
-        workers.push(straight, optimizer, range(2 * half))
+        workers.push(straight, optimizer, scaler, range(2 * workers.HALF))
+        assert {float(state["step"]) for state in optimizer.state.values()} == {90.0 if scaler.is_enabled() else 100.0}
         expected = workers.whole(straight, optimizer)
-        assert not workers.differences(torch.load(tmp_path / f"{dtype}-{name}-{variant}.pt"), expected)
-        net = workers.model(workers.DTYPES[dtype])
-        again = workers.make(net, name, variant)
-        workers.restore(net, again, str(tmp_path / f"{dtype}-{name}-{variant}-2"))
-        workers.push(net, again, range(half, 2 * half))
-        assert not workers.differences(workers.whole(net, again), expected)
+        assert not workers.differences(torch.load(f"{path}.pt"), expected)
+        again = workers.push_rest(workers.model(workers.DTYPES[dtype]), name, variant, f"{path}-2")
+        assert not workers.differences(workers.whole(*again), expected)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
