@@ -51,7 +51,8 @@ def test_two_processes_resume(kind: str, tmp_path: Path) -> None:
 
 
 def test_two_processes_become_one_and_one_becomes_two(tmp_path: Path) -> None:
-    cases = PLAIN + [(dtype, "AdamW", variant) for dtype in workers.DTYPES for variant in workers.RESHARDED]
+    varied = [variant for variant in workers.RESHARDED if variant != "plain"]
+    cases = PLAIN + [(dtype, "AdamW", variant) for dtype in workers.DTYPES for variant in varied]
     paths = {case: str(tmp_path / "-".join(case)) for case in cases}
     for (dtype, name, variant), path in paths.items():
         workers.push_half(workers.model(workers.DTYPES[dtype]), name, variant, f"{path}-1")
