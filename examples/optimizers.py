@@ -115,7 +115,15 @@ class Encoder:
     rate = 2e-3
 
     def __init__(self, options: argparse.Namespace) -> None:
-        given = ["--steps", str(options.steps), "--batch", "8", *(["--quick"] if options.quick else [])]
+        given = [
+            "--steps",
+            str(options.steps),
+            "--batch",
+            "8",
+            "--tokens",
+            "16",
+            *(["--quick"] if options.quick else []),
+        ]
         self.options = finetune_lora.parse(given)
         self.frozen = finetune_lora.Variant("", "burnish", PRECISIONS[options.precision])
         self.data = finetune_lora.Data(self.options)
