@@ -16,7 +16,7 @@ def supports(op: str, case: Case) -> str | None:
 
 
 def make(op: str, args: tuple) -> Callable[[], None]:
-    given = named(op, args)
+    given = named(args)
     given["max_grad_norm"], _ = clipped_to(args)
 
     def run() -> None:

@@ -18,7 +18,7 @@ def supports(op: str, case: Case) -> str | None:
 
 
 def make(op: str, args: tuple) -> Callable[[], None]:
-    given = named(op, args)
+    given = named(args)
     limit, coefficient = clipped_to(args)
     with torch.inference_mode(False):
         params = [torch.nn.Parameter(param) for param in given["params"]]

@@ -1,4 +1,7 @@
-"""torchao's AdamW: 8-bit state in dynamic codes, or bf16 parameters rounded at random; each tensor's step compiled."""
+"""torchao's AdamW: 8-bit state, or bf16 parameters rounded at random; each tensor's step is compiled.
+
+Its codes are bitsandbytes', and as far off.
+"""
 
 import logging
 import warnings
@@ -27,7 +30,7 @@ def supports(op: str, case: Case) -> str | None:
 
 
 def make(op: str, args: tuple) -> Callable[[], None]:
-    random = named(op, args)["seed"] is not None
+    random = named(args)["seed"] is not None
     kind = _AdamW if random else AdamW8bit
     made, params = optimizer(lambda params, **kwargs: kind(params, bf16_stochastic_round=random, **kwargs), args)
     for param, (step, *moments) in zip(params, states(args), strict=True):
@@ -39,4 +42,4 @@ def make(op: str, args: tuple) -> Callable[[], None]:
     return stepping(made)
 
 
-PEER = Peer("torchao-adamw", version("torchao"), supports, make, tolerance=0.1)
+PEER = Peer("torchao-adamw", version("torchao"), supports, make, tolerance=0.5)

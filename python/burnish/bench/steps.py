@@ -9,20 +9,20 @@ import torch
 
 from burnish import moments
 from burnish.arguments import Args
+from burnish.ops.adam_step import STEP
 from burnish.ops.grad_norm import grad_norm
-from burnish.registry import Case, get
+from burnish.registry import Case
 
 
-def named(op: str, args: Args) -> dict[str, Any]:
-    """An op's arguments by the names of its schema."""
-    schema = get(op).overload()._schema
-    return {argument.name: arg for argument, arg in zip(schema.arguments, args, strict=True)}
+def named(args: Args) -> dict[str, Any]:
+    """The arguments by name."""
+    return dict(vars(STEP.given(args)))
 
 
 def optimizer(make: Callable[..., torch.optim.Optimizer], args: Args) -> tuple[Any, list[torch.nn.Parameter]]:
     """An optimizer by torch's keywords whose parameters, which are returned too, have the memory of the op's, and the
     op's gradients; it has no state yet."""
-    given = named("adam_step", args)
+    given = named(args)
     with torch.inference_mode(False):
         params = [torch.nn.Parameter(param) for param in given["params"]]
         for param, grad in zip(params, given["grads"], strict=True):
@@ -40,7 +40,7 @@ def optimizer(make: Callable[..., torch.optim.Optimizer], args: Args) -> tuple[A
 def states(args: Args) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Of each parameter the number of steps so far and both moments: the op's own tensors, or what its codes stand
     for, in fp32."""
-    given = named("adam_step", args)
+    given = named(args)
     columns = [given["steps"], given["exp_avgs"], given["exp_avg_sqs"], given["scales"] or [None] * len(args[0])]
     for step, first, second, scales in zip(*columns, strict=True):
         if scales is not None:
@@ -63,7 +63,7 @@ def stepping(made: torch.optim.Optimizer) -> Callable[[], None]:
 
 def clipped_to(args: Args) -> tuple[float, float]:
     """The norm to clip the gradients to, and the coefficient that this gives, which is the case's."""
-    given = named("adam_step", args)
+    given = named(args)
     coefficient = min(1.0, given["max_grad_norm"] / (float(given["grad_norm"]) + 1e-6))
     norm, _ = grad_norm(given["grads"], given["grad_scale"])
     return coefficient * (float(norm) + 1e-6), coefficient
