@@ -64,17 +64,22 @@ def apart(rows: list[Row], reference: list[Row], metric: Callable[[Row], float])
     return statistics.fmean(ours) - statistics.fmean(theirs), spread(theirs)
 
 
-def verdict(rows: list[Row], reference: list[Row], metric: Callable[[Row], float]) -> str:
-    """The difference in standard deviations of the reference's seeds, and what that says."""
-    if [row["seed"] for row in rows] != [row["seed"] for row in reference]:
-        return "other seeds"
-    difference, noise = apart(rows, reference, metric)
-    if not noise:
-        return f"{difference:+.4f}"
-    within = abs(difference) <= noise
-    return f"{difference:+.4f} = {difference / noise:+.2f} s, [{'green' if within else 'red'}]" + (
-        "within noise[/]" if within else "beyond noise[/]"
-    )
+def verdicts(task: str, variants: dict[str, list[Row]]) -> list[str]:
+    """A sentence a form: how many standard deviations of the reference's seeds its mean is off, and what that says."""
+    reference, lines = variants.get(REFERENCE), []
+    for variant, rows in variants.items():
+        if reference is None or variant == REFERENCE or [r["seed"] for r in rows] != [r["seed"] for r in reference]:
+            continue
+        parts = []
+        for name, metric in METRICS.items():
+            difference, noise = apart(rows, reference, metric)
+            if noise:
+                word = "within noise" if abs(difference) <= noise else "[red]beyond noise[/]"
+                parts.append(f"{name} {difference:+.4f}, {difference / noise:+.2f} of the seeds' deviation: {word}")
+            else:
+                parts.append(f"{name} {difference:+.4f}; one seed shows no noise")
+        lines.append(f"{task}, {rows[0]['label']}, from {reference[0]['label']}: {'; '.join(parts)}")
+    return lines
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -85,24 +90,21 @@ def show(result: dict[str, Any], console: Console) -> None:
         table = Table(
             title=f"{task}: {count} parameters, {settings['steps']} steps of AdamW, products in "
             f"{settings['precision']}; torch {about['torch']}, burnish {about['burnish']}",
-            caption=f"last loss: mean of {min(LAST, settings['steps'])} steps; ± over {seeds} seeds. s: the standard "
-            f"deviation of {REFERENCE}'s seeds; within noise: at most 1 s from {REFERENCE}'s mean.",
+            caption=f"bytes: of a parameter and its state; last loss: mean of {min(LAST, settings['steps'])} steps; "
+            f"± over {seeds} seeds",
             box=SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
         )
         table.add_column("AdamW", no_wrap=True)
-        table.add_column("bytes", justify="right", no_wrap=True)
-        for name in METRICS:
+        for name in ("bytes", *METRICS, "accuracy, %"):
             table.add_column(name, justify="right", no_wrap=True)
-            table.add_column("from torch's", no_wrap=True)
-        table.add_column("accuracy", justify="right", no_wrap=True)
-        for variant, rows in variants.items():
-            cells = [rows[0]["label"], f"{rows[0]['bytes_each']:.1f}"]
-            for metric in METRICS.values():
-                known = variant != REFERENCE and REFERENCE in variants
-                cells += [mean(list(map(metric, rows)), 4), verdict(rows, variants[REFERENCE], metric) if known else ""]
-            table.add_row(*cells, mean([100 * row["accuracy"] for row in rows], 2))
+        for rows in variants.values():
+            cells = [mean(list(map(metric, rows)), 4) for metric in METRICS.values()]
+            accuracy = mean([100 * row["accuracy"] for row in rows], 2)
+            table.add_row(rows[0]["label"], f"{rows[0]['bytes_each']:.1f}", *cells, accuracy)
         console.print(table)
+        for line in verdicts(task, variants):
+            console.print(line, highlight=False, soft_wrap=True)
 
 
 def smoothed(losses: list[float]) -> list[float]:
@@ -161,6 +163,7 @@ def _ends(axis: Any, variants: dict[str, list[Row]]) -> None:
             axis.axvspan(middle - noise, middle + noise, color="#eeeeee", zorder=0)
     axis.set_yticks(range(len(labels)), labels)
     axis.invert_yaxis()
+    axis.locator_params(axis="x", nbins=4)
     axis.set_title("test loss by seed; shaded: noise")
     axis.set_xlabel("bytes are of a parameter with its state")
 
@@ -174,7 +177,7 @@ def main() -> int:
         print("these runs have different settings", file=sys.stderr)
         return 2
     joined = results[0] | {"rows": [row for result in results for row in result["rows"]]}
-    show(joined, Console())
+    show(joined, Console(width=None if sys.stdout.isatty() else WIDE))
     chart(joined, Path(sys.argv[1]).parent / "joined.png")
     return 0
 
