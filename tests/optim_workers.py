@@ -10,21 +10,23 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from burnish import optim
+from optimizers import OPTIMIZERS
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 HALF, ROWS = 50, 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-OPTIMIZERS = {"Adam": optim.Adam, "AdamW": optim.AdamW}
-#: options of AdamW whose state also has to come back as it was
+#: options whose state also has to come back as it was
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "clipped": {"max_grad_norm": 0.5, "amsgrad": True},
+    "clipped": {"max_grad_norm": 0.5},
     "averaged": {"ema_decay": 0.9, "master_weights": "fp32"},
     "split": {"master_weights": "split", "state_dtype": "bf16"},
     "rounded": {"stochastic_rounding": True, "seed": 7, "state_dtype": "bf16"},
-    "int8": {"state_dtype": "int8", "amsgrad": True, "ema_decay": 0.9},
+    "int8": {"state_dtype": "int8", "ema_decay": 0.9},
 }
+#: those that an optimizer has with more of its own
+MORE = ("clipped", "int8")
 #: those whose bits do not depend on how parameters are cut
 RESHARDED = ("plain", "averaged", "split")
 
@@ -39,7 +41,9 @@ def make(net: nn.Module, name: str = "AdamW", variant: str = "plain") -> optim.F
     """Two groups, one with its own learning rate."""
     parameters = list(net.parameters())
     groups = [{"params": parameters[:3], "lr": 3e-2}, {"params": parameters[3:]}]
-    return OPTIMIZERS[name](groups, lr=1e-2, weight_decay=0.1, **VARIANTS[variant])
+    entry = OPTIMIZERS[name]
+    options: dict[str, Any] = entry.options | (entry.more if variant in MORE else {}) | VARIANTS[variant]
+    return entry.ours(groups, lr=1e-2, weight_decay=0.1, **options)  # type: ignore[call-arg]
 
 
 def scaler_for(dtype: torch.dtype) -> Any:

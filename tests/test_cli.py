@@ -35,7 +35,7 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
         ("", "burnish: the following arguments are required"),
         ("dance", "burnish: argument doctor | bench | swap | new-op: invalid choice: 'dance'"),
         ("doctor now", "burnish: unrecognized arguments: now"),
-        ("bench softmaxx", "burnish bench: no op named 'softmaxx'; the ops are: adam_step, "),
+        ("bench softmaxx", "burnish bench: no op named 'softmaxx'; the ops are: adagrad_step, adam_step, "),
         ("bench int8_linear --device tpu", "burnish bench: argument --device: invalid choice: 'tpu'"),
         ("bench int8_linear --dtype int3", "burnish bench: argument --dtype: invalid choice: 'int3'"),
         ("bench int8_linear --case nothing", "burnish bench: no case matches 'nothing'; the cases are: M1-N4096"),

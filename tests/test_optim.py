@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from burnish import optim, prune
+from optimizers import OPTIMIZERS, TWINS
 from torch import Tensor, nn
 from torch.testing._internal.common_optimizers import optim_db
 
-PAIRS = {"Adam": (optim.Adam, torch.optim.Adam), "AdamW": (optim.AdamW, torch.optim.AdamW)}
-INFO = {info.name: info for info in optim_db if info.name in PAIRS}
+INFO = {info.name: info for info in optim_db if info.name in TWINS}
 CONFIGURATIONS = [
     pytest.param(name, dtype, i, id=f"{name}-{dtype}-{configuration.desc}".replace(" ", "_"))
     for name, info in INFO.items()
@@ -49,7 +49,7 @@ def test_torchs_configurations_stay_near_the_exact_trajectory(
     name: str, dtype: torch.dtype, configuration: int
 ) -> None:
     """Rule N6: at most twice the deviation of torch.optim (foreach) from the trajectory in float64."""
-    ours, theirs = PAIRS[name]
+    ours, theirs = TWINS[name].ours, TWINS[name].theirs
     kwargs = INFO[name].optim_inputs_func(device="cpu", dtype=dtype)[configuration].kwargs
     mine, eager = parameters(dtype), parameters(dtype)
     exact = [nn.Parameter(parameter.detach().double()) for parameter in mine]
@@ -68,10 +68,11 @@ def test_torchs_configurations_stay_near_the_exact_trajectory(
             assert bool(((own.double() - truth).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("name", PAIRS)
-@pytest.mark.parametrize("options", [{}, {"amsgrad": True, "maximize": True}], ids=["plain", "amsgrad"])
-def test_state_dicts_go_to_torch_and_back(name: str, options: dict[str, Any]) -> None:
-    ours, theirs = PAIRS[name]
+@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "more"])
+def test_state_dicts_go_to_torch_and_back(name: str, more: bool) -> None:
+    ours, theirs = TWINS[name].ours, TWINS[name].theirs
+    options = TWINS[name].options | ({**TWINS[name].more, "maximize": True} if more else {})
     mine, other = parameters(), parameters()
     here = run(lambda params: ours(params, lr=0.1, weight_decay=0.2, **options), mine, 10)
     there = theirs(other, lr=0.3)
@@ -97,14 +98,37 @@ def test_state_dicts_go_to_torch_and_back(name: str, options: dict[str, Any]) ->
     assert all(back.param_groups[0][key] == value for key, value in options.items())
 
 
-def test_torchs_bf16_state_becomes_fp32_and_ours_stays_what_it_was() -> None:
-    theirs = run(torch.optim.AdamW, parameters(torch.bfloat16), 3)
-    ours = optim.AdamW(parameters(torch.bfloat16), ema_decay=0.5)
+@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "more"])
+def test_torch_begins_and_ours_goes_on(name: str, more: bool) -> None:
+    entry = TWINS[name]
+    options = entry.options | (entry.more if more else {})
+    mine, other = parameters(), parameters()
+    there = run(lambda params: entry.theirs(params, lr=0.1, weight_decay=0.2, **options), other, 10)
+    here = entry.ours(mine)
+    here.load_state_dict(copy.deepcopy(there.state_dict()))
+    with torch.no_grad():
+        for parameter, value in zip(mine, other, strict=True):
+            parameter.copy_(value)
+    for optimizer, params in ((here, mine), (there, other)):
+        for step in range(10, 20):
+            push(params, step)
+            optimizer.step()
+    for parameter, value in zip(mine, other, strict=True):
+        torch.testing.assert_close(parameter, value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_torchs_bf16_state_becomes_fp32_and_ours_stays_what_it_was(name: str) -> None:
+    entry = TWINS[name]
+    theirs = run(lambda params: entry.theirs(params, **entry.options), parameters(torch.bfloat16), 3)
+    ours = entry.ours(parameters(torch.bfloat16), ema_decay=0.5)
     ours.load_state_dict(theirs.state_dict())
     for key, state in theirs.state_dict()["state"].items():
-        value = ours.state_dict()["state"][key]["exp_avg"]
-        assert value.dtype == torch.float32
-        assert torch.equal(value, state["exp_avg"].float())
+        for moment in entry.moments:
+            value = ours.state_dict()["state"][key][moment]
+            assert value.dtype == torch.float32
+            assert torch.equal(value, state[moment].float())
     push(ours.param_groups[0]["params"], 4)
     ours.step()
     assert ours.state_dict()["state"][0]["ema"].dtype == torch.float32
@@ -216,17 +240,17 @@ def test_masks_by_parameter_and_by_the_names_of_prune() -> None:
 @pytest.mark.parametrize("state_dtype", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("master", [None, "fp32", "split"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_state_has_the_dtypes_asked_for(state_dtype: str, master: str | None, dtype: torch.dtype) -> None:
-    optimizer = run(
-        lambda params: optim.AdamW(params, state_dtype=state_dtype, master_weights=master), parameters(dtype), 2
-    )
-    moments = {"fp32": [torch.float32] * 2, "bf16": [torch.bfloat16] * 2, "int8": [torch.int8, torch.uint8]}[
-        state_dtype
-    ]
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_has_the_dtypes_asked_for(name: str, state_dtype: str, master: str | None, dtype: torch.dtype) -> None:
+    entry = OPTIMIZERS[name]
+    options = {**entry.options, "state_dtype": state_dtype, "master_weights": master}
+    optimizer = run(lambda params: entry.ours(params, **options), parameters(dtype), 2)
+    plain = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    moments = {key: codes if state_dtype == "int8" else plain[state_dtype] for key, codes in entry.moments.items()}
     masters = {None: None, "fp32": torch.float32, "split": torch.uint8}[master if dtype != torch.float32 else None]
     for parameter, state in optimizer.state.items():
-        assert [state["exp_avg"].dtype, state["exp_avg_sq"].dtype] == moments
-        assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
+        assert {key: state[key].dtype for key in moments} == moments
+        assert {state[key].shape for key in moments} == {parameter.shape}
         assert (state["master"].dtype if "master" in state else None) == masters
         assert ("scales" in state) == (state_dtype == "int8")
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from burnish import optim
+from optimizers import OPTIMIZERS, TWINS
 from torch import Tensor, nn
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
-CLASSES = {"Adam": optim.Adam, "AdamW": optim.AdamW}
 ERRORS = [
     pytest.param(name, case, id=f"{name}-{case.optimizer_error_input.desc}".replace(" ", "_"))
     for name, info in {info.name: info for info in optim_db}.items()
-    if name in CLASSES
+    if name in TWINS
     for case in info.optim_error_inputs_func(device="cpu", dtype=torch.float32)
 ]
 NAN, INF = float("nan"), float("inf")
@@ -33,7 +33,7 @@ def test_torchs_errors(name: str, case: Any) -> None:
     else:
         warned, refused = contextlib.nullcontext(), pytest.raises(case.error_type, match=case.error_regex)
     with warned, refused:
-        CLASSES[name](params, **given.kwargs)
+        TWINS[name].ours(params, **given.kwargs)
 
 
 OPTIONS = [
@@ -64,14 +64,39 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("options", "match"), OPTIONS, ids=[str(options) for options, _ in OPTIONS])
-def test_options_are_refused_when_made_added_and_loaded(options: dict[str, Any], match: str) -> None:
+#: what is each optimizer's own
+OWN_OPTIONS = [
+    ("SGD", {"momentum": -0.5}, r"Invalid momentum value: -0\.5"),
+    ("SGD", {"momentum": NAN}, "Invalid momentum value: nan"),
+    ("SGD", {"dampening": NAN}, "Invalid dampening value: nan"),
+    ("SGD", {"dampening": INF}, "Invalid dampening value: inf"),
+    ("SGD", {"weight_decay": INF}, "Invalid weight_decay value: inf"),
+    ("SGD", {"nesterov": True, "momentum": 0}, "Nesterov momentum requires a momentum and zero dampening"),
+    ("SGD", {"nesterov": True, "dampening": 0.1}, "Nesterov momentum requires a momentum and zero dampening"),
+    ("SGD", {"ema_decay": 1.0}, r"SGD: ema_decay is 1\.0, expected a number in \[0, 1\) or None"),
+    ("Adagrad", {"lr": NAN}, "Invalid learning rate: nan"),
+    ("Adagrad", {"lr_decay": -0.1}, r"Invalid lr_decay value: -0\.1"),
+    ("Adagrad", {"lr_decay": NAN}, "Invalid lr_decay value: nan"),
+    ("Adagrad", {"weight_decay": -1.0}, r"Invalid weight_decay value: -1\.0"),
+    ("Adagrad", {"initial_accumulator_value": -1.0}, r"Invalid initial_accumulator_value value: -1\.0"),
+    ("Adagrad", {"initial_accumulator_value": INF}, "Invalid initial_accumulator_value value: inf"),
+    ("Adagrad", {"eps": NAN}, "Invalid epsilon value: nan"),
+]
+ALL_OPTIONS = [
+    pytest.param(name, options, match, id=f"{name}-{options}")
+    for name, options, match in [*(("AdamW", *both) for both in OPTIONS), *OWN_OPTIONS]
+]
+
+
+@pytest.mark.parametrize(("name", "options", "match"), ALL_OPTIONS)
+def test_options_are_refused_when_made_added_and_loaded(name: str, options: dict[str, Any], match: str) -> None:
+    given = OPTIMIZERS[name].options | options
     with pytest.raises(ValueError, match=match):
-        optim.AdamW([nn.Parameter(torch.ones(3))], **options)
-    optimizer = stepped()
+        OPTIMIZERS[name].ours([nn.Parameter(torch.ones(3))], **given)
+    optimizer = stepped(name)
     before = snapshot(optimizer)
     with pytest.raises(ValueError, match=match):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], **options})
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], **given})
     state = copy.deepcopy(optimizer.state_dict())
     state["param_groups"][0] |= options
     with pytest.raises(ValueError, match=match):
@@ -95,9 +120,12 @@ def test_options_are_refused_when_made_added_and_loaded(options: dict[str, Any],
         ({"masks": {torch.ones(3): torch.ones(3) > 0}}, ValueError, "a key of masks is no parameter of this optimizer"),
     ],
 )
-def test_implementations_keywords_and_masks(options: dict[str, Any], error: type[Exception], match: str) -> None:
-    with pytest.raises(error, match=match):
-        optim.AdamW([nn.Parameter(torch.ones(3))], **options)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_implementations_keywords_and_masks(
+    name: str, options: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match.replace("AdamW", name)):
+        OPTIMIZERS[name].ours([nn.Parameter(torch.ones(3))], **options)
 
 
 @pytest.mark.parametrize(
@@ -161,11 +189,12 @@ def test_parameters_of_other_kinds(parameter: Tensor, match: str) -> None:
         optim.AdamW([nn.Parameter(parameter)])
 
 
-def stepped(**options: Any) -> optim.AdamW:
+def stepped(name: str = "AdamW", **options: Any) -> optim.FusedOptimizer:
     """An optimizer of two groups after a step."""
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(300)), nn.Parameter(torch.randn(2, 5))]
-    optimizer = optim.AdamW([{"params": params[:2]}, {"params": params[2:], "lr": 0.1}], **options)
+    entry = OPTIMIZERS[name]
+    optimizer = entry.ours([{"params": params[:2]}, {"params": params[2:], "lr": 0.1}], **entry.options, **options)
     for parameter in params:
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
@@ -206,14 +235,16 @@ def unchanged(optimizer: Any, before: Any) -> None:
         (torch.ones(1).expand(2, 5), r"has a gradient of strides \(0, 0\), expected \(5, 1\)"),
     ],
 )
-def test_gradients_in_the_last_group_stop_the_first(grad: Tensor, match: str) -> None:
-    optimizer = stepped(max_grad_norm=1.0)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_gradients_in_the_last_group_stop_the_first(name: str, grad: Tensor, match: str) -> None:
+    optimizer = stepped(name, max_grad_norm=1.0)
     before = snapshot(optimizer)
     for parameter in before[2]:
         parameter.grad = torch.ones_like(parameter)
     before[2][2].grad_dtype = None  # torch lets a gradient have any dtype then
     before[2][2].grad = grad
-    with pytest.raises(RuntimeError, match=f"AdamW: parameter 0 of group 1 {match}"):
+    match = f"AdamW: parameter 0 of group 1 {match}".replace("AdamW", name)
+    with pytest.raises(RuntimeError, match=match):
         optimizer.step()
     unchanged(optimizer, before)
 
@@ -292,9 +323,12 @@ def test_state_dicts(change: Any, match: str) -> None:
     unchanged(optimizer, before)
 
 
-@pytest.mark.parametrize("other", ["SGD", "Adagrad", "RMSprop", "NAdam", "Adamax", "Adam"])
-def test_state_dicts_of_other_optimizers(other: str) -> None:
-    optimizer = stepped()
+@pytest.mark.parametrize("other", ["SGD", "Adagrad", "RMSprop", "NAdam", "Adamax", "Adam", "AdamW"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_dicts_of_other_optimizers(name: str, other: str) -> None:
+    if name == other:
+        return
+    optimizer = stepped(name)
     before = snapshot(optimizer)
     groups = [{"params": [p.detach().clone() for p in group["params"]]} for group in optimizer.param_groups]
     state = getattr(torch.optim, other)(groups, lr=0.1).state_dict()

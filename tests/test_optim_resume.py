@@ -13,10 +13,11 @@ import optim_workers as workers
 import pytest
 import torch
 import torch.multiprocessing as mp
+from optimizers import OPTIMIZERS
 
 VARIED = [variant for variant in workers.VARIANTS if variant != "plain"]
-PLAIN = [(dtype, name, "plain") for dtype in workers.DTYPES for name in workers.OPTIMIZERS]
-CASES = PLAIN + [(dtype, "AdamW", variant) for dtype in workers.DTYPES for variant in VARIED]
+PLAIN = [(dtype, name, "plain") for dtype in workers.DTYPES for name in OPTIMIZERS]
+CASES = PLAIN + [(dtype, name, variant) for dtype in workers.DTYPES for name in OPTIMIZERS for variant in VARIED]
 #: a case takes two processes seconds
 SHARED = PLAIN + [("bf16", "AdamW", variant) for variant in VARIED]
 
@@ -51,8 +52,8 @@ def test_two_processes_resume(kind: str, tmp_path: Path) -> None:
 
 
 def test_two_processes_become_one_and_one_becomes_two(tmp_path: Path) -> None:
-    varied = [variant for variant in workers.RESHARDED if variant != "plain"]
-    cases = PLAIN + [(dtype, "AdamW", variant) for dtype in workers.DTYPES for variant in varied]
+    cases = [(dtype, "AdamW", variant) for dtype in workers.DTYPES for variant in workers.RESHARDED]
+    cases += [(dtype, name, "plain") for dtype in workers.DTYPES for name in OPTIMIZERS if name != "AdamW"]
     paths = {case: str(tmp_path / "-".join(case)) for case in cases}
     for (dtype, name, variant), path in paths.items():
         workers.push_half(workers.model(workers.DTYPES[dtype]), name, variant, f"{path}-1")

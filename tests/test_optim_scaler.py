@@ -8,15 +8,23 @@ from typing import Any
 import pytest
 import torch
 from burnish import optim
+from optimizers import OPTIMIZERS
 from torch import Tensor, nn
 
 SIZES = (5, 300, 1)
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "clipped": {"max_grad_norm": 0.1, "amsgrad": True},
+    "clipped": {"max_grad_norm": 0.1},
     "everything": {"max_grad_norm": 1.0, "ema_decay": 0.9, "master_weights": "split", "state_dtype": "int8"},
     "rounded": {"stochastic_rounding": True, "state_dtype": "bf16"},
 }
+#: every way to scale and round with one optimizer, and everything with each
+CASES = [
+    pytest.param(name, options, id=f"{name}-{variant}")
+    for name in OPTIMIZERS
+    for variant, options in OPTIONS.items()
+    if name == "AdamW" or variant == "everything"
+]
 
 
 def parameters(dtype: torch.dtype, count: int = 3) -> list[nn.Parameter]:
@@ -50,16 +58,17 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
     return len(one) == len(other) and all(torch.equal(*pair) for pair in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(("name", "options"), CASES)
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize(("count", "where"), [(3, 0), (3, 2), (1, 0)], ids=["first", "last", "only"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_an_infinity_changes_nothing(
-    dtype: torch.dtype, count: int, where: int, unscale: bool, value: float, options: dict[str, Any]
+    dtype: torch.dtype, count: int, where: int, unscale: bool, value: float, name: str, options: dict[str, Any]
 ) -> None:
     params, grad_scaler = parameters(dtype, count), scaler()
-    optimizer = optim.AdamW(params, **options)
+    entry = OPTIMIZERS[name]
+    optimizer: Any = entry.ours(params, **entry.options, **entry.more, **options)
     if unscale and dtype is torch.float16:  # GradScaler refuses to, whatever the optimizer
         backward(params, grad_scaler, 0)
         with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
@@ -93,10 +102,12 @@ def test_an_infinity_in_the_first_step_leaves_a_state_of_zeros() -> None:
 
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["clipped"]], ids=["plain", "clipped"])
-def test_scaled_gradients_give_what_unscaled_ones_do(options: dict[str, Any], unscale: bool) -> None:
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_scaled_gradients_give_what_unscaled_ones_do(name: str, options: dict[str, Any], unscale: bool) -> None:
     """The scale is a power of two, so unscaling rounds nothing."""
     params, twins = parameters(torch.float32), parameters(torch.float32)
-    optimizer, other = optim.AdamW(params, **options), optim.AdamW(twins, **options)
+    entry = OPTIMIZERS[name]
+    optimizer, other = (entry.ours(each, **entry.options, **options) for each in (params, twins))
     grad_scaler, off = scaler(), scaler(enabled=False)
     for step in range(5):
         backward(params, grad_scaler, step)

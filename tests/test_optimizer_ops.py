@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from burnish import moments, ops, registry, rounding, testing
-from burnish.registry import Case
+from burnish.registry import Case, OpSpec
 from burnish.testing.calls import on_copies
 
-SPEC = registry.get("adam_step")
+SPECS = {name: spec for name, spec in registry.all_ops().items() if "Tensor[] masks" in spec.schema}
 STEPS = 100
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = ((257, 9), (1,), (1000,))
@@ -92,9 +92,17 @@ def test_masters_of_bf16_parameters_follow_float64(master: str, bits: int) -> No
     assert deviation(got, exact) <= STEPS * largest * 2.0**-bits
 
 
-def arguments(seed: int = 0, **options: Any) -> tuple[Any, ...]:
+each_step = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+
+
+def arguments(spec: OpSpec, seed: int = 0, **options: Any) -> tuple[Any, ...]:
+    """Of a case with the options of the op's first."""
     dtype = options.pop("dtype", torch.bfloat16)
-    return SPEC.make(Case({"N": 1000}, dtype, options=options), "cpu", seed)
+    return spec.make(Case({"N": 1000}, dtype, options={**spec.cases.test[0].options, **options}), "cpu", seed)
+
+
+def place(spec: OpSpec, name: str) -> int:
+    return [argument.name for argument in spec.overload()._schema.arguments].index(name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -115,9 +123,10 @@ def test_stochastic_rounding_is_unbiased(dtype: torch.dtype) -> None:
         assert abs(share - 0.3) <= 3 * math.sqrt(0.3 * 0.7 / draws) + 2.0**-13
 
 
-def test_rounding_differs_by_seed_parameter_and_moment_and_by_nothing_else() -> None:
-    args = arguments(state="bf16", stochastic=True)
-    call = on_copies(SPEC, SPEC.entry)
+@each_step
+def test_rounding_differs_by_seed_parameter_and_moment_and_by_nothing_else(spec: OpSpec) -> None:
+    args = arguments(spec, state="bf16", stochastic=True)
+    call = on_copies(spec, spec.entry)
     first, again = call(*args), call(*args)
     assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
     other = call(*args[:-1], args[-1] + 1)
@@ -126,41 +135,49 @@ def test_rounding_differs_by_seed_parameter_and_moment_and_by_nothing_else() -> 
     assert len({tuple(bits.tolist()) for bits in streams}) == 4
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
+@each_step
+@pytest.mark.parametrize("item", [0, 1, 2])
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("options", [{"amp": True}, {"amp": True, "state": "int8", "master": "split", "mask": True}])
-def test_a_gradient_that_is_not_finite_changes_nothing(options: dict[str, Any], place: int, bad: float) -> None:
-    args = list(arguments(**options))
-    args[1][place].view(-1)[-1] = bad
-    args[19], args[21] = ops.grad_norm(args[1], args[20])
-    assert args[21] == 1
-    done = on_copies(SPEC, SPEC.entry)(*args)
-    kept = on_copies(SPEC, lambda *_: None)(*args)
+def test_a_gradient_that_is_not_finite_changes_nothing(
+    spec: OpSpec, options: dict[str, Any], item: int, bad: float
+) -> None:
+    args = list(arguments(spec, **options))
+    args[1][item].view(-1)[-1] = bad
+    norm, found = ops.grad_norm(args[1], args[place(spec, "grad_scale")])
+    args[place(spec, "grad_norm")], args[place(spec, "found_inf")] = norm, found
+    assert found == 1
+    done = on_copies(spec, spec.entry)(*args)
+    kept = on_copies(spec, lambda *_: None)(*args)
     assert len(done) == len(kept)
     assert all(torch.equal(one, two) for one, two in zip(done, kept, strict=True))
 
 
-def test_an_infinite_norm_beside_found_inf_changes_nothing() -> None:
-    args = list(arguments(amp=True))
-    args[19] = torch.tensor(math.inf)
-    kept = on_copies(SPEC, lambda *_: None)(*args)
-    assert all(torch.equal(a, b) for a, b in zip(on_copies(SPEC, SPEC.entry)(*args), kept, strict=True))
+@each_step
+def test_an_infinite_norm_beside_found_inf_changes_nothing(spec: OpSpec) -> None:
+    args = list(arguments(spec, amp=True))
+    args[place(spec, "grad_norm")] = torch.tensor(math.inf)
+    kept = on_copies(spec, lambda *_: None)(*args)
+    assert all(torch.equal(a, b) for a, b in zip(on_copies(spec, spec.entry)(*args), kept, strict=True))
 
 
-def test_any_dense_order_of_dimensions_is_stepped() -> None:
-    plain, turned = arguments(dtype=torch.float32), arguments(dtype=torch.float32)
-    turned = tuple([t.t().contiguous().t() for t in arg] if i in (0, 1, 3, 4) else arg for i, arg in enumerate(turned))
-    call = on_copies(SPEC, SPEC.entry)
+@each_step
+def test_any_dense_order_of_dimensions_is_stepped(spec: OpSpec) -> None:
+    plain, turned = arguments(spec, dtype=torch.float32), arguments(spec, dtype=torch.float32)
+    laid = [i for i in range(place(spec, "scales")) if i != place(spec, "steps")]
+    turned = tuple([t.t().contiguous().t() for t in arg] if i in laid else arg for i, arg in enumerate(turned))
+    call = on_copies(spec, spec.entry)
     assert all(torch.equal(a, b) for a, b in zip(call(*plain), call(*turned), strict=True))
 
 
-def test_gaps_and_other_strides_are_refused() -> None:
-    args = arguments(dtype=torch.float32)
+@each_step
+def test_gaps_and_other_strides_are_refused(spec: OpSpec) -> None:
+    args = arguments(spec, dtype=torch.float32)
     wide = torch.zeros(2, 1000)[:, ::2]
-    with pytest.raises(RuntimeError, match=r"adam_step: params\[0\] has gaps or overlaps"):
-        SPEC.entry([wide, *args[0][1:]], *args[1:])
-    with pytest.raises(RuntimeError, match=r"adam_step: grads\[0\] has other strides than params\[0\]"):
-        SPEC.entry(args[0], [args[1][0].t().contiguous().t(), *args[1][1:]], *args[2:])
+    with pytest.raises(RuntimeError, match=rf"{spec.name}: params\[0\] has gaps or overlaps"):
+        spec.entry([wide, *args[0][1:]], *args[1:])
+    with pytest.raises(RuntimeError, match=rf"{spec.name}: grads\[0\] has other strides than params\[0\]"):
+        spec.entry(args[0], [args[1][0].t().contiguous().t(), *args[1][1:]], *args[2:])
 
 
 def test_autograd_learns_of_the_change() -> None:

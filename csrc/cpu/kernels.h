@@ -7,7 +7,9 @@
 #include "cpu/format.h"
 #include "cpu/optimizer.h"
 #include "cpu/product.h"
+#include "math/adagrad.h"
 #include "math/adam.h"
+#include "math/sgd.h"
 
 namespace burnish {
 
@@ -162,7 +164,9 @@ struct Kernels {
   // On rows [begin, end) of W. `spare`: sparse24_spare(row_bytes) bytes.
   void (*sparse24_int8)(const Sparse24Int8& args, int64_t begin, int64_t end, void* spare);
   int64_t sparse24_offset;
+  StepKernel<AdagradScalars> adagrad_step;
   StepKernel<AdamScalars> adam_step;
+  StepKernel<SgdScalars> sgd_step;
   // The sum of the squares of `count` consecutive elements, in double: infinite or NaN where one of them is.
   double (*sum_squares)(const void* x, Format format, int64_t count);
   // Ceilings of one thread: operations of `steps` rounds of register-only work.

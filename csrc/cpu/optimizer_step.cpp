@@ -29,6 +29,10 @@ void check_finite(const char* op, const char* name, double value) {
   BURNISH_CHECK(std::isfinite(value), op, ": ", name, " is ", value, ", expected a finite number");
 }
 
+void check_needed(const char* op, const char* name, double value, const char* needed, bool there) {
+  BURNISH_CHECK(value == 0 || there, op, ": ", name, " is ", value, ", but ", needed, " is missing");
+}
+
 namespace {
 
 void check_list(const char* op, const char* name, const Tensors& list, size_t count, bool optional) {
@@ -189,8 +193,7 @@ OptimizerStep prepare_step(const StepArguments& given) {
   check_lengths(given);
   check_fraction(op, "ema_decay", given.ema_decay);
   check_not_negative(op, "max_grad_norm", given.max_grad_norm);
-  BURNISH_CHECK(given.max_grad_norm == 0 || given.grad_norm.has_value(), op, ": max_grad_norm is ", given.max_grad_norm,
-                ", but grad_norm is missing");
+  check_needed(op, "max_grad_norm", given.max_grad_norm, "grad_norm", given.grad_norm.has_value());
   const double lr = scalar_value(op, "lr", given.lr, 0), norm = scalar_value(op, "grad_norm", given.grad_norm, 0);
   const double scale = scalar_value(op, "grad_scale", given.grad_scale, 1);
   const double found = scalar_value(op, "found_inf", given.found_inf, 0);

@@ -27,6 +27,9 @@ void check_fraction(const char* op, const char* name, double value);
 void check_not_negative(const char* op, const char* name, double value);
 void check_finite(const char* op, const char* name, double value);
 
+// A number that is not 0 needs another argument.
+void check_needed(const char* op, const char* name, double value, const char* needed, bool there);
+
 // One kind of moment: a tensor for each parameter, or none where it is optional.
 struct MomentList {
   const char* name;

@@ -27,6 +27,8 @@ FP32, BF16, FP16 = FLOATING
 LR, WEIGHT_DECAY, EMA_DECAY = 2.0**-10, 2.0**-6, 1 - 2.0**-7
 
 Options = Mapping[str, Any]
+#: what an op is tested with beside what all are, by dtype of the parameters
+Own = tuple[tuple[torch.dtype, Options], ...]
 
 
 def maker(op: StepOp, numbers: Callable[[Case], tuple[Any, ...]]) -> Callable[[Case, Backend, int], tuple[Any, ...]]:
@@ -167,7 +169,7 @@ _BENCH = (
 
 def cases(
     op: StepOp,
-    own: tuple[tuple[torch.dtype, Options], ...],
+    own: Own,
     base: Options | None = None,
     refused: tuple[Invalid, ...] = (),
 ) -> Cases:

@@ -54,8 +54,12 @@ constexpr decltype(Kernels::sparse_dot) sparse_dot = nullptr;
 constexpr decltype(Kernels::sparse24_dot) sparse24_dot = nullptr;
 constexpr int64_t kSparse24Offset = 0;
 #endif
+void adagrad_step(const OptimizerTensor& tensor, const AdagradScalars& scalars, const OptimizerRule& rule,
+                  int64_t begin, int64_t end);
 void adam_step(const OptimizerTensor& tensor, const AdamScalars& scalars, const OptimizerRule& rule, int64_t begin,
                int64_t end);
+void sgd_step(const OptimizerTensor& tensor, const SgdScalars& scalars, const OptimizerRule& rule, int64_t begin,
+              int64_t end);
 double sum_squares(const void* x, Format format, int64_t count);
 double peak_int8(int64_t steps);
 double peak_fp32(int64_t steps);

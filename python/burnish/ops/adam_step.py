@@ -105,7 +105,7 @@ def baseline(*args: Any) -> Callable[[], None]:
     return run
 
 
-OPTIONS = (
+OPTIONS: step_cases.Own = (
     (FP32, {"amsgrad": True}),
     (FP32, {"coupled": True, "maximize": True}),
     (FP32, {"state": "int8", "amsgrad": True, "coupled": True, "amp": True}),

@@ -14,7 +14,9 @@ from torch.optim. What is burnish's own is by keyword: see :class:`burnish.optim
 :class:`burnish.optim.fused.FusedOptimizer` says what a step checks, does and leaves alone.
 """
 
+from burnish.optim.adagrad import Adagrad
 from burnish.optim.adam import Adam, AdamW
 from burnish.optim.fused import FusedOptimizer
+from burnish.optim.sgd import SGD
 
-__all__ = ["Adam", "AdamW", "FusedOptimizer"]
+__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "FusedOptimizer"]

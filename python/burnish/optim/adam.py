@@ -15,7 +15,6 @@ from torch import Tensor
 from burnish.ops.adam_step import adam_step
 from burnish.optim import options
 from burnish.optim.fused import Batch, FusedOptimizer
-from burnish.optim.norm import Scaling
 from burnish.optim.state import Moment
 
 if TYPE_CHECKING:
@@ -100,10 +99,9 @@ class Adam(FusedOptimizer):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
 
-    def update(self, batch: Batch, state: Mapping[str, list[Tensor]], scaling: Scaling) -> None:
-        group, device = batch.group, batch.device
+    def update(self, batch: Batch, state: Mapping[str, list[Tensor]], common: dict[str, Any]) -> None:
+        group = batch.group
         beta1, beta2 = map(float, group["betas"])
-        norm, grad_scale, found_inf = scaling.on(device)
         adam_step(
             batch.params,
             batch.grads,
@@ -111,23 +109,12 @@ class Adam(FusedOptimizer):
             state["exp_avg"],
             state["exp_avg_sq"],
             state.get("max_exp_avg_sq", []),
-            state.get("scales", []),
-            state.get("master", []),
-            state.get("ema", []),
-            batch.masks,
-            lr=options.rate(group, device),
+            **common,
             beta1=beta1,
             beta2=beta2,
             eps=float(group["eps"]),
             weight_decay=float(group["weight_decay"]),
             decoupled=group["decoupled_weight_decay"],
-            maximize=group["maximize"],
-            ema_decay=group["ema_decay"] or 0.0,
-            max_grad_norm=scaling.max_grad_norm,
-            grad_norm=norm,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-            seed=batch.seed,
         )
 
 

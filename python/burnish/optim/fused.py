@@ -81,7 +81,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     """The base of burnish's optimizers.
 
     A subclass has ``required``, the options without which a state dict is of another optimizer, ``fixed``, those that
-    must be its own, ``moments(group)``, ``check_group(group)`` and ``update(...)``, which calls the op.
+    must be its own, ``moments(group)``, ``check_group(group)`` and ``update(...)``, which calls the op; and where its
+    state is not what torch.optim's is, ``adopted(values)``.
     """
 
     required: ClassVar[tuple[str, ...]]
@@ -110,9 +111,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         options.check_rate(group)
         options.check_extras(self._who, group)
 
-    def update(self, batch: Batch, state: Mapping[str, list[Tensor]], scaling: norm.Scaling) -> None:
-        """Step the parameters of ``batch``."""
+    def update(self, batch: Batch, state: Mapping[str, list[Tensor]], common: dict[str, Any]) -> None:
+        """Step the parameters of ``batch``; ``common`` are the arguments that every step op has by keyword."""
         raise NotImplementedError
+
+    def adopted(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What torch.optim keeps of a parameter, as it is kept here."""
+        return values
 
     @property
     def masks(self) -> Mapping[Tensor, Tensor]:
@@ -176,7 +181,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         work = [(batch, self._columns(batch)) for batch in batches]
         scaling = norm.Scaling.of(self, batches)
         for batch, state in work:
-            self.update(batch, state, scaling)
+            self.update(batch, state, _common(batch, state, scaling))
         for group in self.param_groups:
             if group["stochastic_rounding"]:
                 group["seed"] = (group["seed"] + _GOLDEN) & _WORD
@@ -192,7 +197,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if not params:
                 continue
             grads = [parameter.grad for parameter in params]
-            if group["capturable"] and any(parameter.device.type == "cpu" for parameter in params):
+            if group.get("capturable") and any(parameter.device.type == "cpu" for parameter in params):
                 raise RuntimeError("If capturable=True, params and state_steps must be on supported devices: ['cuda'].")
             if not self._masks.of and _plain(params, grads):
                 batches.append(Batch(group, params, params, grads, [], number))
@@ -281,6 +286,26 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_masks": self._masks, "_built": True, "_swapped": False}
+
+
+def _common(batch: Batch, state: Mapping[str, list[Tensor]], scaling: norm.Scaling) -> dict[str, Any]:
+    """The arguments of a step that do not depend on the optimizer, parameters, gradients and steps aside."""
+    group = batch.group
+    total, grad_scale, found_inf = scaling.on(batch.device)
+    return {
+        "scales": state.get("scales", []),
+        "masters": state.get("master", []),
+        "emas": state.get("ema", []),
+        "masks": batch.masks,
+        "lr": options.rate(group, batch.device),
+        "maximize": group["maximize"],
+        "ema_decay": group["ema_decay"] or 0.0,
+        "max_grad_norm": scaling.max_grad_norm,
+        "grad_norm": total,
+        "grad_scale": grad_scale,
+        "found_inf": found_inf,
+        "seed": batch.seed,
+    }
 
 
 def _plain(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:

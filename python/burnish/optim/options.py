@@ -92,7 +92,7 @@ def check_extras(who: str, group: Mapping[str, Any]) -> None:
     for name, (allowed, expected) in _EXTRAS.items():
         if not allowed(group[name]):
             raise ValueError(f"{who}: {name} is {group[name]!r}, expected {expected}")
-    if group["capturable"] and group["stochastic_rounding"]:
+    if group.get("capturable") and group["stochastic_rounding"]:
         raise ValueError(f"{who}: a captured step repeats its random bits, so capturable excludes stochastic_rounding")
 
 
@@ -100,7 +100,7 @@ def check_rate(group: Mapping[str, Any]) -> None:
     """Raise torch.optim's errors where the learning rate, or what concerns its implementations, is not allowed."""
     lr = group["lr"]
     if isinstance(lr, Tensor):
-        if group["foreach"] and not group["capturable"]:
+        if group["foreach"] and "capturable" in group and not group["capturable"]:
             raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
         if lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
@@ -121,6 +121,12 @@ def check_not_negative(group: Mapping[str, Any], name: str, words: str) -> None:
         return
     if not 0.0 <= value < math.inf:
         raise ValueError(f"Invalid {words}: {value}")
+
+
+def check_finite(group: Mapping[str, Any], name: str, words: str) -> None:
+    """Raise ValueError where an option is infinite or not a number."""
+    if not math.isfinite(group[name]):
+        raise ValueError(f"Invalid {words}: {group[name]}")
 
 
 def rate(group: Mapping[str, Any], device: torch.device) -> Tensor:

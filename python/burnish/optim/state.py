@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from burnish.moments import BLOCK
+from burnish.moments import BLOCK, encode
 from burnish.optim import options
 from burnish.optim.tensors import is_sharded, largest_shard, local, name_of, shard_dims, shards
 from burnish.registry import dtype_name
@@ -39,19 +39,23 @@ _MOMENT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Moment:
-    """One that an optimizer keeps: its key in the state, and the dtype of its codes with int8."""
+    """One that an optimizer keeps: its key in the state, the dtype of its codes with int8, and the value of each
+    element before the first step, which is not 0 of an only moment at most."""
 
     name: str
     codes: torch.dtype
+    initial: float = 0.0
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a parameter's state. ``like``: whether it has the parameter's shape and shards."""
+    """A tensor of a parameter's state: ``like`` says whether it has the parameter's shape and shards, ``initial`` what
+    its elements are at first."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     like: bool
+    initial: float = 0.0
 
 
 def entries(parameter: Tensor, group: Mapping[str, Any], moments: Sequence[Moment]) -> dict[str, Entry]:
@@ -61,15 +65,28 @@ def entries(parameter: Tensor, group: Mapping[str, Any], moments: Sequence[Momen
     coded = group["state_dtype"] == "int8"
     for moment in moments:
         dtype = moment.codes if coded else _MOMENT_DTYPES[group["state_dtype"]]
-        found[moment.name] = Entry(dtype, shape, True)
-    if coded:
-        found["scales"] = Entry(torch.float32, _scales_shape(parameter, len(moments)), False)
+        found[moment.name] = Entry(dtype, shape, True, _code(moment) if coded else moment.initial)
+    if coded and moments:
+        scale = max(_scale(moment) for moment in moments)
+        found["scales"] = Entry(torch.float32, _scales_shape(parameter, len(moments)), False, scale)
     if group["master_weights"] is not None and parameter.dtype is not torch.float32:
         dtype = torch.float32 if group["master_weights"] == "fp32" else torch.uint8
         found["master"] = Entry(dtype, shape, True)
     if group["ema_decay"] is not None:
         found["ema"] = Entry(torch.float32, shape, True)
     return found
+
+
+def _code(moment: Moment) -> float:
+    """The code of a moment's first value."""
+    return torch.iinfo(moment.codes).max if moment.initial else 0
+
+
+def _scale(moment: Moment) -> float:
+    if not moment.initial:
+        return 0.0
+    _, scale = encode(torch.full((1,), moment.initial), signed=moment.codes is torch.int8)
+    return float(scale)
 
 
 def _scales_shape(parameter: Tensor, moments: int) -> tuple[int, ...]:
@@ -86,25 +103,26 @@ def local_scales(parameter: Tensor, scales: Tensor, moments: int) -> Tensor:
 
 
 def complete(state: dict[str, Tensor], parameter: Tensor, wanted: Mapping[str, Entry]) -> None:
-    """Make what ``state`` lacks: moments of zero, master and average from the parameter."""
+    """Make what ``state`` lacks: moments as they begin, master and average from the parameter."""
     for name, entry in wanted.items():
         if name in state:
             continue
         if entry.like and entry.dtype is torch.float32 and name in ("master", "ema"):
             state[name] = parameter.detach().to(torch.float32, copy=True)
         elif entry.like:
-            state[name] = torch.zeros_like(parameter, dtype=entry.dtype, requires_grad=False)
+            state[name] = torch.full_like(parameter, entry.initial, dtype=entry.dtype, requires_grad=False)
         elif name == "scales" and is_sharded(parameter):
-            state[name] = _sharded_scales(parameter, entry.shape)
+            state[name] = _sharded_scales(parameter, entry)
         else:
-            state[name] = torch.zeros(entry.shape, dtype=entry.dtype, device=parameter.device)
+            state[name] = torch.full(entry.shape, entry.initial, dtype=entry.dtype, device=parameter.device)
 
 
-def _sharded_scales(parameter: Any, shape: tuple[int, ...]) -> Tensor:
+def _sharded_scales(parameter: Any, entry: Entry) -> Tensor:
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     cut = shard_dims(parameter)
-    mine = torch.zeros(shape[0] // shards(parameter), dtype=torch.float32, device=parameter.device)
+    shape = entry.shape
+    mine = torch.full((shape[0] // shards(parameter),), entry.initial, dtype=entry.dtype, device=parameter.device)
     placements = [Shard(0) if dim in cut else Replicate() for dim in range(parameter.device_mesh.ndim)]
     return DTensor.from_local(
         mine, parameter.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=(1,)
@@ -118,7 +136,7 @@ def loaded(
 
     Args:
         who: what an error begins with.
-        optimizer: has ``check_group(group)``, ``moments(group)`` and ``defaults``.
+        optimizer: has ``check_group(group)``, ``moments(group)``, ``adopted(values)`` and ``defaults``.
 
     Raises:
         ValueError: of another optimizer, a newer version, other groups, or with missing, unknown or wrong entries.
@@ -144,6 +162,7 @@ def loaded(
         if key not in of_id:
             raise ValueError(f"{who}: the state dict has state of a parameter {key!r} that none of its groups lists")
         parameter, group, name, ours = of_id[key]
+        values = values if ours else optimizer.adopted(values)
         if values:
             wanted = entries(parameter, group, optimizer.moments(group))
             state[parameter] = _entries_of(f"{who}: state of {name}", parameter, values, wanted, ours)
