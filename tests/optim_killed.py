@@ -75,8 +75,9 @@ def live(folder: Path, life: int, rank: int) -> tuple[Any, Any]:
 def main() -> None:
     folder, life = Path(sys.argv[1]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    # not by torchrun's store, where a new life may find the address of a dead process
+    rank, store = int(os.environ["RANK"]), f"file://{folder}/store-{life}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     resumed = live(folder, life, rank)
     net, optimizer = trained(torch.bfloat16)
     workers.train(net, optimizer, workers.scaler_for(torch.bfloat16), range(STEPS), rank, 2)
