@@ -1,7 +1,4 @@
-"""torchao's AdamW: 8-bit state, or bf16 parameters rounded at random; each tensor's step is compiled.
-
-Its codes are bitsandbytes', and as far off.
-"""
+"""torchao's AdamW: 8-bit state, or bf16 parameters rounded at random; each tensor's step is compiled."""
 
 import logging
 import warnings
@@ -42,4 +39,4 @@ def make(op: str, args: tuple) -> Callable[[], None]:
     return stepping(made)
 
 
-PEER = Peer("torchao-adamw", version("torchao"), supports, make, tolerance=0.5)
+PEER = Peer("torchao-adamw", version("torchao"), supports, make, tolerance=0.1)
