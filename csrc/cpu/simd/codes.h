@@ -3,9 +3,9 @@
 // the other the codes. Square roots are what a block waits for, so each pass takes a share of them.
 #pragma once
 
-#include "cpu/optimizer.h"
 #include "cpu/simd/vec.h"
 #include "math/moments.h"
+#include "optimizer.h"
 
 namespace burnish::BURNISH_ISA {
 

@@ -2,9 +2,9 @@
 // instruction away, and so are the sixteen bits that round each, which a word of math/rounding.h holds likewise.
 #pragma once
 
-#include "cpu/optimizer.h"
 #include "cpu/simd/philox.h"
 #include "math/rounding.h"
+#include "optimizer.h"
 
 namespace burnish::BURNISH_ISA {
 

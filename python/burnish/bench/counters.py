@@ -115,10 +115,11 @@ def _count(spec: OpSpec, case: Case) -> Count:
         return Count(spec.name, case.id, compulsory, skipped=objection)
     kernel = dispatch.resolve(impl.target)
     gate = Gate(spec, args)
+    own = gate.copies()
     torch.ops.burnish.emulation_seed(0)
     torch.ops.burnish.emulation_count(True)
     try:
-        wrong = gate.objection(lambda: kernel(*args))
+        wrong = gate.objection(lambda: kernel(*own), own)
         document = json.loads(torch.ops.burnish.emulation_counters())
     finally:
         torch.ops.burnish.emulation_count(False)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from burnish import dispatch
+from burnish.arguments import Args
 from burnish.bench import machine, roofline
 from burnish.bench.gate import Gate, one_line
 from burnish.bench.peers import Peer
@@ -191,12 +192,14 @@ def _contestants(plan: Plan, spec: OpSpec, case: Case) -> tuple[dict[str, Row], 
     entered: list[Contestant] = []
 
     def enter(
-        name: str, build: Callable[[tuple[Any, ...]], Call], judge: Callable[[Call], str | None], most: int = MAX_SETS
+        name: str, build: Callable[[Args], Call], judge: Callable[[Call, Args], str | None], most: int = MAX_SETS
     ) -> None:
         try:
-            first = build(sets[0])
-            wrong = judge(first)
+            args = gate.copies()
+            first = build(args)
+            wrong = judge(first, args)
             if wrong is None:
+                first = build(sets[0]) if gate.writes else first
                 entered.append(Contestant(name, [first, *map(build, sets[1:most])]))
         except BackendError as error:
             refused[name] = Row(spec.name, case.id, name, skipped=str(error))
@@ -215,7 +218,7 @@ def _contestants(plan: Plan, spec: OpSpec, case: Case) -> tuple[dict[str, Row], 
         gate = Gate(spec, sets[0])
         enter(backend, partial(implementation, spec, backend), gate.objection)
     if spec.baseline is not None:
-        enter(BASELINE, lambda args: spec.baseline(*args), lambda call: None)  # type: ignore[misc]
+        enter(BASELINE, lambda args: spec.baseline(*args), lambda call, args: None)  # type: ignore[misc]
     for peer in plan.peers:
         objection = peer.supports(spec.name, case)
         if objection:
