@@ -338,33 +338,30 @@ def launch(
             )
 
 
-def variants(kernels: tuple[Any, Any], kinds: Iterable[tuple[tuple[bool, ...], bool]]) -> Iterator[Variant]:
-    """What the gates compile of an op: every set of its moments (``signed``, ``option``) in fp32, and the first in each
-    other format and with each addition."""
-    flags = ("HAS_NORM", "HAS_SCALE", "HAS_FOUND")
-    pointers = {"table_ptr": "*i64", "numbers_ptr": "*fp64", "coefficients_ptr": "*fp32", "items": "i32"}
-    scalars = {"lr_ptr": "*fp64", "norm_ptr": "*fp32", "scale_ptr": "*fp32", "found_ptr": "*fp32"}
-    constants: dict[str, Any] = {"BLOCK": ITEMS}
-    for given in (True, False):
-        yield Variant(
-            "scaled" if given else "plain",
-            kernels[0],
-            pointers | scalars,
-            constants | dict.fromkeys(flags, given),
-            WARPS,
-        )
-    del pointers["numbers_ptr"]
+def variants(
+    kernels: tuple[Any, Any], kinds: Iterable[tuple[tuple[bool, ...], bool]], every: bool = False
+) -> Iterator[Variant]:
+    """What the gates compile of an op: each set of its moments (``signed``, ``option``) in fp32, and the first in other
+    formats; with ``every``, for one op, all formats and additions, which no optimizer's element has a part in."""
+    pointers = {"table_ptr": "*i64", "coefficients_ptr": "*fp32", "items": "i32"}
+    scalars = {"numbers_ptr": "*fp64", "lr_ptr": "*fp64", "norm_ptr": "*fp32", "scale_ptr": "*fp32"}
+    scalars["found_ptr"] = "*fp32"
+    for label, given in (("scaled", True), ("plain", False)):
+        constants = dict.fromkeys(("HAS_NORM", "HAS_SCALE", "HAS_FOUND"), given)
+        yield Variant(label, kernels[0], pointers | scalars, constants | {"BLOCK": ITEMS}, WARPS)
     types = pointers | {"first": "i32", "count": "i32", "seed": "i64"}
     plain = [Format(_FP32, _FP32, _FP32, signed, option=option) for signed, option in kinds]
     base = replace(plain[0], coupled=True)
+    half = replace(base, parameter=_BF16, gradient=_BF16)
     formats = {f"fp32-{number}": one for number, one in enumerate(plain)}
-    formats["ragged"] = replace(base, aligned=False)
-    formats["bf16-random"] = replace(base, parameter=_BF16, gradient=_FP32, moments=_BF16, random=True)
-    formats["bf16-ragged"] = replace(formats["bf16-random"], gradient=_BF16, aligned=False)
-    formats["bf16-split-int8"] = replace(base, parameter=_BF16, gradient=_BF16, moments=_INT8, master="split")
-    formats["bf16-master"] = replace(base, parameter=_BF16, gradient=_BF16, master="fp32", average=True, masked=True)
-    formats["fp16-random"] = replace(base, parameter=_FP16, gradient=_FP16, random=True)
-    formats["fp16-split"] = replace(base, parameter=_FP16, gradient=_FP16, master="split", average=True, masked=True)
+    formats["bf16-random"] = replace(half, gradient=_FP32, moments=_BF16, random=True)
+    formats["bf16-split-int8"] = replace(half, moments=_INT8, master="split")
+    if every:
+        formats["ragged"] = replace(base, aligned=False)
+        formats["bf16-ragged"] = replace(half, moments=_BF16, random=True, aligned=False)
+        formats["bf16-master"] = replace(half, master="fp32", average=True, masked=True)
+        formats["fp16-random"] = replace(base, parameter=_FP16, gradient=_FP16, random=True)
+        formats["fp16-split"] = replace(formats["fp16-random"], random=False, master="split", average=True, masked=True)
     for label, one in formats.items():
         narrow = not one.aligned and one.parameter != _FP32
         yield Variant(label, kernels[1], types, {"FORMAT": one, "BLOCKS": ROWS}, WARPS, narrow=narrow)
