@@ -5,20 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import paper_optimizers
 import torch
 from burnish import optim
 
 
 @dataclass(frozen=True)
 class Entry:
-    """``ours`` and its twin in torch.optim, if it has one, and the op that it calls.
+    """``ours`` and its twin in torch.optim or, where it has none, in plain torch, and the op that it calls.
 
     ``moments`` are those that a parameter's state has with ``options``, by key, each with the dtype of its codes;
     ``more`` are options that bring out what else it can do.
     """
 
     ours: type[optim.FusedOptimizer]
-    theirs: type[torch.optim.Optimizer] | None
+    theirs: type[torch.optim.Optimizer]
     op: str
     moments: dict[str, torch.dtype]
     options: dict[str, Any] = field(default_factory=dict)
@@ -40,5 +41,20 @@ OPTIMIZERS = {
         {"sum": torch.uint8},
         more={"initial_accumulator_value": 0.5, "lr_decay": 0.1},
     ),
+    "RMSprop": Entry(
+        optim.RMSprop,
+        torch.optim.RMSprop,
+        "rmsprop_step",
+        {"square_avg": torch.uint8, "momentum_buffer": torch.int8},
+        {"momentum": 0.9},
+        {"alpha": 0.9},
+    ),
+    "Lion": Entry(
+        optim.Lion, paper_optimizers.Lion, "lion_step", {"exp_avg": torch.int8}, more={"betas": (0.95, 0.98)}
+    ),
+    "LAMB": Entry(
+        optim.LAMB, paper_optimizers.LAMB, "lamb_step", _ADAM, more={"trust_clip": True, "bias_correction": False}
+    ),
 }
-TWINS = {name: entry for name, entry in OPTIMIZERS.items() if entry.theirs is not None}
+#: those that torch.optim also has
+TWINS = {name: entry for name, entry in OPTIMIZERS.items() if entry.theirs.__module__.startswith("torch.")}

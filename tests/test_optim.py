@@ -48,9 +48,33 @@ def run(make: Any, params: list[nn.Parameter], steps: int = 100) -> Any:
 def test_torchs_configurations_stay_near_the_exact_trajectory(
     name: str, dtype: torch.dtype, configuration: int
 ) -> None:
+    stays_near(name, dtype, INFO[name].optim_inputs_func(device="cpu", dtype=dtype)[configuration].kwargs)
+
+
+#: what the papers' optimizers are run with, beside their defaults
+PAPERS: dict[str, list[dict[str, Any]]] = {
+    "Lion": [{}, {"lr": 1e-2, "weight_decay": 0.1}, {"lr": torch.tensor(1e-3), "betas": (0.5, 0.8), "maximize": True}],
+    "LAMB": [
+        {},
+        {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.9), "maximize": True},
+        {"lr": torch.tensor(1e-2), "weight_decay": 0, "eps": 1e-3, "trust_clip": True},
+        {"lr": 1e-2, "weight_decay": 0, "always_adapt": False},
+        {"lr": 1e-2, "bias_correction": False},
+    ],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "kwargs"), [(name, kwargs) for name, each in PAPERS.items() for kwargs in each])
+def test_papers_optimizers_stay_near_the_exact_trajectory(
+    name: str, kwargs: dict[str, Any], dtype: torch.dtype
+) -> None:
+    stays_near(name, dtype, kwargs)
+
+
+def stays_near(name: str, dtype: torch.dtype, kwargs: dict[str, Any]) -> None:
     """Rule N6: at most twice the deviation of torch.optim (foreach) from the trajectory in float64."""
-    ours, theirs = TWINS[name].ours, TWINS[name].theirs
-    kwargs = INFO[name].optim_inputs_func(device="cpu", dtype=dtype)[configuration].kwargs
+    ours, theirs = OPTIMIZERS[name].ours, OPTIMIZERS[name].theirs
     mine, eager = parameters(dtype), parameters(dtype)
     exact = [nn.Parameter(parameter.detach().double()) for parameter in mine]
     run(lambda params: ours(params, **kwargs), mine)
@@ -61,11 +85,14 @@ def test_torchs_configurations_stay_near_the_exact_trajectory(
         for parameter, other in zip(exact, eager, strict=True):
             parameter.grad = other.grad.double()
         optimizer.step()
-    for own, other, truth in zip(mine, eager, exact, strict=True):
+    # of all parameters together: that of a single element is a matter of luck, and torch's may overflow
+    deviations = torch.cat(
+        [(other.double() - truth).detach().abs().view(-1) for other, truth in zip(eager, exact, strict=True)]
+    )
+    limit = 2 * deviations[deviations.isfinite()].max()
+    for own, truth in zip(mine, exact, strict=True):
         assert own.dtype == dtype
-        if own.numel():
-            bound = 2 * (other.double() - truth).abs().max() + torch.finfo(dtype).eps * truth.abs() / 2
-            assert bool(((own.double() - truth).abs() <= bound).all())
+        assert bool(((own.double() - truth).abs() <= limit + torch.finfo(dtype).eps * truth.abs() / 2).all())
 
 
 @pytest.mark.parametrize("name", TWINS)

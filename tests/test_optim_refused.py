@@ -81,6 +81,25 @@ OWN_OPTIONS = [
     ("Adagrad", {"initial_accumulator_value": -1.0}, r"Invalid initial_accumulator_value value: -1\.0"),
     ("Adagrad", {"initial_accumulator_value": INF}, "Invalid initial_accumulator_value value: inf"),
     ("Adagrad", {"eps": NAN}, "Invalid epsilon value: nan"),
+    ("RMSprop", {"alpha": 1.0}, r"Invalid alpha value: 1\.0"),
+    ("RMSprop", {"alpha": NAN}, "Invalid alpha value: nan"),
+    ("RMSprop", {"momentum": -0.5}, r"Invalid momentum value: -0\.5"),
+    ("RMSprop", {"momentum": INF}, "Invalid momentum value: inf"),
+    ("RMSprop", {"eps": -1e-8}, "Invalid epsilon value: -1e-08"),
+    ("RMSprop", {"weight_decay": NAN}, "Invalid weight_decay value: nan"),
+    (
+        "RMSprop",
+        {"centered": True, "state_dtype": "int8"},
+        r"RMSprop: state_dtype is 'int8', expected .* with centered",
+    ),
+    ("Lion", {"betas": (0.9, 1.0)}, r"Invalid beta parameter at index 1: 1\.0"),
+    ("Lion", {"betas": (NAN, 0.9)}, "Invalid beta parameter at index 0: nan"),
+    ("Lion", {"weight_decay": -0.1}, r"Invalid weight_decay value: -0\.1"),
+    ("Lion", {"lr": INF}, "Invalid learning rate: inf"),
+    ("LAMB", {"betas": (0.9, -0.5)}, r"Invalid beta parameter at index 1: -0\.5"),
+    ("LAMB", {"eps": INF}, "Invalid epsilon value: inf"),
+    ("LAMB", {"weight_decay": NAN}, "Invalid weight_decay value: nan"),
+    ("LAMB", {"lr": -1.0}, r"Invalid learning rate: -1\.0"),
 ]
 ALL_OPTIONS = [
     pytest.param(name, options, match, id=f"{name}-{options}")

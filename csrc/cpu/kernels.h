@@ -8,6 +8,9 @@
 #include "format.h"
 #include "math/adagrad.h"
 #include "math/adam.h"
+#include "math/lamb.h"
+#include "math/lion.h"
+#include "math/rmsprop.h"
 #include "math/sgd.h"
 #include "optimizer.h"
 
@@ -171,6 +174,12 @@ struct Kernels {
   int64_t sparse24_offset;
   StepKernel<AdagradScalars> adagrad_step;
   StepKernel<AdamScalars> adam_step;
+  StepKernel<LambScalars> lamb_step;
+  // squares[0] = the sum of the squares of what the mask keeps in blocks [begin, end), squares[1] = of its update.
+  void (*lamb_squares)(const OptimizerTensor& tensor, const LambScalars& scalars, const OptimizerRule& rule,
+                       int64_t begin, int64_t end, double* squares);
+  StepKernel<LionScalars> lion_step;
+  StepKernel<RmspropScalars> rmsprop_step;
   StepKernel<SgdScalars> sgd_step;
   // The sum of the squares of `count` consecutive elements, in double: infinite or NaN where one of them is.
   double (*sum_squares)(const void* x, Format format, int64_t count);

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 #: what a number of an op may be
 FRACTION, NOT_NEGATIVE, FINITE = "a number in [0, 1)", "a finite number, at least 0", "a finite number"
 FLAG = "bool"
+#: not a number: a tensor with a row for each parameter, or None
+ROWS = "a tensor or None"
 _ALLOWED: dict[str, Callable[[float], bool]] = {
     FRACTION: lambda number: number >= 0 and number < 1,
     NOT_NEGATIVE: lambda number: number >= 0 and number < math.inf,
@@ -37,7 +39,7 @@ def check(op: StepOp, given: Any) -> None:
     for name, expected in ranges.items():
         number = getattr(given, name)
         torch._check(
-            expected == FLAG or _ALLOWED[expected](number),
+            expected in (FLAG, ROWS) or _ALLOWED[expected](number),
             lambda name=name, number=number, expected=expected: f"{op.name}: {name} is {number}, expected {expected}",
         )
     for name, needed in {**op.needs, "max_grad_norm": "grad_norm"}.items():
@@ -61,6 +63,8 @@ def check(op: StepOp, given: Any) -> None:
         _check_dtype(op, "steps", index, given.steps, (torch.float32,))
         if given.scales:
             _check_scales(op, index, given.scales, (len(op.lists(given)), -(-param.numel() // BLOCK)))
+    if op.refuse is not None:
+        op.refuse(given)
 
 
 def _check_lengths(op: StepOp, given: Any) -> None:

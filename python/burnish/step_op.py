@@ -44,9 +44,11 @@ import torch
 
 from burnish import dispatch, moments, native, rounding
 from burnish.registry import Case, Cases, Cost, Impl, OpSpec
-from burnish.step_checks import FLAG, check
+from burnish.step_checks import FLAG, ROWS, check
 
 Tensors = list[torch.Tensor]
+
+_TYPES = {FLAG: FLAG, ROWS: "Tensor?"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class StepOp:
 
     ``numbers`` are its own arguments by name, each with what it may be. ``element(p, g, moments, t, lr, *numbers)`` is
     its formula over whole tensors of fp32 or float64, with None for a list of moments that is not given; it returns
-    the new p and moments. ``needs`` names numbers that, unless they are 0, need a list.
+    the new p and moments. ``needs`` names numbers that, unless they are 0, need a list. ``whole`` says that the formula
+    is of whole tensors: it then also gets ``mask``, a tensor or None. ``refuse(arguments)`` raises of what is its own.
     """
 
     name: str
@@ -77,6 +80,8 @@ class StepOp:
     numbers: Mapping[str, str]
     element: Callable[..., tuple[torch.Tensor, list[torch.Tensor | None]]]
     needs: Mapping[str, str] = field(default_factory=dict)
+    whole: bool = False
+    refuse: Callable[[Any], None] | None = None
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -100,7 +105,7 @@ class StepOp:
         types = {"lr": "Tensor", "maximize": FLAG, "seed": "int?"}
         types |= {name: "Tensor?" for name in ("grad_norm", "grad_scale", "found_inf")}
         types |= {name: "float" for name in ("ema_decay", "max_grad_norm")}
-        types |= {name: FLAG if allowed == FLAG else "float" for name, allowed in self.numbers.items()}
+        types |= {name: _TYPES.get(allowed, "float") for name, allowed in self.numbers.items()}
         letters, words = iter("abcdefghijklmnop"), []
         for name in self.arguments:
             words.append(
@@ -116,14 +121,14 @@ class StepOp:
         baseline: Callable[..., Callable[[], Any]] | None = None,
         impls: tuple[Impl, ...] = (),
     ) -> OpSpec:
-        """The op's record; ``impls`` are those that it has beside the one in CUDA C++."""
+        """The op's record."""
         return OpSpec(
             name=self.name,
             schema=self.schema,
-            reference=self._function(self._reference),
-            fake=self._function(partial(check, self)),
+            reference=self.function(self._reference),
+            fake=self.function(partial(check, self)),
             autograd=None,
-            impls=(native_impl(self.name), *impls),
+            impls=impls,
             cases=cases,
             make=make,
             cost=cost,
@@ -138,11 +143,11 @@ class StepOp:
         """The lists of moments that are given."""
         return {kind: getattr(given, kind.name) for kind in self.moments if getattr(given, kind.name)}
 
-    def _function(self, body: Callable[[Any], None]) -> Callable[..., None]:
+    def function(self, body: Callable[[Any], Any]) -> Callable[..., Any]:
         """``body`` as a function of the schema's arguments."""
 
-        def function(*args: Any) -> None:
-            body(self.given(args))
+        def function(*args: Any) -> Any:
+            return body(self.given(args))
 
         ordinary = inspect.Parameter.POSITIONAL_OR_KEYWORD
         signature = inspect.Signature([inspect.Parameter(name, ordinary) for name in self.arguments])
@@ -154,8 +159,9 @@ class StepOp:
         norm = 0.0 if given.grad_norm is None else float(given.grad_norm)
         if given.found_inf is not None and (float(given.found_inf) != 0 or not math.isfinite(norm)):
             return
-        factor, lists = _factor(given, norm), self.lists(given)
+        factor, lists = gradient_factor(given, norm), self.lists(given)
         numbers = [getattr(given, name) for name in self.numbers]
+        masks = given.masks or [None] * len(given.params)
         for i, param in enumerate(given.params):
             given.steps[i].copy_(given.steps[i] + 1)
             master = given.masters[i] if given.masters else None
@@ -164,7 +170,9 @@ class StepOp:
             read = {kind: _moment(stored[i], scales[k]) for k, (kind, stored) in enumerate(lists.items())}
             held = [read.get(kind) for kind in self.moments]
             g = given.grads[i].to(p.dtype) * factor
-            p, held = self.element(p, g, held, float(given.steps[i]), float(given.lr), *numbers)
+            own = [number[i] if isinstance(number, torch.Tensor) else number for number in numbers]
+            mask = {"mask": masks[i]} if self.whole else {}
+            p, held = self.element(p, g, held, float(given.steps[i]), float(given.lr), *own, **mask)
             if given.masks:
                 p = torch.where(given.masks[i], p, 0.0)
             if given.emas:
@@ -178,9 +186,13 @@ class StepOp:
             _store(param, master, p, given.seed, i)
 
 
-def native_impl(op: str) -> Impl:
-    """The implementation in CUDA C++ of an op whose first argument is a list of tensors."""
-    return Impl("native", f"torch.ops:burnish.{op}.native", f"{__name__}:supports_native")
+def gpu_impls(op: str) -> tuple[Impl, ...]:
+    """The implementations in CUDA C++ and in Triton of an op whose first argument is a list of tensors."""
+    triton = f"burnish.kernels.optim.{op}"
+    return (
+        Impl("native", f"torch.ops:burnish.{op}.native", f"{__name__}:supports_native"),
+        Impl("triton", f"{triton}:{op}", f"{triton}:supports"),
+    )
 
 
 def supports_native(tensors: Tensors, *_: Any) -> str | None:
@@ -221,7 +233,8 @@ def power(base: float, exponent: float) -> float:
     return math.inf if exponent < 0 and base == 0 else base**exponent
 
 
-def _factor(given: Any, norm: float) -> float:
+def gradient_factor(given: Any, norm: float) -> float:
+    """What the gradients are multiplied by."""
     factor = -1.0 if given.maximize else 1.0
     if given.grad_scale is not None:
         factor = divided(factor, float(given.grad_scale))

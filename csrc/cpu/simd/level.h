@@ -58,6 +58,14 @@ void adagrad_step(const OptimizerTensor& tensor, const AdagradScalars& scalars, 
                   int64_t begin, int64_t end);
 void adam_step(const OptimizerTensor& tensor, const AdamScalars& scalars, const OptimizerRule& rule, int64_t begin,
                int64_t end);
+void lamb_step(const OptimizerTensor& tensor, const LambScalars& scalars, const OptimizerRule& rule, int64_t begin,
+               int64_t end);
+void lamb_squares(const OptimizerTensor& tensor, const LambScalars& scalars, const OptimizerRule& rule, int64_t begin,
+                  int64_t end, double* squares);
+void lion_step(const OptimizerTensor& tensor, const LionScalars& scalars, const OptimizerRule& rule, int64_t begin,
+               int64_t end);
+void rmsprop_step(const OptimizerTensor& tensor, const RmspropScalars& scalars, const OptimizerRule& rule,
+                  int64_t begin, int64_t end);
 void sgd_step(const OptimizerTensor& tensor, const SgdScalars& scalars, const OptimizerRule& rule, int64_t begin,
               int64_t end);
 double sum_squares(const void* x, Format format, int64_t count);

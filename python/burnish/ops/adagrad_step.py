@@ -19,10 +19,10 @@ import torch
 
 from burnish import step_cases
 from burnish.moments import square_root
-from burnish.registry import Case, Impl, register
+from burnish.registry import Case, register
 from burnish.step_cases import BF16, FP32, WEIGHT_DECAY
 from burnish.step_checks import NOT_NEGATIVE
-from burnish.step_op import Moments, StepOp, caller, divided
+from burnish.step_op import Moments, StepOp, caller, divided, gpu_impls
 
 __all__ = ["adagrad_step"]
 
@@ -92,13 +92,7 @@ SPEC = register(
         make=step_cases.maker(STEP, numbers),
         cost=step_cases.coster(STEP, ops=8.0),
         baseline=baseline,
-        impls=(
-            Impl(
-                "triton",
-                "burnish.kernels.optim.adagrad_step:adagrad_step",
-                "burnish.kernels.optim.adagrad_step:supports",
-            ),
-        ),
+        impls=gpu_impls("adagrad_step"),
     )
 )
 

@@ -22,10 +22,10 @@ import torch
 
 from burnish import step_cases
 from burnish.moments import square_root
-from burnish.registry import Case, Impl, register
+from burnish.registry import Case, register
 from burnish.step_cases import FP16, FP32, WEIGHT_DECAY
 from burnish.step_checks import FLAG, FRACTION, NOT_NEGATIVE
-from burnish.step_op import Moments, StepOp, caller, divided, power
+from burnish.step_op import Moments, StepOp, caller, divided, gpu_impls, power
 
 __all__ = ["adam_step"]
 
@@ -118,13 +118,7 @@ SPEC = register(
         make=step_cases.maker(STEP, numbers),
         cost=step_cases.coster(STEP, ops=16.0),
         baseline=baseline,
-        impls=(
-            Impl(
-                "triton",
-                "burnish.kernels.optim.adam_step:adam_step",
-                "burnish.kernels.optim.adam_step:supports",
-            ),
-        ),
+        impls=gpu_impls("adam_step"),
     )
 )
 

@@ -17,6 +17,9 @@ from torch.optim. What is burnish's own is by keyword: see :class:`burnish.optim
 from burnish.optim.adagrad import Adagrad
 from burnish.optim.adam import Adam, AdamW
 from burnish.optim.fused import FusedOptimizer
+from burnish.optim.lamb import LAMB
+from burnish.optim.lion import Lion
+from burnish.optim.rmsprop import RMSprop
 from burnish.optim.sgd import SGD
 
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "FusedOptimizer"]
+__all__ = ["LAMB", "SGD", "Adagrad", "Adam", "AdamW", "FusedOptimizer", "Lion", "RMSprop"]

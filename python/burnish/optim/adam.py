@@ -85,19 +85,7 @@ class Adam(FusedOptimizer):
         super().check_group(group)
         options.check_not_negative(group, "eps", "epsilon value")
         options.check_not_negative(group, "weight_decay", "weight_decay value")
-        betas = group["betas"]
-        if len({isinstance(beta, Tensor) for beta in betas}) > 1:
-            raise ValueError("betas must be either both floats or both Tensors")
-        for i, beta in enumerate(betas):
-            if isinstance(beta, Tensor):
-                if group["foreach"] and not group["capturable"]:
-                    raise ValueError(f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True")
-                if beta.numel() != 1:
-                    raise ValueError(f"Tensor betas[{i}] must be 1-element")
-                if beta.device.type != "cpu":
-                    raise ValueError(f"{self._who}: betas[{i}] is on {beta.device}, expected a float or a CPU tensor")
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+        options.check_betas(self._who, group)
 
     def update(self, batch: Batch, state: Mapping[str, list[Tensor]], common: dict[str, Any]) -> None:
         group = batch.group

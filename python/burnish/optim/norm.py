@@ -62,12 +62,12 @@ def total_norm(batches: Sequence[Batch], grad_scale: Tensor | None) -> Tensor:
         norm, _ = grad_norm([grad for batch in members for grad in batch.grads], _on(grad_scale, device))
         if mesh is None and len(parts) == 1:
             return norm
-        squares.append(_reduced(norm.double().square(), mesh).to(batches[0].device, non_blocking=True))
+        squares.append(reduced(norm.double().square(), mesh).to(batches[0].device, non_blocking=True))
     return torch.stack(squares).sum().sqrt().float()
 
 
-def _reduced(square: Tensor, mesh: Any) -> Tensor:
-    """The sum over the shards on a mesh, the same bits in each process."""
+def reduced(square: Tensor, mesh: Any) -> Tensor:
+    """Sums of squares, added over the shards on a mesh, the same bits in each process."""
     if mesh is not None:
         from torch import distributed
 

@@ -129,6 +129,23 @@ def check_finite(group: Mapping[str, Any], name: str, words: str) -> None:
         raise ValueError(f"Invalid {words}: {group[name]}")
 
 
+def check_betas(who: str, group: Mapping[str, Any]) -> None:
+    """Raise torch.optim's errors where the two betas are not both floats, or both CPU tensors, in [0, 1)."""
+    betas = group["betas"]
+    if len({isinstance(beta, Tensor) for beta in betas}) > 1:
+        raise ValueError("betas must be either both floats or both Tensors")
+    for i, beta in enumerate(betas):
+        if isinstance(beta, Tensor):
+            if group["foreach"] and not group["capturable"]:
+                raise ValueError(f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True")
+            if beta.numel() != 1:
+                raise ValueError(f"Tensor betas[{i}] must be 1-element")
+            if beta.device.type != "cpu":
+                raise ValueError(f"{who}: betas[{i}] is on {beta.device}, expected a float or a CPU tensor")
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+
+
 def rate(group: Mapping[str, Any], device: torch.device) -> Tensor:
     """The learning rate as a scalar fp32 or fp64 tensor on ``device``, made without waiting for the device."""
     lr = group["lr"]

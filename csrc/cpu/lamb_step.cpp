@@ -1,0 +1,70 @@
+// lamb_step on the CPU: see burnish/ops/lamb_step.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "cpu/isa.h"
+#include "cpu/lamb.h"
+
+namespace burnish {
+namespace {
+
+constexpr const char* kOp = "lamb_step";
+
+void check_squares(const Tensor& squares, size_t count) {
+  check_cpu(kOp, "squares", squares);
+  BURNISH_CHECK(squares.scalar_type() == ScalarType::Double && squares.is_contiguous(), kOp, ": squares is ",
+                dtype_name(squares.scalar_type()), ", expected fp64, contiguous");
+  BURNISH_CHECK(squares.dim() == 2 && squares.size(0) == static_cast<int64_t>(count) && squares.size(1) == 2, kOp,
+                ": squares has shape ", shape_text(squares), ", expected (", count, ", 2)");
+}
+
+void lamb_step(const Tensors& params, const Tensors& grads, const Tensors& steps, const Tensors& exp_avgs,
+               const Tensors& exp_avg_sqs, const Tensors& scales, const Tensors& masters, const Tensors& emas,
+               const Tensors& masks, const Tensor& lr, double beta1, double beta2, double eps, double weight_decay,
+               bool bias_correction, bool adapt, bool trust_clip, const std::optional<Tensor>& squares, bool maximize,
+               double ema_decay, double max_grad_norm, const std::optional<Tensor>& grad_norm,
+               const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+               std::optional<int64_t> seed) {
+  const LambNumbers numbers{beta1, beta2, eps, weight_decay, bias_correction};
+  numbers.check(kOp);
+  if (squares.has_value()) check_squares(*squares, params.size());
+  const OptimizerStep step =
+      prepare_step({.op = kOp,
+                    .params = params,
+                    .grads = grads,
+                    .steps = steps,
+                    .moments = {{"exp_avgs", exp_avgs, true}, {"exp_avg_sqs", exp_avg_sqs, false}},
+                    .scales = scales,
+                    .masters = masters,
+                    .emas = emas,
+                    .masks = masks,
+                    .lr = lr,
+                    .maximize = maximize,
+                    .ema_decay = ema_decay,
+                    .max_grad_norm = max_grad_norm,
+                    .grad_norm = grad_norm,
+                    .grad_scale = grad_scale,
+                    .found_inf = found_inf,
+                    .seed = seed});
+  if (step.tensors.empty()) return;
+  std::vector<LambScalars> scalars =
+      count_steps(step, steps, [&](double factor, double, double count) { return numbers.scalars(factor, count); });
+  std::vector<double> sums(2 * params.size());
+  if (squares.has_value()) {
+    std::copy_n(squares->const_data_ptr<double>(), sums.size(), sums.begin());
+  } else if (adapt) {
+    sums = sum_lamb_squares(step, scalars);
+  }
+  for (size_t i = 0; i < scalars.size(); ++i) {
+    scalars[i].step_size = lamb_step_size(step.lr, sums[2 * i], sums[2 * i + 1], adapt, trust_clip);
+  }
+  const Kernels& level = kernels();
+  for_blocks(step.starts, kBlocksPerTask, [&](size_t i, int64_t begin, int64_t end) {
+    level.lamb_step(step.tensors[i], scalars[i], step.rule, begin, end);
+  });
+}
+
+}  // namespace
+}  // namespace burnish
+
+STABLE_TORCH_LIBRARY_IMPL(burnish, CPU, m) { m.impl("lamb_step", TORCH_BOX(&burnish::lamb_step)); }
