@@ -19,7 +19,7 @@ CASES = PLAIN + [(dtype, name, variant) for dtype in workers.DTYPES for name in 
 SHARED = PLAIN + [("bf16", "AdamW", variant) for variant in VARIED]
 
 
-@pytest.mark.parametrize(("dtype", "name", "variant"), CASES, ids="-".join)
+@pytest.mark.parametrize(("dtype", "name", "variant"), CASES, ids=map("-".join, CASES))
 def test_one_process_resumes(dtype: str, name: str, variant: str) -> None:
     kind, half = workers.DTYPES[dtype], workers.HALF
     straight, scaler = workers.model(kind), workers.scaler_for(kind)
