@@ -135,7 +135,7 @@ REFUSED = (
         r"grad_avgs\[0\] is int8, expected fp32 or bf16",
     ),
 )
-OPTIONS = (
+OPTIONS: step_cases.Own = (
     (FP32, {}),
     (FP32, {"amp": True}),
     (FP32, {"maximize": True, "no_decay": True}),
