@@ -10,7 +10,7 @@ bytes that the op's record calls compulsory: what is more than 1.0x was read or 
                 bytes 4, and up to 32 where the lanes are apart
     conflicts   passes through shared memory beyond the first, because lanes wanted different words of one bank
 
-Cases of more than 2^31 operations or 2^28 bytes are left out: they take minutes, or more memory to keep count than
+Cases of more than 2^31 operations or 2^26 bytes are left out: they take minutes, or more memory to keep count than
 there is, and move what smaller ones move.
 
 Only accesses through the wrappers of ``csrc/cuda/ptx.cuh`` count, which kernels make all of theirs through. The process
@@ -33,7 +33,7 @@ from burnish.registry import Case, OpSpec
 
 _SECTOR = 32
 _KINDS = ("load", "store", "atomic")
-_MOST_OPERATIONS, _MOST_BYTES = 2**31, 2**28
+_MOST_OPERATIONS, _MOST_BYTES = 2**31, 2**26
 
 
 @dataclass(frozen=True)
