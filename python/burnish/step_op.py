@@ -186,13 +186,15 @@ class StepOp:
             _store(param, master, p, given.seed, i)
 
 
+def native_impl(op: str) -> Impl:
+    """The implementation in CUDA C++ of an op whose first argument is a list of tensors."""
+    return Impl("native", f"torch.ops:burnish.{op}.native", f"{__name__}:supports_native")
+
+
 def gpu_impls(op: str) -> tuple[Impl, ...]:
     """The implementations in CUDA C++ and in Triton of an op whose first argument is a list of tensors."""
     triton = f"burnish.kernels.optim.{op}"
-    return (
-        Impl("native", f"torch.ops:burnish.{op}.native", f"{__name__}:supports_native"),
-        Impl("triton", f"{triton}:{op}", f"{triton}:supports"),
-    )
+    return native_impl(op), Impl("triton", f"{triton}:{op}", f"{triton}:supports")
 
 
 def supports_native(tensors: Tensors, *_: Any) -> str | None:
