@@ -14,9 +14,8 @@ struct LionScalars {
 };
 
 BURNISH_HD inline LionScalars lion_scalars(double factor, double lr, double beta1, double beta2, double weight_decay) {
-  return {static_cast<float>(factor), static_cast<float>(weight_decay != 0 ? 1 - lr * weight_decay : 1),
-          static_cast<float>(beta1),  static_cast<float>(1 - beta1),
-          static_cast<float>(beta2),  static_cast<float>(1 - beta2),
+  return {static_cast<float>(factor),    static_cast<float>(weight_decay), static_cast<float>(beta1),
+          static_cast<float>(1 - beta1), static_cast<float>(beta2),        static_cast<float>(1 - beta2),
           static_cast<float>(lr)};
 }
 
