@@ -12,12 +12,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp csrc/cuda/*.cu* csrc/cuda/*/*)
 CXX_FILES := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 
-.PHONY: help demo finetune digits test lint bench interpret emulate gates sanitize wheel clean
+.PHONY: help demo finetune digits optimizers test lint bench interpret emulate gates sanitize wheel clean
 
 help:
 	@echo "make demo      swap layers of a real sentence encoder and print what it gains and costs"
 	@echo "make finetune  fine-tune the same encoder with LoRA, by burnish and by peft, side by side"
 	@echo "make digits    prune small networks while they train, finalize them, and put int8 on top"
+	@echo "make optimizers AdamW with 8-bit state and 24-bit parameters beside torch's: where does the loss end?"
 	@echo "make test      the tests"
 	@echo "make lint      ruff, clang-format, mypy"
 	@echo "make bench     time every op on this machine, with peers where they are installed"
@@ -62,14 +63,17 @@ finetune: $(VENV)/finetune.stamp
 digits: $(VENV)/burnish.stamp
 	$(BIN)/python examples/digits.py
 
+optimizers: $(VENV)/finetune.stamp
+	$(BIN)/python examples/optimizers.py
+
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gate and not gpu" tests
 
 interpret: $(VENV)/dev.stamp
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/test_ops.py tests/test_triton_interpreter.py tests/test_triton_sparse.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/test_ops.py tests/test_triton_interpreter.py tests/test_triton_sparse.py tests/test_triton_optim.py
 
 emulate: $(VENV)/dev.stamp
-	BURNISH_EMULATE_CUDA=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/test_ops.py tests/test_counters.py
+	BURNISH_EMULATE_CUDA=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/test_ops.py tests/test_step_kernels.py tests/test_counters.py
 
 gates: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m gate tests

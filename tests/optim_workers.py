@@ -68,20 +68,28 @@ def train(net: nn.Module, optimizer: Any, scaler: Any, steps: Iterable[int], ran
     return skipped
 
 
-def push(net: nn.Module, optimizer: Any, steps: Iterable[int]) -> None:
-    """Steps on gradients that do not depend on how the parameters are cut."""
+def push(net: nn.Module, optimizer: Any, scaler: Any, steps: Iterable[int]) -> None:
+    """Steps on gradients that do not depend on how the parameters are cut; with a scaler scaled, and each tenth time
+    infinite."""
     for step in steps:
-        fill(net, step)
-        optimizer.step()
+        scale = float(scaler.scale(torch.ones(())))
+        fill(net, step, float("inf") if scale > 1 and step % 10 == 7 else scale)
+        scaler.step(optimizer)
+        scaler.update()
 
 
-def fill(net: nn.Module, step: int) -> None:
+def steady_scaler(dtype: torch.dtype) -> Any:
+    """With fp16 one whose scale the gradients of :func:`push` do not overflow, in any of their elements."""
+    return torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=5, enabled=dtype is torch.float16)
+
+
+def fill(net: nn.Module, step: int, scale: float = 1.0) -> None:
     """Gradients that are the same for every number of processes."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     for number, parameter in enumerate(net.parameters()):
         draw = torch.Generator().manual_seed(1000 * step + number)
-        grad = torch.randn(parameter.shape, generator=draw).to(parameter.dtype)
+        grad = (torch.randn(parameter.shape, generator=draw) * scale).to(parameter.dtype)
         if isinstance(parameter, DTensor):
             grad = distribute_tensor(grad, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.grad = grad
@@ -168,20 +176,32 @@ def distributed(rank: int, kind: str, cases: list[tuple[str, str, str]], folder:
     dist.destroy_process_group()
 
 
+def push_half(net: nn.Module, name: str, variant: str, folder: str) -> None:
+    """Half the steps, and a checkpoint of them; the scaler beside it."""
+    optimizer, scaler = make(net, name, variant), steady_scaler(next(net.parameters()).dtype)
+    push(net, optimizer, scaler, range(HALF))
+    save(net, optimizer, folder)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        torch.save(scaler.state_dict(), f"{folder}.scaler")
+
+
+def push_rest(net: nn.Module, name: str, variant: str, folder: str) -> tuple[nn.Module, Any]:
+    """The other half, from such a checkpoint."""
+    optimizer, scaler = make(net, name, variant), steady_scaler(next(net.parameters()).dtype)
+    restore(net, optimizer, folder)
+    scaler.load_state_dict(torch.load(f"{folder}.scaler"))
+    push(net, optimizer, scaler, range(HALF, 2 * HALF))
+    return net, optimizer
+
+
 def resharded(rank: int, cases: list[tuple[str, str, str]], folder: str) -> None:
     """One of two processes: half the steps for a checkpoint, the other half from one of a single process."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for dtype, name, variant in cases:
         case = f"{folder}/{dtype}-{name}-{variant}"
-        net = shard(model(DTYPES[dtype]))
-        optimizer = make(net, name, variant)
-        push(net, optimizer, range(HALF))
-        save(net, optimizer, f"{case}-2")
-        net = shard(model(DTYPES[dtype]))
-        optimizer = make(net, name, variant)
-        restore(net, optimizer, f"{case}-1")
-        push(net, optimizer, range(HALF, 2 * HALF))
+        push_half(shard(model(DTYPES[dtype])), name, variant, f"{case}-2")
+        net, optimizer = push_rest(shard(model(DTYPES[dtype])), name, variant, f"{case}-1")
         state = whole(net, optimizer)
         if rank == 0:
             torch.save(state, f"{case}.pt")
@@ -217,7 +237,7 @@ def whole_state_refused() -> str:
     """What a sharded optimizer says to the plain tensors of a whole one."""
     net = model()
     plain = make(net)
-    push(net, plain, range(1))
+    push(net, plain, steady_scaler(torch.float32), range(1))
     try:
         make(shard(model())).load_state_dict(plain.state_dict())
     except ValueError as error:

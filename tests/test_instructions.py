@@ -214,6 +214,13 @@ def test_atomics(run: Run) -> None:
         assert sorted([got[9], *got[20 + threads :]]) == list(range(threads + 1))
 
 
+def test_accesses_to_global_memory(run: Run) -> None:
+    a = words(np.random.default_rng(0), 32, 8)
+    got = run("global", a, y=np.zeros((32, 8), np.uint32))
+    assert np.array_equal(got[:, :7], a[:, :7])
+    assert not got[:, 7].any()
+
+
 def test_asynchronous_copies(run: Run) -> None:
     for seed in SEEDS:
         draw = np.random.default_rng(seed)

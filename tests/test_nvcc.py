@@ -26,6 +26,8 @@ SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), INSTRUCTIONS]
 REGISTERS = 65536  # of a multiprocessor, on every architecture built for
 #: instructions by the wrapper that stands for them
 PROMISED = {
+    "load_global": r"LDG\.E\.128 ",
+    "store_global": r"STG\.E\.128 ",
     "load_streaming": r"LDG\.E\S*\.128\S*\.CONSTANT",
     "copy_async16": r"LDGSTS\.E\.BYPASS\.128",
     "copy_async<8>": r"LDGSTS\.E\.64",
@@ -93,6 +95,7 @@ EXACT = {
     "Atomics": [rf"REDG?\.E\.ADD{kind}\.STRONG\.GPU" for kind in ("", r"\.64", r"\.F32\.FTZ\.RN")]
     + [rf"REDG?\.E\.{which}{kind}\.STRONG\.GPU" for which in ("MAX", "MIN") for kind in ("", r"\.S32")]
     + [r"ATOMG\.E\.EXCH", r"ATOMG\.E\.CAS", *(rf"ATOMS\.{which}\b" for which in ("ADD", "MAX", "MIN", "EXCH", "CAS"))],
+    "Global": [rf"{which}\.E{width} " for which in ("LDG", "STG") for width in ("", r"\.64", r"\.128")],
     "Copies": [PROMISED["copy_async16"], PROMISED["copy_async<8>"], PROMISED["copy_async<4>"]],
     "Barriers": [r"BAR\.SYNC\S* 0x1, 0x40", r"BAR\.SYNC\S* 0x2, 0x40", r"BAR\.ARV 0x1, 0x40", r"BAR\.ARV 0x2, 0x40"],
     "GridBarrier": [r"ATOMG\.E\.ADD\.STRONG\.GPU[\s\S]*LDG\.E\.STRONG\.GPU"],

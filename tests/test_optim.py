@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from burnish import optim, prune
+from burnish import moments, optim, prune
 from optimizers import OPTIMIZERS, TWINS
 from torch import Tensor, nn
 from torch.testing._internal.common_optimizers import optim_db
@@ -342,3 +342,15 @@ def test_a_compiled_step_is_the_step() -> None:
         compiled()
         other.step()
     assert all(torch.equal(*pair) for pair in zip(params, twins, strict=True))
+
+
+@pytest.mark.parametrize("state_dtype", ["fp32", "bf16", "int8"])
+def test_sums_of_squares_begin_where_asked(state_dtype: str) -> None:
+    weight = nn.Parameter(torch.ones(300))
+    optimizer = optim.Adagrad([weight], initial_accumulator_value=0.3, state_dtype=state_dtype)
+    weight.grad = torch.zeros(300)
+    optimizer.step()
+    state = optimizer.state[weight]
+    total = moments.decode(state["sum"], state["scales"][0]) if state_dtype == "int8" else state["sum"].float()
+    torch.testing.assert_close(total, torch.full((300,), 0.3), rtol=1e-6 if state_dtype != "bf16" else 4e-3, atol=0)
+    assert bool((weight == 1).all())

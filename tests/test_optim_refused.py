@@ -241,19 +241,19 @@ def unchanged(optimizer: Any, before: Any) -> None:
             assert torch.equal(after["state"][key][name], value)
 
 
-@pytest.mark.parametrize(
-    ("grad", "match"),
-    [
-        (
-            torch.ones(2, 5).to_sparse(),
-            "has a sparse gradient: AdamW does not support sparse gradients, please consider",
-        ),
-        (torch.ones(2, 5, dtype=torch.complex64), "has a gradient of complex64, expected fp32, bf16 or fp16"),
-        (torch.ones(2, 5, dtype=torch.float64), "has a gradient of fp64, expected fp32, bf16 or fp16"),
-        (torch.ones(5, 2).t(), r"has a gradient of strides \(1, 2\), expected \(5, 1\)"),
-        (torch.ones(1).expand(2, 5), r"has a gradient of strides \(0, 0\), expected \(5, 1\)"),
-    ],
-)
+GRADIENTS = [
+    (
+        torch.ones(2, 5).to_sparse(),
+        "has a sparse gradient: AdamW does not support sparse gradients, please consider",
+    ),
+    (torch.ones(2, 5, dtype=torch.complex64), "has a gradient of complex64, expected fp32, bf16 or fp16"),
+    (torch.ones(2, 5, dtype=torch.float64), "has a gradient of fp64, expected fp32, bf16 or fp16"),
+    (torch.ones(5, 2).t(), r"has a gradient of strides \(1, 2\), expected \(5, 1\)"),
+    (torch.ones(1).expand(2, 5), r"has a gradient of strides \(0, 0\), expected \(5, 1\)"),
+]
+
+
+@pytest.mark.parametrize(("grad", "match"), GRADIENTS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_gradients_in_the_last_group_stop_the_first(name: str, grad: Tensor, match: str) -> None:
     optimizer = stepped(name, max_grad_norm=1.0)
@@ -263,6 +263,26 @@ def test_gradients_in_the_last_group_stop_the_first(name: str, grad: Tensor, mat
     before[2][2].grad_dtype = None  # torch lets a gradient have any dtype then
     before[2][2].grad = grad
     match = f"AdamW: parameter 0 of group 1 {match}".replace("AdamW", name)
+    with pytest.raises(RuntimeError, match=match):
+        optimizer.step()
+    unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize("limit", [None, 1.0])
+@pytest.mark.parametrize(("grad", "match"), GRADIENTS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_gradient_that_the_op_refuses_is_named(name: str, grad: Tensor, match: str, limit: float | None) -> None:
+    """Of an only group, whose gradients nobody looks at before the op."""
+    params = [nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(2, 5))]
+    optimizer = OPTIMIZERS[name].ours(params, **OPTIMIZERS[name].options, max_grad_norm=limit)
+    for parameter in params:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert optimizer._lone_batch()
+    before = snapshot(optimizer)
+    params[1].grad_dtype = None
+    params[1].grad = grad
+    match = f"AdamW: parameter 1 of group 0 {match}".replace("AdamW", name)
     with pytest.raises(RuntimeError, match=match):
         optimizer.step()
     unchanged(optimizer, before)

@@ -4,8 +4,11 @@ back."""
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
+import optim_killed as killed
 import optim_workers as workers
 import pytest
 import torch
@@ -19,7 +22,7 @@ CASES = PLAIN + [(dtype, name, variant) for dtype in workers.DTYPES for name in 
 SHARED = PLAIN + [("bf16", "AdamW", variant) for variant in VARIED]
 
 
-@pytest.mark.parametrize(("dtype", "name", "variant"), CASES, ids="-".join)
+@pytest.mark.parametrize(("dtype", "name", "variant"), CASES, ids=map("-".join, CASES))
 def test_one_process_resumes(dtype: str, name: str, variant: str) -> None:
     kind, half = workers.DTYPES[dtype], workers.HALF
     straight, scaler = workers.model(kind), workers.scaler_for(kind)
@@ -51,24 +54,19 @@ def test_two_processes_resume(kind: str, tmp_path: Path) -> None:
 def test_two_processes_become_one_and_one_becomes_two(tmp_path: Path) -> None:
     cases = [(dtype, "AdamW", variant) for dtype in workers.DTYPES for variant in workers.RESHARDED]
     cases += [(dtype, name, "plain") for dtype in workers.DTYPES for name in OPTIMIZERS if name != "AdamW"]
-    half = workers.HALF
-    for dtype, name, variant in cases:
-        net = workers.model(workers.DTYPES[dtype])
-        optimizer = workers.make(net, name, variant)
-        workers.push(net, optimizer, range(half))
-        workers.save(net, optimizer, str(tmp_path / f"{dtype}-{name}-{variant}-1"))
+    paths = {case: str(tmp_path / "-".join(case)) for case in cases}
+    for (dtype, name, variant), path in paths.items():
+        workers.push_half(workers.model(workers.DTYPES[dtype]), name, variant, f"{path}-1")
     mp.spawn(workers.resharded, args=(cases, str(tmp_path)), nprocs=2)
-    for dtype, name, variant in cases:
-        straight = workers.model(workers.DTYPES[dtype])
+    for (dtype, name, variant), path in paths.items():
+        straight, scaler = workers.model(workers.DTYPES[dtype]), workers.steady_scaler(workers.DTYPES[dtype])
         optimizer = workers.make(straight, name, variant)
-        workers.push(straight, optimizer, range(2 * half))
+        workers.push(straight, optimizer, scaler, range(2 * workers.HALF))
+        assert {float(state["step"]) for state in optimizer.state.values()} == {90.0 if scaler.is_enabled() else 100.0}
         expected = workers.whole(straight, optimizer)
-        assert not workers.differences(torch.load(tmp_path / f"{dtype}-{name}-{variant}.pt"), expected)
-        net = workers.model(workers.DTYPES[dtype])
-        again = workers.make(net, name, variant)
-        workers.restore(net, again, str(tmp_path / f"{dtype}-{name}-{variant}-2"))
-        workers.push(net, again, range(half, 2 * half))
-        assert not workers.differences(workers.whole(net, again), expected)
+        assert not workers.differences(torch.load(f"{path}.pt"), expected)
+        again = workers.push_rest(workers.model(workers.DTYPES[dtype]), name, variant, f"{path}-2")
+        assert not workers.differences(workers.whole(*again), expected)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
@@ -94,3 +92,17 @@ def test_shards_have_masks_averages_and_one_found_infinity(tmp_path: Path) -> No
     assert ranks[0][1] == ranks[1][1] == found == [False, True, False]
     refused = "AdamW: state of parameter 0 of group 0: exp_avg is a Tensor, expected a DTensor, as the parameter is"
     assert ranks[0][2] == ranks[1][2] == refused
+
+
+def test_a_rank_killed_under_torchrun_resumes_from_the_last_complete_checkpoint(tmp_path: Path) -> None:
+    """Killed between gradients and step, and then while the checkpoint after step 80 is being written."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+    done = subprocess.run(
+        [sys.executable, *command, killed.__file__, str(tmp_path)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    lives = [(tmp_path / f"life-{life}").read_text().split() for life in range(3)]
+    assert [int(life[0]) for life in lives] == [0, 50, 70]
+    assert str(killed.KILLED_SAVE) in lives[2][1:]
+    assert killed.complete(tmp_path) == list(range(killed.EVERY, killed.STEPS + 1, killed.EVERY))
+    assert [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)] == [[], []]

@@ -135,6 +135,18 @@ def test_rounding_differs_by_seed_parameter_and_moment_and_by_nothing_else(spec:
     assert len({tuple(bits.tolist()) for bits in streams}) == 4
 
 
+def test_bits_of_one_element_and_of_one_stream_are_independent() -> None:
+    """Means of 2 ** 20 draws and their correlations, within four standard errors of what they stand for."""
+    draws, limit = 2**20, 4 * 2.0**-10
+    streams = torch.stack([rounding.random_bits(5, 3, stream, draws) for stream in (1, 2, 3, 4)]).double()
+    centred = (streams - 32767.5) * math.sqrt(12) / 65536
+    assert (centred.mean(1).abs() <= limit).all()
+    of_one_element = centred @ centred.t() / draws
+    assert (of_one_element - torch.eye(4)).abs().max() <= limit
+    for distance in range(1, 9):
+        assert ((centred[:, distance:] * centred[:, :-distance]).mean(1).abs() <= limit).all()
+
+
 @each_step
 @pytest.mark.parametrize("item", [0, 1, 2])
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])

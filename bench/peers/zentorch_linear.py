@@ -10,7 +10,7 @@ from importlib.metadata import version
 import torch
 import zentorch  # noqa: F401  registers the ops
 from burnish.bench import Peer
-from burnish.bench.sparse_weights import SPARSE_OPS, dense_layer
+from burnish.bench.sparse_weights import SPARSE_OPS, dense_bytes, dense_layer
 from burnish.registry import Case
 
 _kept: list[torch.Tensor] = []
@@ -43,4 +43,12 @@ def make(op: str, args: tuple) -> Callable[[], torch.Tensor]:
     return lambda: linear(x, weight, bias).add_(linear(linear(x, A), B), alpha=scale)
 
 
-PEER = Peer("zentorch-linear", version("zentorch"), supports, make)
+def reads(op: str, case: Case) -> int:
+    if op in SPARSE_OPS:
+        return dense_bytes(case)
+    sizes = case.dims
+    factors = sizes["R"] * (sizes["N"] + sizes["K"])
+    return (factors if op == "lowrank_linear" else factors + sizes["N"] * sizes["K"]) * case.dtype.itemsize
+
+
+PEER = Peer("zentorch-linear", version("zentorch"), supports, make, reads=reads)

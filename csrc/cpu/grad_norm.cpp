@@ -16,11 +16,11 @@ constexpr int64_t kChunk = 16384;  // elements summed together, whatever the num
 
 std::tuple<Tensor, Tensor> grad_norm(const Tensors& grads, const std::optional<Tensor>& grad_scale) {
   BURNISH_CHECK(!grads.empty(), kOp, ": grads is empty, expected at least one tensor");
-  const double scale = scalar_value(kOp, "grad_scale", grad_scale, 1);
+  check_scalar(kOp, "grad_scale", grad_scale, grads.front());
   Tensors flat(grads);  // owns copies of those that are not contiguous
   std::vector<int64_t> starts(grads.size() + 1);
   for (size_t i = 0; i < grads.size(); ++i) {
-    check_floating(kOp, item_name("grads", i).c_str(), grads[i]);
+    check_floating(kOp, {"grads", i}, grads[i], grads.front());
     if (!grads[i].is_contiguous()) flat[i] = torch::stable::contiguous(grads[i]);
     starts[i + 1] = starts[i] + (grads[i].numel() + kChunk - 1) / kChunk;
   }
@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> grad_norm(const Tensors& grads, const std::optional<T
   for (const double sum : sums) total += sum;
   Tensor norm = torch::stable::new_empty(grads[0], {}, ScalarType::Float);
   Tensor found = torch::stable::new_empty(grads[0], {}, ScalarType::Float);
-  *norm.mutable_data_ptr<float>() = static_cast<float>(std::sqrt(total) / scale);
+  *norm.mutable_data_ptr<float>() = static_cast<float>(std::sqrt(total) / scalar_value(grad_scale, 1));
   *found.mutable_data_ptr<float>() = std::isfinite(total) ? 0.0f : 1.0f;
   return {norm, found};
 }

@@ -4,17 +4,22 @@
 
 #include <cstdint>
 
-#include "cpu/format.h"
-#include "cpu/optimizer.h"
 #include "cpu/product.h"
+#include "format.h"
 #include "math/adagrad.h"
 #include "math/adam.h"
 #include "math/lamb.h"
 #include "math/lion.h"
 #include "math/rmsprop.h"
 #include "math/sgd.h"
+#include "optimizer.h"
 
 namespace burnish {
+
+// Steps blocks [begin, end) of a tensor, kStateBlock elements each.
+template <class Scalars>
+using StepKernel = void (*)(const OptimizerTensor& tensor, const Scalars& scalars, const OptimizerRule& rule,
+                            int64_t begin, int64_t end);
 
 // y = act(float(product) * (row_scale * channel_scale) + bias) on a block of rows and a range of panels.
 struct Int8Product {

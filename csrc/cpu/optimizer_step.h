@@ -4,62 +4,40 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "cpu/arguments.h"
-#include "cpu/optimizer.h"
 #include "cpu/parallel.h"
 #include "math/optimizer.h"
+#include "step_arguments.h"
 
 namespace burnish {
 
-using Tensors = std::vector<Tensor>;
-
-inline std::string item_name(const char* list, size_t item) {
-  return std::string(list) + "[" + std::to_string(item) + "]";
+// A scalar of the step; `fallback` where there is none.
+inline double scalar_value(const std::optional<Tensor>& scalar, double fallback) {
+  if (!scalar.has_value()) return fallback;
+  return scalar->scalar_type() == ScalarType::Double ? *scalar->const_data_ptr<double>()
+                                                     : *scalar->const_data_ptr<float>();
 }
 
-// A scalar of the step, as fp32 or fp64 tensors hold it; `fallback` where there is none.
-double scalar_value(const char* op, const char* name, const std::optional<Tensor>& scalar, double fallback);
-
-// Numbers of a step: in [0, 1); at least 0 and finite; finite.
-void check_fraction(const char* op, const char* name, double value);
-void check_not_negative(const char* op, const char* name, double value);
-void check_finite(const char* op, const char* name, double value);
-
-// A number that is not 0 needs another argument.
-void check_needed(const char* op, const char* name, double value, const char* needed, bool there);
-
-// One kind of moment: a tensor for each parameter, or none where it is optional.
-struct MomentList {
-  const char* name;
-  const Tensors& tensors;
-  bool is_signed;
-  bool optional = false;
-};
-
-// What every optimizer's op is given, by the names of its schema.
-struct StepArguments {
-  const char* op;
-  const Tensors &params, &grads, &steps;
-  std::vector<MomentList> moments;
-  const Tensors &scales, &masters, &emas, &masks;
-  const Tensor& lr;
-  bool maximize;
-  double ema_decay, max_grad_norm;
-  const std::optional<Tensor>&grad_norm, &grad_scale, &found_inf;
-  const std::optional<int64_t>& seed;
-};
-
-// The same, checked, as kernels take it; without tensors where there is nothing to step.
-struct OptimizerStep {
-  double factor, lr;  // of the gradients; the learning rate
-  OptimizerRule rule;
-  std::vector<OptimizerTensor> tensors;
+// A checked step with its numbers; without tensors where it is skipped.
+struct OptimizerStep : CheckedStep {
+  double factor, lr;            // of the gradients; the learning rate
   std::vector<int64_t> starts;  // tensor i has blocks [starts[i], starts[i + 1]) of all
 };
 
-OptimizerStep prepare_step(const StepArguments& given);
+inline OptimizerStep prepare_step(const StepArguments& given) {
+  OptimizerStep step{check_step(given), 0, scalar_value(given.lr, 0), {0}};
+  const double norm = scalar_value(given.grad_norm, 0);
+  step.factor = gradient_factor(given.maximize, scalar_value(given.grad_scale, 1), given.max_grad_norm, norm);
+  const bool found = scalar_value(given.found_inf, 0) != 0 || (given.found_inf.has_value() && !std::isfinite(norm));
+  if (found) step.tensors.clear();
+  for (const OptimizerTensor& tensor : step.tensors) {
+    step.starts.push_back(step.starts.back() + (tensor.count + kStateBlock - 1) / kStateBlock);
+  }
+  return step;
+}
 
 // Counts the step of each tensor; scalars(factor, lr, step) gives what it is to it.
 template <class F>

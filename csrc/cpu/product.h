@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "cpu/format.h"
+#include "format.h"
 
 namespace burnish {
 

@@ -6,11 +6,10 @@
 #include "check.h"
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
+#include "format.h"
 #include "math/half.h"
 
 namespace burnish {
-
-enum class Format : int { kFloat, kBf16, kFp16 };
 
 inline Format format_of(torch::headeronly::ScalarType dtype, const char* op, const char* name) {
   using torch::headeronly::ScalarType;

@@ -46,6 +46,13 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// Whether what is launched goes into a CUDA graph.
+inline bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status;
+  check(cudaStreamIsCapturing(stream, &status), "asking for a capture");
+  return status != cudaStreamCaptureStatusNone;
+}
+
 struct DeviceLimits {
   int multiprocessors;
   int shared_memory;  // bytes a multiprocessor

@@ -1,6 +1,6 @@
 // Every PTX instruction and CUDA intrinsic that kernels use, each wrapped once under a name of ours.
 //
-//   memory    load, store, load_streaming, load_coherent, copy_async*, atomic_*, draw_ticket
+//   memory    load, store, load_global, store_global, load_streaming, load_coherent, copy_async*, atomic_*, draw_ticket
 //   warps     shuffle*, vote_*, ballot, reduce_*
 //   blocks    barrier_sync, barrier_arrive, grid_barrier, cluster_*, load_remote, store_remote, dependen*
 //   words     lop3, prmt, popcount, highest_bit, dp4a, pack_fp16, pack_bf16, float_from_fp16
@@ -47,6 +47,43 @@ __device__ inline T load(const T* address) {
 template <class T>
 __device__ inline void store(T* address, const T& value) {
   *address = value;
+}
+
+// The same for 4, 8 or 16 bytes of global memory, each one instruction: a struct the compiler may take apart, and where
+// an address comes from a table it would ask at each access which memory that is in.
+template <class T>
+__device__ inline T load_global(const T* address) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+  uint32_t word[sizeof(T) / 4];
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(word[0]) : "l"(address) : "memory");
+  } else if constexpr (sizeof(T) == 8) {
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "l"(address) : "memory");
+  } else {
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                 : "l"(address)
+                 : "memory");
+  }
+  T value;
+  memcpy(&value, word, sizeof value);
+  return value;
+}
+
+template <class T>
+__device__ inline void store_global(T* address, const T& value) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+  uint32_t word[sizeof(T) / 4];
+  memcpy(word, &value, sizeof value);
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(address), "r"(word[0]) : "memory");
+  } else if constexpr (sizeof(T) == 8) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(word[0]), "r"(word[1]) : "memory");
+  } else {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(word[0]), "r"(word[1]), "r"(word[2]),
+                 "r"(word[3])
+                 : "memory");
+  }
 }
 
 // Reads 16 bytes that this kernel does not write and reads once: through the read-only path, leaving no line in L1.

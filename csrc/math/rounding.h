@@ -7,11 +7,16 @@
 
 namespace burnish {
 
-constexpr int kRoundingGroup = 8;  // elements that one call of the generator decides
+constexpr int kRoundingGroup = 8;  // elements that one call of the generator decides, in up to four streams
 
-// Sixteen bits for each of elements [8 group, 8 group + 8) of a tensor; `stream` tells its uses apart, from 1 on.
-BURNISH_HD inline Philox rounding_words(uint64_t seed, uint32_t tensor, uint32_t stream, uint64_t group) {
-  return philox(static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), tensor, stream, seed);
+// The words for elements [8 group, 8 group + 8) of a tensor. The last count tells them from dropout's.
+BURNISH_HD inline Philox rounding_words(uint64_t seed, uint32_t tensor, uint64_t group) {
+  return philox(static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), tensor, 1, seed);
+}
+
+// Sixteen bits for element i of the group; `stream`, from 1 to 4, tells their uses apart.
+BURNISH_HD inline uint32_t random_bits(const Philox& words, uint32_t stream, int i) {
+  return words.word[(static_cast<uint32_t>(i / 2) + stream - 1) % 4] >> 16 * (i % 2) & 0xffffu;
 }
 
 // Up with the probability of how far the value is from the neighbour below; `random` in [0, 65536).

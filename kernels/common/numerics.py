@@ -1,4 +1,5 @@
-"""Device helpers on fp32 blocks: the Triton twins of ``csrc/math`` (``int8.h``, ``activation.h``), by the same names.
+"""Device helpers on fp32 blocks: the Triton twins of ``csrc/math`` (``int8.h``, ``activation.h``, ``optimizer.h``), by
+the same names.
 
 Kernels that use them are launched with ``enable_fp_fusion=False``: a product and a sum that must round twice stay two
 instructions, and every fused multiply-add is spelled ``tl.fma``. Only core operations appear here, no libdevice by
@@ -62,6 +63,12 @@ def at_most(a, limit: tl.constexpr):
 @triton.jit
 def at_least(a, limit: tl.constexpr):
     return tl.where(a < limit, limit, a)
+
+
+@triton.jit
+def maximum(a, b):
+    """The greater one; NaN where one is."""
+    return tl.where((a != a) | (a > b), a, b)
 
 
 @triton.jit

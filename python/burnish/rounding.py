@@ -1,10 +1,13 @@
 """Stochastic rounding to 16-bit floats, and floats kept as 16 + 8 bits; the words for csrc/math/rounding.h.
 
-Element i of tensor number t draws 16 random bits, a function of these, of a seed and of what is rounded (``stream``),
-so that every backend, thread count and replica rounds alike:
+Element i of tensor number t draws 16 random bits, a function of these, of a seed and of what is rounded (``stream``, 1
+to 4), so that every backend, thread count and replica rounds alike:
 
-    word   = Philox4x32-10(counter = (i // 8, i // 8 >> 32, t, stream), key = (seed, seed >> 32))[i % 8 // 2]
-    random = (word >> (16 if i % 2 else 0)) & 0xffff
+    words  = Philox4x32-10(counter = (i // 8, i // 8 >> 32, t, 1), key = (seed, seed >> 32))
+    random = (words[(i % 8 // 2 + stream - 1) % 4] >> (16 if i % 2 else 0)) & 0xffff
+
+One call serves four streams of eight elements. Bits of one element are independent, and so are those of one stream; two
+streams share bits where their elements differ, and what an optimizer does to one element never meets another.
 
 A value goes to its upper neighbour with the probability of its distance from the lower one, in steps of 2**-16 for bf16
 and subnormal fp16 and of 2**-13 for other fp16. Infinities stay and what lies beyond the largest number may join them.
@@ -27,10 +30,11 @@ GROUP = 8
 def random_bits(seed: int, tensor: int, stream: int, count: int) -> torch.Tensor:
     """16 bits for each of ``count`` elements: int32 ``[count]``, in [0, 65536)."""
     group = torch.arange((count + GROUP - 1) // GROUP)
-    fixed = (torch.full_like(group, tensor), torch.full_like(group, stream))
+    fixed = (torch.full_like(group, tensor), torch.ones_like(group))
     key = (torch.tensor(seed & _LOW), torch.tensor(seed >> 32 & _LOW))
     words = philox((group & _LOW, group >> 32, *fixed), key)
-    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    turned = [words[(place + stream - 1) % 4] for place in range(4)]
+    halves = [half for word in turned for half in (word & 0xFFFF, word >> 16)]
     return torch.stack(halves, -1).reshape(-1)[:count].to(torch.int32)
 
 

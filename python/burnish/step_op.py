@@ -42,7 +42,7 @@ from typing import Any
 
 import torch
 
-from burnish import dispatch, moments, rounding
+from burnish import dispatch, moments, native, rounding
 from burnish.registry import Case, Cases, Cost, Impl, OpSpec
 from burnish.step_checks import FLAG, ROWS, check
 
@@ -184,6 +184,23 @@ class StepOp:
                 assert value is not None
                 _store_moment(stored[i], scales[k], value, kind.signed, given.seed, i, 2 + k)
             _store(param, master, p, given.seed, i)
+
+
+def gpu_impls(op: str) -> tuple[Impl, ...]:
+    """The implementations in CUDA C++ and in Triton of an op whose first argument is a list of tensors."""
+    triton = f"burnish.kernels.optim.{op}"
+    return (
+        Impl("native", f"torch.ops:burnish.{op}.native", f"{__name__}:supports_native"),
+        Impl("triton", f"{triton}:{op}", f"{triton}:supports"),
+    )
+
+
+def supports_native(tensors: Tensors, *_: Any) -> str | None:
+    """Why the kernels in CUDA C++ cannot run on these tensors; None if they can."""
+    if native.emulating():
+        return None
+    elsewhere = (f"the tensors are on {tensor.device}, expected CUDA" for tensor in tensors if not tensor.is_cuda)
+    return next(elsewhere, None)
 
 
 def caller(spec: OpSpec) -> Callable[..., None]:

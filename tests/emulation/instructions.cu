@@ -194,6 +194,20 @@ struct Atomics {
   }
 };
 
+// A lane's 16, 8 and 4 bytes, from global memory and back.
+struct Global {
+  static __device__ void run(const Data& d, int thread) {
+    struct alignas(8) Pair {
+      uint32_t word[2];
+    };
+    const uint32_t* a = d.a + thread * 8;
+    uint32_t* y = d.y + thread * 8;
+    store_global(reinterpret_cast<Bytes16*>(y), load_global(reinterpret_cast<const Bytes16*>(a)));
+    store_global(reinterpret_cast<Pair*>(y + 4), load_global(reinterpret_cast<const Pair*>(a + 4)));
+    store_global(y + 6, load_global(a + 6));
+  }
+};
+
 // A lane's copies of 16, 8 and 4 bytes, each valid where a bit of b says so.
 struct Copies {
   static __device__ void run(const Data& d, int thread) {
@@ -336,6 +350,7 @@ const std::map<std::string, Start> kInstructions = {
     {"shuffle", start<Shuffle>},
     {"partial", start<Partial>},
     {"atomics", start<Atomics>},
+    {"global", start<Global>},
     {"copies", start<Copies>},
     {"barriers", start<Barriers>},
     {"grid_barrier", start_together},

@@ -1,5 +1,5 @@
 // The kept blocks of a row of blocks by a few rows of x, both as they lie: nothing is packed and the weights stream
-// from memory once, prefetched over the ends of blocks.
+// from memory once, prefetched into L2 (see dot.cpp) over the ends of blocks.
 //
 // A pass keeps the sums of some rows of weights, a vector of partial sums each, over all blocks. Where a row of a block
 // is shorter than a vector, one holds two rows or, of blocks with one row, two blocks.
@@ -76,7 +76,7 @@ void pass(const BlockProduct& args, int64_t row, float* out) {
         left[m] = Dot::load_x(reinterpret_cast<const Stored*>(x + m * args.step_bytes), k);
       }
       BURNISH_UNROLL for (int v = 0; v < NV; ++v) {
-        __builtin_prefetch(w + kAhead * args.weight_bytes + v * vector_bytes);
+        __builtin_prefetch(w + kAhead * args.weight_bytes + v * vector_bytes, 0, 2);
         const auto right = Dot::load_part(reinterpret_cast<const Stored*>(w + v * vector_bytes));
         BURNISH_UNROLL for (int m = 0; m < MR; ++m) Dot::multiply_add(sum[m][v], right, left[m]);
       }

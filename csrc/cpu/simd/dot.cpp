@@ -1,4 +1,5 @@
-// X W^T for a few rows, both matrices as they lie in memory: nothing is packed, W is read once and from memory.
+// X W^T for a few rows, both matrices as they lie in memory: nothing is packed, W is read once and from memory, into L2
+// ahead of use: prefetched into L1 it would wait for the few misses that L1 can have at a time.
 //
 // Up to four rows of X meet four rows of W; each pair has a vector of partial sums over k, added up at the end.
 #include <algorithm>
@@ -25,7 +26,9 @@ void tile(const char* x, int64_t x_stride, const char* w, int64_t w_stride, int6
       left[m] = Dot::load_part(reinterpret_cast<const Stored*>(x + m * x_stride) + k, count...);
     }
     BURNISH_UNROLL for (int n = 0; n < kColumns; ++n) {
-      const auto right = Dot::load_part(reinterpret_cast<const Stored*>(w + n * w_stride) + k, count...);
+      const auto* from = reinterpret_cast<const Stored*>(w + n * w_stride) + k;
+      __builtin_prefetch(from + kColumns * w_stride / static_cast<int64_t>(sizeof(Stored)), 0, 2);
+      const auto right = Dot::load_part(from, count...);
       BURNISH_UNROLL for (int m = 0; m < MR; ++m) Dot::multiply_add(sum[m][n], right, left[m]);
     }
   };

@@ -17,7 +17,7 @@ void keep_groups(const Dropout& dropout, int64_t row, int64_t group, uint8_t* bi
   __m512i words[4] = {_mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(group)), count),
                       _mm512_set1_epi32(static_cast<int32_t>(r)), _mm512_set1_epi32(static_cast<int32_t>(r >> 32)),
                       _mm512_setzero_si512()};
-  philox16(words, dropout.seed);
+  philox_lanes(words, dropout.seed);
   const __m512i limit = _mm512_set1_epi16(static_cast<int16_t>(dropout.threshold));
   __m512i kept = _mm512_setzero_si512();
   BURNISH_UNROLL for (int i = 0; i < 4; ++i) {

@@ -1,18 +1,19 @@
-// Blocks of a parameter's step, for every optimizer: what is not fp32 is staged through buffers of a block that stay in
-// the first-level cache, so that one loop over floats does the maths of every mix of formats. fp32 is worked on where
-// it lies. The maths is an element of math/<optimizer>.h.
+// Blocks of a parameter's step, for every optimizer. bf16 all through (pairs.h) and moments in codes (codes.h) have
+// loops of their own. In every other mix of formats what is not fp32 is staged through buffers of a block that stay in
+// the first-level cache, so that one loop over floats does the maths; fp32 is worked on where it lies. The maths is an
+// element of math/<optimizer>.h.
 #pragma once
 
+#include "cpu/simd/codes.h"
 #include "cpu/simd/level.h"
-#include "cpu/simd/philox.h"
-#include "math/moments.h"
-#include "math/rounding.h"
+#include "cpu/simd/pairs.h"
 
 namespace burnish::BURNISH_ISA {
 
 struct alignas(64) Staged {
   float parameter[kStateBlock], gradient[kStateBlock], moments[kMostMoments][kStateBlock];
-  uint16_t random[kStateBlock];
+  uint32_t words[kBlockWords];  // of random bits, of the block at `drawn`
+  int64_t drawn = -1;
 };
 
 // `count` elements from `at` on as floats: where they are, or converted into `spare`.
@@ -34,93 +35,20 @@ inline void put(const float* spare, void* data, Format format, int64_t at, int64
   });
 }
 
-// Sixteen random bits for each element of the block at `at`.
-inline void draw(const OptimizerRule& rule, uint32_t tensor, uint32_t stream, int64_t at, uint16_t* random) {
-  const auto group = static_cast<uint64_t>(at / kRoundingGroup);
-#if defined(__AVX512F__)
-  // lane 4 j + t counts group 4 t + j, so that transposing fours of words leaves the groups in order
-  const __m512i count = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  for (uint64_t g = 0; g < kStateBlock / kRoundingGroup; g += 16) {
-    // a block's groups share the high word of their count: 2^32 is a multiple of a block's
-    __m512i w[4] = {_mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(group + g)), count),
-                    _mm512_set1_epi32(static_cast<int32_t>((group + g) >> 32)),
-                    _mm512_set1_epi32(static_cast<int32_t>(tensor)), _mm512_set1_epi32(static_cast<int32_t>(stream))};
-    philox16(w, rule.seed);
-    const __m512i a = _mm512_unpacklo_epi32(w[0], w[1]), b = _mm512_unpackhi_epi32(w[0], w[1]);
-    const __m512i c = _mm512_unpacklo_epi32(w[2], w[3]), d = _mm512_unpackhi_epi32(w[2], w[3]);
-    uint16_t* const to = random + g * kRoundingGroup;
-    _mm512_store_si512(to, _mm512_unpacklo_epi64(a, c));
-    _mm512_store_si512(to + 32, _mm512_unpackhi_epi64(a, c));
-    _mm512_store_si512(to + 64, _mm512_unpacklo_epi64(b, d));
-    _mm512_store_si512(to + 96, _mm512_unpackhi_epi64(b, d));
-  }
-#else
-  for (uint64_t g = 0; g < kStateBlock / kRoundingGroup; ++g) {
-    const Philox words = rounding_words(rule.seed, tensor, stream, group + g);
-    for (int i = 0; i < kRoundingGroup; ++i) {
-      random[g * kRoundingGroup + static_cast<uint64_t>(i)] = static_cast<uint16_t>(words.word[i / 2] >> 16 * (i % 2));
-    }
-  }
-#endif
+// The random bits of the block at `at`.
+inline const uint32_t* drawn_words(const OptimizerTensor& tensor, const OptimizerRule& rule, int64_t at,
+                                   Staged& staged) {
+  if (staged.drawn != at) draw(rule.seed, tensor.index, at, staged.words);
+  staged.drawn = at;
+  return staged.words;
 }
 
-// Back from `spare`, rounded by `random`.
-inline void put_random(const float* spare, void* data, Format format, int64_t at, int64_t count,
-                       const uint16_t* random) {
-  if (format == Format::kBf16) {
-    auto* to = static_cast<bf16*>(data) + at;
-    int64_t i = 0;
-#if defined(__AVX512F__)
-    for (; i + 16 <= count; i += 16) {
-      const __m512i bits = _mm512_castps_si512(load(spare + i, 16).v);
-      const __m512i sum = _mm512_add_epi32(bits, _mm512_cvtepu16_epi32(load_words(random + i, 16)));
-      const __mmask16 nan = _mm512_cmp_ps_mask(_mm512_castsi512_ps(bits), _mm512_castsi512_ps(bits), _CMP_UNORD_Q);
-      const __m512i kept = _mm512_mask_or_epi32(sum, nan, bits, _mm512_set1_epi32(0x400000));
-      store_words(to + i, _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)), 16);
-    }
-#endif
-    for (; i < count; ++i) to[i] = round_random<bf16>(spare[i], random[i]);
-  } else if (format == Format::kFp16) {
-    auto* to = static_cast<fp16*>(data) + at;
-    for (int64_t i = 0; i < count; ++i) to[i] = round_random<fp16>(spare[i], random[i]);
-  }
-}
-
-// The floats of moment `kind` of the block at `at`, of codes.
-inline void decode(const OptimizerTensor& tensor, int kind, bool is_signed, int64_t at, int64_t count, float* values) {
-  const int64_t blocks = (tensor.count + kStateBlock - 1) / kStateBlock;
-  const float scale = tensor.scales[kind * blocks + at / kStateBlock];
-  if (is_signed) {
-    const auto* codes = static_cast<const int8_t*>(tensor.moments[kind]) + at;
-    for (int64_t i = 0; i < count; ++i) values[i] = first_value(codes[i], scale);
-  } else {
-    const auto* codes = static_cast<const uint8_t*>(tensor.moments[kind]) + at;
-    for (int64_t i = 0; i < count; ++i) values[i] = second_value(codes[i], scale);
-  }
-}
-
-inline void encode(const float* values, const OptimizerTensor& tensor, int kind, bool is_signed, int64_t at,
-                   int64_t count) {
-  alignas(64) float roots[kStateBlock];
-  for (int64_t i = 0; i < count; i += Vec::kLanes) {
-    const Vec value = load(values + i, count - i);
-    store(roots + i, is_signed ? first_root(value) : second_root(value), count - i);
-  }
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = float_bits(roots[i]) & 0x7fffffffu;
-    largest = bits > largest ? bits : largest;
-  }
-  const int64_t blocks = (tensor.count + kStateBlock - 1) / kStateBlock;
-  const CodeScale rule = code_scale(largest, is_signed ? kFirstLimit : kSecondLimit);
-  tensor.scales[kind * blocks + at / kStateBlock] = rule.scale;
-  if (is_signed) {
-    auto* codes = static_cast<int8_t*>(tensor.moments[kind]) + at;
-    for (int64_t i = 0; i < count; ++i) codes[i] = first_code(values[i], roots[i], rule.inverse);
-  } else {
-    auto* codes = static_cast<uint8_t*>(tensor.moments[kind]) + at;
-    for (int64_t i = 0; i < count; ++i) codes[i] = second_code(roots[i], rule.inverse);
-  }
+// Back from `spare`, rounded by a stream of random bits.
+inline void put_random(const float* spare, void* data, Format format, int64_t at, int64_t count, const uint32_t* words,
+                       uint32_t stream) {
+  if (format == Format::kBf16) return round_block(spare, static_cast<bf16*>(data) + at, count, words, stream);
+  auto* const to = static_cast<fp16*>(data) + at;
+  for (int64_t i = 0; i < count; ++i) to[i] = round_random<fp16>(spare[i], block_bits(words, stream, i));
 }
 
 template <class T>
@@ -151,14 +79,13 @@ inline float* take_parameter(const OptimizerTensor& tensor, const OptimizerRule&
 }
 
 inline void put_parameter(const float* values, const OptimizerTensor& tensor, const OptimizerRule& rule, int64_t at,
-                          int64_t count, uint16_t* random) {
+                          int64_t count, Staged& staged) {
   if (rule.master == Master::kSplit) {
     (tensor.format == Format::kBf16 ? split_block<bf16> : split_block<fp16>)(values, tensor, at, count);
   } else if (rule.master == Master::kFloat && tensor.format == Format::kFloat) {
     memcpy(static_cast<float*>(tensor.parameter) + at, values, static_cast<size_t>(count) * sizeof(float));
   } else if (rule.master == Master::kNone && rule.random && tensor.format != Format::kFloat) {
-    draw(rule, tensor.index, 1, at, random);
-    put_random(values, tensor.parameter, tensor.format, at, count, random);
+    put_random(values, tensor.parameter, tensor.format, at, count, drawn_words(tensor, rule, at, staged), 1);
   } else {
     put(values, tensor.parameter, tensor.format, at, count);
   }
@@ -172,13 +99,23 @@ inline void average_block(const float* parameter, const OptimizerTensor& tensor,
   for (int64_t i = 0; i < count; ++i) average[i] = tensor.mask[at + i] != 0 ? average[i] : 0.0f;
 }
 
+// Where the codes' scale of a kind is.
+inline float* scale_of(const OptimizerTensor& tensor, int kind, int64_t at) {
+  return tensor.scales + kind * ((tensor.count + kStateBlock - 1) / kStateBlock) + at / kStateBlock;
+}
+
 // The moments of a block as floats, in their place or staged.
 template <class Element>
 void take_moments(const OptimizerTensor& tensor, const OptimizerRule& rule, int64_t at, int64_t count, Staged& staged,
                   float** moments) {
   for (int k = 0; k < Element::kMoments; ++k) {
     moments[k] = rule.coded ? staged.moments[k] : take(tensor.moments[k], rule.moments, at, count, staged.moments[k]);
-    if (rule.coded) decode(tensor, k, Element::signed_moment(k), at, count, moments[k]);
+    if (!rule.coded) continue;
+    const auto* codes = static_cast<const char*>(tensor.moments[k]) + at;
+    const Vec scale(*scale_of(tensor, k, at));
+    for (int64_t i = 0; i < count; i += Vec::kLanes) {
+      store(moments[k] + i, decoded(codes + i, Element::signed_moment(k), scale, count - i), count - i);
+    }
   }
 }
 
@@ -186,11 +123,9 @@ template <class Element>
 void put_moments(float* const* moments, const OptimizerTensor& tensor, const OptimizerRule& rule, int64_t at,
                  int64_t count, Staged& staged) {
   for (int k = 0; k < Element::kMoments; ++k) {
-    if (rule.coded) {
-      encode(moments[k], tensor, k, Element::signed_moment(k), at, count);
-    } else if (rule.random && rule.moments == Format::kBf16) {
-      draw(rule, tensor.index, static_cast<uint32_t>(2 + k), at, staged.random);
-      put_random(moments[k], tensor.moments[k], rule.moments, at, count, staged.random);
+    if (rule.random && rule.moments == Format::kBf16) {
+      const uint32_t* const words = drawn_words(tensor, rule, at, staged);
+      put_random(moments[k], tensor.moments[k], rule.moments, at, count, words, static_cast<uint32_t>(2 + k));
     } else {
       put(moments[k], tensor.moments[k], rule.moments, at, count);
     }
@@ -204,7 +139,7 @@ inline void finish_parameter(float* parameter, const OptimizerTensor& tensor, co
     for (int64_t i = 0; i < count; ++i) parameter[i] = tensor.mask[at + i] != 0 ? parameter[i] : 0.0f;
   }
   if (tensor.average != nullptr) average_block(parameter, tensor, rule, at, count);
-  put_parameter(parameter, tensor, rule, at, count, staged.random);
+  put_parameter(parameter, tensor, rule, at, count, staged);
 }
 
 template <class Element>
@@ -223,9 +158,43 @@ void step_elements(const typename Element::Scalars& scalars, float* parameter, c
   }
 }
 
+// Whether the parameter is stepped and rounded to nearest, and nothing else is done to it.
+inline bool is_plain(const OptimizerTensor& tensor, const OptimizerRule& rule) {
+  return rule.master == Master::kNone && tensor.mask == nullptr && tensor.average == nullptr;
+}
+
+template <class Element>
+void step_coded_block(const OptimizerTensor& tensor, const typename Element::Scalars& scalars,
+                      const OptimizerRule& rule, int64_t at, int64_t count, Staged& staged) {
+  void* codes[kMostMoments] = {};
+  float* scales[kMostMoments] = {};
+  for (int k = 0; k < Element::kMoments; ++k) {
+    codes[k] = static_cast<char*>(tensor.moments[k]) + at;
+    scales[k] = scale_of(tensor, k, at);
+  }
+  const Place gradient = place_of(const_cast<void*>(tensor.gradient), tensor.gradient_format, at);
+  if (is_plain(tensor, rule) && !(rule.random && tensor.format != Format::kFloat)) {
+    const Place parameter = place_of(tensor.parameter, tensor.format, at);
+    return step_coded<Element>(scalars, parameter, gradient, codes, scales, count);
+  }
+  float* const parameter = take_parameter(tensor, rule, at, count, staged.parameter);
+  step_coded<Element>(scalars, {parameter, Format::kFloat}, gradient, codes, scales, count);
+  finish_parameter(parameter, tensor, rule, at, count, staged);
+}
+
 template <class Element>
 void step_block(const OptimizerTensor& tensor, const typename Element::Scalars& scalars, const OptimizerRule& rule,
                 int64_t at, int64_t count, Staged& staged) {
+  if (rule.coded) return step_coded_block<Element>(tensor, scalars, rule, at, count, staged);
+  const bool paired = tensor.format == Format::kBf16 && tensor.gradient_format == Format::kBf16 &&
+                      (Element::kMoments == 0 || rule.moments == Format::kBf16);
+  if (paired && is_plain(tensor, rule)) {
+    bf16* moments[kMostMoments] = {};
+    for (int k = 0; k < Element::kMoments; ++k) moments[k] = static_cast<bf16*>(tensor.moments[k]) + at;
+    return step_pairs<Element>(scalars, static_cast<bf16*>(tensor.parameter) + at,
+                               static_cast<const bf16*>(tensor.gradient) + at, moments, count,
+                               rule.random ? drawn_words(tensor, rule, at, staged) : nullptr);
+  }
   float* const parameter = take_parameter(tensor, rule, at, count, staged.parameter);
   const float* const gradient = take(tensor.gradient, tensor.gradient_format, at, count, staged.gradient);
   float* moments[kMostMoments] = {};

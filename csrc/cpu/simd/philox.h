@@ -1,4 +1,4 @@
-// Sixteen calls of the generator of math/philox.h at a time.
+// The generator of math/philox.h on all lanes at a time.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -8,35 +8,58 @@ namespace burnish::BURNISH_ISA {
 
 #if defined(__AVX512F__)
 
-// One call in the low word of each of eight lanes, the high words are spare: the multiplication ignores them, so that a
-// round is six instructions.
-BURNISH_INLINE void philox8(__m512i (&c)[4], uint64_t key) {
-  const __m512i m0 = _mm512_set1_epi64(0xd2511f53), m1 = _mm512_set1_epi64(0xcd9e8d57);
+using Ints = __m512i;
+BURNISH_INLINE Ints spread(uint32_t a) { return _mm512_set1_epi32(static_cast<int32_t>(a)); }
+BURNISH_INLINE Ints even_products(Ints a, uint32_t b) { return _mm512_mul_epu32(a, _mm512_set1_epi64(b)); }
+BURNISH_INLINE Ints to_even(Ints a) { return _mm512_srli_epi64(a, 32); }
+BURNISH_INLINE Ints woven(Ints even, Ints odd) {
+  return _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+}
+BURNISH_INLINE Ints xor3(Ints a, Ints b, Ints c) {
+  constexpr int kXor3 = 0x96;
+  return _mm512_ternarylogic_epi32(a, b, c, kXor3);
+}
+
+#elif defined(__AVX2__)
+
+using Ints = __m256i;
+BURNISH_INLINE Ints spread(uint32_t a) { return _mm256_set1_epi32(static_cast<int32_t>(a)); }
+BURNISH_INLINE Ints even_products(Ints a, uint32_t b) { return _mm256_mul_epu32(a, _mm256_set1_epi64x(b)); }
+BURNISH_INLINE Ints to_even(Ints a) { return _mm256_srli_epi64(a, 32); }
+BURNISH_INLINE Ints woven(Ints even, Ints odd) {
+  constexpr int kOdd = 0xaa;
+  return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), kOdd);
+}
+BURNISH_INLINE Ints xor3(Ints a, Ints b, Ints c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+
+#endif
+
+#if defined(__AVX2__)
+
+// One call in every even lane; the odd ones are spare: the multiplication ignores them.
+BURNISH_INLINE void philox_even(Ints (&c)[4], uint64_t key) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   BURNISH_UNROLL for (int round = 0; round < 10; ++round) {
-    const __m512i first = _mm512_mul_epu32(c[0], m0), second = _mm512_mul_epu32(c[2], m1);
-    constexpr int kXor3 = 0x96;
-    c[0] = _mm512_ternarylogic_epi32(_mm512_srli_epi64(second, 32), c[1], _mm512_set1_epi32(static_cast<int32_t>(k0)),
-                                     kXor3);
+    const Ints first = even_products(c[0], 0xd2511f53u), second = even_products(c[2], 0xcd9e8d57u);
+    c[0] = xor3(to_even(second), c[1], spread(k0));
     c[1] = second;
-    c[2] = _mm512_ternarylogic_epi32(_mm512_srli_epi64(first, 32), c[3], _mm512_set1_epi32(static_cast<int32_t>(k1)),
-                                     kXor3);
+    c[2] = xor3(to_even(first), c[3], spread(k1));
     c[3] = first;
     k0 += 0x9e3779b9u;
     k1 += 0xbb67ae85u;
   }
 }
 
-// The counters become the words.
-BURNISH_INLINE void philox16(__m512i (&c)[4], uint64_t key) {
-  __m512i even[4], odd[4];
+// One call in every lane: the counters become the words.
+BURNISH_INLINE void philox_lanes(Ints (&c)[4], uint64_t key) {
+  Ints even[4], odd[4];
   for (int i = 0; i < 4; ++i) {
     even[i] = c[i];
-    odd[i] = _mm512_srli_epi64(c[i], 32);
+    odd[i] = to_even(c[i]);
   }
-  philox8(even, key);
-  philox8(odd, key);
-  for (int i = 0; i < 4; ++i) c[i] = _mm512_mask_blend_epi32(0xaaaa, even[i], _mm512_slli_epi64(odd[i], 32));
+  philox_even(even, key);
+  philox_even(odd, key);
+  for (int i = 0; i < 4; ++i) c[i] = woven(even[i], odd[i]);
 }
 
 #endif

@@ -112,7 +112,8 @@ struct Bytes {
   static BURNISH_INLINE __m512i below(__m512i values, __m512i, int64_t) { return values; }
 };
 
-// A chunk of four rows of the weight; `ahead`, `next`: what may be prefetched, values and metadata of the next four.
+// A chunk of four rows of the weight; `ahead`, `next`: what may be prefetched into L2 (see dot.cpp), values and
+// metadata of the next four.
 struct Quad {
   const char* values[kWeights];
   const uint8_t* metadata[kWeights];
@@ -154,9 +155,9 @@ void tile(const Quad& quad, const char* x, int64_t x_stride, int64_t width, type
     BURNISH_UNROLL for (int n = 0; n < kWeights; ++n) {
       metadata[n] = quad.metadata[n] + block * Kind::kMetadata;
       values[n] = quad.values[n] + block * 64;
-      __builtin_prefetch(values[n] + quad.ahead, 0, 3);
+      __builtin_prefetch(values[n] + quad.ahead, 0, 2);
     }
-    __builtin_prefetch(quad.next + block * Kind::kMetadata * kWeights, 0, 3);
+    __builtin_prefetch(quad.next + block * Kind::kMetadata * kWeights, 0, 2);
     step(block, metadata, values, std::false_type());
   }
   if (left > 0) {
@@ -211,15 +212,20 @@ void multiply(const Sparse24Weight& weight, const char* x, int64_t x_stride, int
 
 // 128 times the sum of a row's values.
 int32_t excess(const char* values, int64_t bytes) {
+  constexpr int kSums = 4;  // as many as hide the latency of a product
   const __m512i offset = _mm512_set1_epi8(static_cast<char>(0x80));
-  __m512i sum = _mm512_setzero_si512();
+  __m512i sum[kSums] = {};
   int64_t at = 0;
-  for (; at + 64 <= bytes; at += 64) Bytes::multiply_add(sum, offset, _mm512_loadu_si512(values + at));
-  if (at < bytes) {
-    const __mmask64 left = (__mmask64{1} << (bytes - at)) - 1;
-    Bytes::multiply_add(sum, offset, _mm512_maskz_loadu_epi8(left, values + at));
+  for (; at + 64 * kSums <= bytes; at += 64 * kSums) {
+    BURNISH_UNROLL for (int i = 0; i < kSums; ++i) {
+      Bytes::multiply_add(sum[i], offset, _mm512_loadu_si512(values + at + 64 * i));
+    }
   }
-  return _mm512_reduce_add_epi32(sum);
+  for (; at < bytes; at += 64) {
+    const __mmask64 left = bytes - at < 64 ? (__mmask64{1} << (bytes - at)) - 1 : ~__mmask64{0};
+    Bytes::multiply_add(sum[0], offset, _mm512_maskz_loadu_epi8(left, values + at));
+  }
+  return _mm512_reduce_add_epi32(_mm512_add_epi32(_mm512_add_epi32(sum[0], sum[1]), _mm512_add_epi32(sum[2], sum[3])));
 }
 
 #else

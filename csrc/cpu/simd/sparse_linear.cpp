@@ -28,7 +28,7 @@ struct Quad {
   const uint8_t* bits[kWeights];
 };
 
-// What may be prefetched meanwhile, a line now and then.
+// What may be prefetched meanwhile into L2 (see dot.cpp), a line now and then.
 struct Lines {
   const char* next;
   const char* end;
@@ -81,8 +81,8 @@ void tile(const Quad<T>& quad, const char* x, int64_t x_stride, int64_t chunks, 
     }
     BURNISH_UNROLL for (int i = 0; i < 2; ++i) {
       if (lines[i].next < lines[i].end) {
-        __builtin_prefetch(lines[i].next, 0, 3);
-        __builtin_prefetch(lines[i].next + 64, 0, 3);
+        __builtin_prefetch(lines[i].next, 0, 2);
+        __builtin_prefetch(lines[i].next + 64, 0, 2);
         lines[i].next += 128;
       }
     }

@@ -113,7 +113,7 @@ void add_row(const T* values, const uint16_t* columns, int64_t count, const floa
 
 // The lines of [begin, begin + bytes): while a row is multiplied, one after it comes from memory.
 void prefetch(const void* begin, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(begin) + at, 0, 3);
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(begin) + at, 0, 2);
 }
 
 template <class T>

@@ -52,6 +52,8 @@ T* shared_memory() {
 
 inline cudaStream_t current_stream(int32_t) { return nullptr; }
 
+inline bool is_capturing(cudaStream_t) { return false; }
+
 struct DeviceLimits {
   int multiprocessors;
   int shared_memory;

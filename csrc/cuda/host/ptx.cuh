@@ -37,6 +37,16 @@ void store(T* address, const std::type_identity_t<T>& value, Where where = Where
   *address = value;
 }
 
+template <class T>
+T load_global(const T* address, Where where = Where::current()) {
+  return load(address, where);
+}
+
+template <class T>
+void store_global(T* address, const std::type_identity_t<T>& value, Where where = Where::current()) {
+  store(address, value, where);
+}
+
 inline Bytes16 load_streaming(const void* address, Where where = Where::current()) {
   host::access(host::Access::kStreamingLoad, address, 16, where);
   return *static_cast<const Bytes16*>(address);

@@ -10,7 +10,8 @@ bytes that the op's record calls compulsory: what is more than 1.0x was read or 
                 bytes 4, and up to 32 where the lanes are apart
     conflicts   passes through shared memory beyond the first, because lanes wanted different words of one bank
 
-Cases of more than 2^31 operations are left out: they take minutes and move what smaller ones move.
+Cases of more than 2^31 operations or 2^26 bytes are left out: they take minutes, or more memory to keep count than
+there is, and move what smaller ones move.
 
 Only accesses through the wrappers of ``csrc/cuda/ptx.cuh`` count, which kernels make all of theirs through. The process
 must emulate CUDA (``BURNISH_EMULATE_CUDA=1``); the command line starts one that does.
@@ -32,7 +33,7 @@ from burnish.registry import Case, OpSpec
 
 _SECTOR = 32
 _KINDS = ("load", "store", "atomic")
-_MOST_OPERATIONS = 2**31
+_MOST_OPERATIONS, _MOST_BYTES = 2**31, 2**26
 
 
 @dataclass(frozen=True)
@@ -109,16 +110,19 @@ def _count(spec: OpSpec, case: Case) -> Count:
         return Count(spec.name, case.id, compulsory, skipped="the op has no CUDA C++ kernel")
     if spec.cost(case).ops > _MOST_OPERATIONS:
         return Count(spec.name, case.id, compulsory, skipped=f"more than {_MOST_OPERATIONS} operations")
+    if compulsory > _MOST_BYTES:
+        return Count(spec.name, case.id, compulsory, skipped=f"more than {_MOST_BYTES} bytes")
     args = spec.make(case, "native", 0)
     objection = dispatch.objection(impl, args)
     if objection:
         return Count(spec.name, case.id, compulsory, skipped=objection)
     kernel = dispatch.resolve(impl.target)
     gate = Gate(spec, args)
+    own = gate.copies()
     torch.ops.burnish.emulation_seed(0)
     torch.ops.burnish.emulation_count(True)
     try:
-        wrong = gate.objection(lambda: kernel(*args))
+        wrong = gate.objection(lambda: kernel(*own), own)
         document = json.loads(torch.ops.burnish.emulation_counters())
     finally:
         torch.ops.burnish.emulation_count(False)

@@ -1,29 +1,47 @@
-"""The gate before the clock: what a contestant returns must be right, or it is not timed."""
+"""The gate before the clock: what a contestant makes must be right, or it is not timed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from burnish.arguments import Args, places
 from burnish.registry import OpSpec
 from burnish.testing import numerics
-from burnish.testing.calls import Violation, eager, is_exact, oracle, outcome
+from burnish.testing.calls import Outputs, Violation, copies, eager, is_exact, mutated, oracle, outcome
 
 
 class Gate:
-    """Judges results for one set of arguments, which a judged call may write into; the references run once, before."""
+    """Judges what calls make of one set of arguments; the references run once, before.
 
-    def __init__(self, spec: OpSpec, args: tuple[Any, ...]) -> None:
+    A call is judged on arguments that :meth:`copies` gave, and on none that another call has had: each begins where the
+    references began, and an op that writes into its arguments leaves the set as it is.
+    """
+
+    def __init__(self, spec: OpSpec, args: Args) -> None:
         self._spec, self._args = spec, args
         self._eager = eager(spec, args)
-        self._oracle = oracle(spec, args)
+        # what makes integers is bit-exact, and its formats may be none of float64's
+        self._oracle = self._eager if is_exact(self._eager) else oracle(spec, args)
+        self._written = mutated(spec)
 
-    def objection(self, call: Callable[[], Any]) -> str | None:
+    @property
+    def writes(self) -> bool:
+        """Whether a judged call changes the arguments that it was judged on."""
+        return bool(self._written)
+
+    def copies(self) -> Args:
+        """The arguments, what the op writes into in memory of its own."""
+        return copies(self._spec, self._args)
+
+    def objection(self, call: Callable[[], Any], args: Args) -> str | None:
         """Why our implementation is wrong, by rule N1, or for an op of integers N4; None if it is right."""
         try:
-            got = self._run(call)
+            with torch.inference_mode():
+                got = outcome(self._spec, args, call())
             if len(got) != len(self._eager):
                 return f"returns {len(got)} tensors, expected {len(self._eager)}"
             for result, expected, exact in zip(got, self._eager, self._oracle, strict=True):
@@ -37,20 +55,44 @@ class Gate:
             return one_line(error)
         return None
 
-    def peer_objection(self, call: Callable[[], Any], tolerance: float) -> str | None:
-        """Why a peer's result is something else: its relative error against float64 is above ``tolerance``."""
+    def peer_objection(self, call: Callable[[], Any], args: Args, tolerance: float) -> str | None:
+        """Why a peer computes something else: its relative error against float64 is above ``tolerance``.
+
+        Of an op that writes into its arguments a peer shares the first of these, and the error is that of its change
+        beyond one ulp an element, which rounding to nearest or at random may cost.
+        """
         try:
-            result, exact = self._run(call)[0].double(), self._oracle[0].double()
+            with torch.inference_mode():
+                results = self._shared(outcome(self._spec, args, call()))
+            exacts = self._shared(self._oracle)
+            starts = self._shared(outcome(self._spec, self._args, None)) if self._written else (None,)
+            for result, exact in zip(results, exacts, strict=True):
+                if result.shape != exact.shape:
+                    return f"returns {tuple(result.shape)}, expected {tuple(exact.shape)}"
+            distance = _relative(results, exacts, starts)
         except Exception as error:
             return one_line(error)
-        if result.shape != exact.shape:
-            return f"returns {tuple(result.shape)}, expected {tuple(exact.shape)}"
-        distance = float((result - exact).norm() / exact.norm().clamp_min(1e-30))
         return None if distance <= tolerance else f"relative error {distance:.3g}, allowed {tolerance:g}"
 
-    def _run(self, call: Callable[[], Any]) -> tuple[torch.Tensor, ...]:
-        with torch.inference_mode():
-            return outcome(self._spec, self._args, call())
+    def _shared(self, made: Outputs) -> Outputs:
+        """Of all that a call made, what peers make too: its first result, or the first argument that it wrote into."""
+        if not self._written:
+            return made[:1]
+        sizes = Counter(place[0] for place in places(self._args) if place[0] in self._written)
+        first = len(made) - sizes.total()
+        return made[first : first + sizes[min(self._written)]]
+
+
+def _relative(results: Outputs, exacts: Outputs, starts: Sequence[torch.Tensor | None]) -> float:
+    """The norm of all errors over that of all exact values or, where there are ``starts``, of what changed since."""
+    squares = torch.zeros(2, dtype=torch.float64)
+    for result, exact, start in zip(results, exacts, starts, strict=True):
+        error, size = (result.double() - exact.double()).abs(), exact.double()
+        if start is not None:
+            error, size = (error - numerics.ulp(size, result.dtype)).clamp_min(0), size - start.double()
+        squares += torch.stack([error.square().sum(), size.square().sum()]).cpu()
+    distance, whole = squares.sqrt().tolist()
+    return float(distance / max(whole, 1e-30))
 
 
 def one_line(error: BaseException) -> str:

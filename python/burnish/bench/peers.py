@@ -35,6 +35,10 @@ class Peer:
     ``make`` takes the op's arguments in the layout of the reference (CPU) backend and returns the call that a user of
     the same dtypes would make, casts included. ``tolerance`` bounds the relative error (Frobenius norm) against the
     op's reference: peers round differently, they must not compute something else.
+
+    Of an op that writes into its arguments the call writes into the first of these, as an optimizer steps the
+    parameters; what else it keeps, in whatever format, may be its own. It is judged by its first call, and called
+    again on what that left.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Peer:
     supports: Callable[[str, Case], str | None]
     make: Callable[[str, tuple[Any, ...]], Callable[[], Any]]
     tolerance: float = 0.05
+    reads: Callable[[str, Case], int] | None = None
 
 
 def find_folder(given: str | Path | None = None) -> Path:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from burnish import dispatch
+from burnish.arguments import Args
 from burnish.bench import machine, roofline
 from burnish.bench.gate import Gate, one_line
 from burnish.bench.peers import Peer
 from burnish.bench.rows import BASELINE, Results, Row
-from burnish.bench.timing import Call, Contestant, argument_sets, interleave, quartiles
+from burnish.bench.timing import MAX_SETS, Call, Contestant, argument_sets, interleave, quartiles, sets_wanted
 from burnish.errors import BackendError
 from burnish.registry import Backend, Case, Cost, OpSpec, all_ops, get
 
@@ -190,12 +191,16 @@ def _contestants(plan: Plan, spec: OpSpec, case: Case) -> tuple[dict[str, Row], 
     refused: dict[str, Row] = {}
     entered: list[Contestant] = []
 
-    def enter(name: str, build: Callable[[tuple[Any, ...]], Call], judge: Callable[[Call], str | None]) -> None:
+    def enter(
+        name: str, build: Callable[[Args], Call], judge: Callable[[Call, Args], str | None], most: int = MAX_SETS
+    ) -> None:
         try:
-            first = build(sets[0])
-            wrong = judge(first)
+            args = gate.copies()
+            first = build(args)
+            wrong = judge(first, args)
             if wrong is None:
-                entered.append(Contestant(name, [first, *map(build, sets[1:])]))
+                first = build(sets[0]) if gate.writes else first
+                entered.append(Contestant(name, [first, *map(build, sets[1:most])]))
         except BackendError as error:
             refused[name] = Row(spec.name, case.id, name, skipped=str(error))
             return
@@ -213,7 +218,7 @@ def _contestants(plan: Plan, spec: OpSpec, case: Case) -> tuple[dict[str, Row], 
         gate = Gate(spec, sets[0])
         enter(backend, partial(implementation, spec, backend), gate.objection)
     if spec.baseline is not None:
-        enter(BASELINE, lambda args: spec.baseline(*args), lambda call: None)  # type: ignore[misc]
+        enter(BASELINE, lambda args: spec.baseline(*args), lambda call, args: None)  # type: ignore[misc]
     for peer in plan.peers:
         objection = peer.supports(spec.name, case)
         if objection:
@@ -225,6 +230,7 @@ def _contestants(plan: Plan, spec: OpSpec, case: Case) -> tuple[dict[str, Row], 
                 f"peer:{peer.name}",
                 partial(peer.make, spec.name),
                 partial(gate.peer_objection, tolerance=peer.tolerance),
+                sets_wanted(peer.reads(spec.name, case), plan.device) if peer.reads else MAX_SETS,
             )
     return refused, entered
 

@@ -8,10 +8,16 @@ from torch import Tensor
 
 from burnish.ops.bsr_linear import expand as expand_bsr
 from burnish.ops.sparse_linear import expand as expand_sparse
+from burnish.registry import Case
 from burnish.sparse24_format import expand as expand_sparse24
 
 #: the forward ops that stand for one dense layer
 SPARSE_OPS = ("bsr_linear", "sparse24_linear", "sparse_linear")
+
+
+def dense_bytes(case: Case) -> int:
+    """Bytes of the dense weight behind a case of a sparse op."""
+    return case.dims["N"] * case.dims["K"] * case.dtype.itemsize
 
 
 def dense_layer(op: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor | None]:

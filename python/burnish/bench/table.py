@@ -59,11 +59,12 @@ def show(results: Results, screen: Console) -> None:
     for op in dict.fromkeys(op for op, _ in groups):
         screen.print(_table(op, {case: rows for (name, case), rows in groups.items() if name == op}))
     for row in results.rows:
-        if row.failed or row.skipped:
-            word, color = ("FAILED", "red") if row.failed else ("skipped", "yellow")
-            screen.print(
-                Text(f"{word} {row.op} {row.case} {row.impl}: {row.failed or row.skipped}", style=color), soft_wrap=True
-            )
+        if row.failed:
+            screen.print(Text(f"FAILED {row.op} {row.case} {row.impl}: {row.failed}", style="red"), soft_wrap=True)
+    for (op, impl, reason), where in _skipped(results.rows).items():
+        all_cases = len(where) == sum(name == op for name, _ in groups) > 1
+        which = where[0] if len(where) == 1 else "all cases" if all_cases else ", ".join(where)
+        screen.print(Text(f"skipped {op} {impl}: {reason} ({which})", style="yellow"), soft_wrap=True)
     for name, reason in about.get("absent_peers", {}).items():
         screen.print(Text(f"absent peer {name}: {reason}", style="yellow"), soft_wrap=True)
     taken = about.get("neighbours")
@@ -74,6 +75,15 @@ def show(results: Results, screen: Console) -> None:
         screen.print(line, soft_wrap=True)
 
 
+def _skipped(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[str]]:
+    """The cases that an implementation of an op skipped, by the reason."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if row.skipped:
+            found.setdefault((row.op, row.impl, row.skipped), []).append(row.case)
+    return found
+
+
 def _table(op: str, cases: dict[str, list[Row]]) -> Table:
     table = Table(title=op, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold")
     for name in ("case", "impl"):
@@ -82,7 +92,7 @@ def _table(op: str, cases: dict[str, list[Row]]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for case, rows in cases.items():
         best = min((row for row in (fastest(rows, True), fastest(rows, False)) if row), key=_median, default=None)
-        for index, row in enumerate(rows):
+        for index, row in enumerate(row for row in rows if not row.skipped):
             table.add_row("" if index else case, row.impl, *_figures(row), style="bold" if row is best else None)
     return table
 
@@ -159,7 +169,7 @@ def _ceiling(item: tuple[str, float]) -> str:
 
 def _figures(row: Row) -> tuple[str | Text, ...]:
     if row.median_us is None:
-        return (Text("FAILED", style="red") if row.failed else Text("skipped", style="yellow"),)
+        return (Text("FAILED", style="red"),)
     speedup = Text("-")
     if row.speedup is not None:
         speedup = Text(f"{row.speedup:.2f}x", style="green" if row.speedup > 1 else "red" if row.speedup < 1 else "")

@@ -50,7 +50,7 @@ def argument_sets(spec: OpSpec, case: Case, backend: Backend, device: str, conte
     first = make(0)
     slow = time.perf_counter() - start > MAKE_SECONDS
     size = max(1, sum(tensor.nbytes for tensor in places(first).values()))
-    wanted = math.ceil(CACHE_FACTOR * machine.last_level_cache(device) / size) + 1
+    wanted = sets_wanted(size, device)
     # a contestant may keep its weights in fp32: four times the bytes
     affordable = machine.free_memory(device) // 2 // (4 * size * max(1, contestants))
     count = max(SEEDS, min(wanted, affordable, MAX_SETS))
@@ -58,6 +58,11 @@ def argument_sets(spec: OpSpec, case: Case, backend: Backend, device: str, conte
     for index in range(SEEDS, count):
         sets.append(map_tensors(torch.clone, sets[index % SEEDS]) if slow else make(index % SEEDS))
     return sets
+
+
+def sets_wanted(size: int, device: str) -> int:
+    """How many arguments of ``size`` bytes overflow the cache."""
+    return math.ceil(CACHE_FACTOR * machine.last_level_cache(device) / size) + 1
 
 
 class Contestant:

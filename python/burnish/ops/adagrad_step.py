@@ -22,7 +22,7 @@ from burnish.moments import square_root
 from burnish.registry import Case, register
 from burnish.step_cases import BF16, FP32, WEIGHT_DECAY
 from burnish.step_checks import NOT_NEGATIVE
-from burnish.step_op import Moments, StepOp, caller, divided
+from burnish.step_op import Moments, StepOp, caller, divided, gpu_impls
 
 __all__ = ["adagrad_step"]
 
@@ -92,6 +92,7 @@ SPEC = register(
         make=step_cases.maker(STEP, numbers),
         cost=step_cases.coster(STEP, ops=8.0),
         baseline=baseline,
+        impls=gpu_impls("adagrad_step"),
     )
 )
 

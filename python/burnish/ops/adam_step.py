@@ -25,7 +25,7 @@ from burnish.moments import square_root
 from burnish.registry import Case, register
 from burnish.step_cases import FP16, FP32, WEIGHT_DECAY
 from burnish.step_checks import FLAG, FRACTION, NOT_NEGATIVE
-from burnish.step_op import Moments, StepOp, caller, divided, power
+from burnish.step_op import Moments, StepOp, caller, divided, gpu_impls, power
 
 __all__ = ["adam_step"]
 
@@ -118,6 +118,7 @@ SPEC = register(
         make=step_cases.maker(STEP, numbers),
         cost=step_cases.coster(STEP, ops=16.0),
         baseline=baseline,
+        impls=gpu_impls("adam_step"),
     )
 )
 

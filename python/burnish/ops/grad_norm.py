@@ -24,6 +24,7 @@ import torch
 from burnish import dispatch
 from burnish.checks import FLOATING, check_devices, check_floating, check_scalar
 from burnish.registry import Backend, Case, Cases, Cost, Invalid, OpSpec, register
+from burnish.step_op import gpu_impls
 
 __all__ = ["grad_norm"]
 
@@ -98,7 +99,7 @@ SPEC = register(
         reference=reference,
         fake=fake,
         autograd=None,
-        impls=(),
+        impls=gpu_impls("grad_norm"),
         cases=Cases(
             test=(
                 *(Case({"N": size}, dtype) for dtype in FLOATING for size in _EDGES),

@@ -38,7 +38,8 @@ def reference(given: Any) -> torch.Tensor:
     def element(
         p: torch.Tensor, g: torch.Tensor, held: list[Any], t: float, lr: float, *own: Any, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[Any]]:
-        u, _, _ = update(p, g, *held, t, *own)
+        first, second = held
+        u, _, _ = update(p, g, first, second, t, *own)
         found.append([square(p, mask), square(u, mask)])
         return p, held
 

@@ -33,6 +33,7 @@ import torch
 from burnish import step_cases
 from burnish.checks import check_devices
 from burnish.moments import square_root
+from burnish.ops.grad_norm import shapes
 from burnish.registry import Case, Invalid, dtype_name, register
 from burnish.step_cases import BF16, FP32, WEIGHT_DECAY, changed
 from burnish.step_checks import FLAG, FRACTION, NOT_NEGATIVE, ROWS
@@ -83,7 +84,8 @@ def element(
     squares: torch.Tensor | None,
     mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    u, m, v = update(p, g, *held, t, beta1, beta2, eps, weight_decay, bias_correction)
+    first, second = held
+    u, m, v = update(p, g, first, second, t, beta1, beta2, eps, weight_decay, bias_correction)
     of_p, of_u = (square(p, mask), square(u, mask)) if squares is None else squares.tolist()
     trust = 1.0
     if adapt and of_p > 0 and of_u > 0:
@@ -135,7 +137,7 @@ def common_numbers(case: Case) -> tuple[Any, ...]:
 
 def numbers(case: Case) -> tuple[Any, ...]:
     options = case.options
-    adapt, count = not options.get("unadapted", False), len(step_cases.shapes(case))
+    adapt, count = not options.get("unadapted", False), len(shapes(case))
     squares = torch.arange(1.0, 1.0 + 2 * count, dtype=torch.float64).view(count, 2) if options.get("given") else None
     return *common_numbers(case), adapt, bool(options.get("clip")), squares
 

@@ -20,7 +20,7 @@ from burnish import moments, step_cases
 from burnish.registry import Backend, Case, register
 from burnish.step_cases import BF16, FP32, WEIGHT_DECAY
 from burnish.step_checks import FRACTION, NOT_NEGATIVE
-from burnish.step_op import Moments, StepOp, caller, gradient_factor
+from burnish.step_op import Moments, StepOp, caller, gpu_impls, gradient_factor
 
 __all__ = ["lion_step"]
 
@@ -96,6 +96,7 @@ SPEC = register(
         make=make,
         cost=step_cases.coster(STEP, ops=11.0),
         baseline=baseline,
+        impls=gpu_impls("lion_step"),
     )
 )
 

@@ -30,7 +30,7 @@ from burnish.moments import square_root
 from burnish.registry import Backend, Case, Invalid, register
 from burnish.step_cases import BF16, FP32, WEIGHT_DECAY, changed
 from burnish.step_checks import FRACTION, NOT_NEGATIVE
-from burnish.step_op import Moments, StepOp, caller
+from burnish.step_op import Moments, StepOp, caller, gpu_impls
 
 __all__ = ["rmsprop_step"]
 
@@ -135,7 +135,7 @@ REFUSED = (
         r"grad_avgs\[0\] is int8, expected fp32 or bf16",
     ),
 )
-OPTIONS = (
+OPTIONS: step_cases.Own = (
     (FP32, {}),
     (FP32, {"amp": True}),
     (FP32, {"maximize": True, "no_decay": True}),
@@ -151,6 +151,7 @@ SPEC = register(
         make=make,
         cost=step_cases.coster(STEP, ops=13.0),
         baseline=baseline,
+        impls=gpu_impls("rmsprop_step"),
     )
 )
 

@@ -22,7 +22,7 @@ from burnish import step_cases
 from burnish.registry import Case, register
 from burnish.step_cases import BF16, FP16, FP32, WEIGHT_DECAY
 from burnish.step_checks import FINITE, FLAG, NOT_NEGATIVE
-from burnish.step_op import Moments, StepOp, caller
+from burnish.step_op import Moments, StepOp, caller, gpu_impls
 
 __all__ = ["sgd_step"]
 
@@ -104,6 +104,7 @@ SPEC = register(
         make=step_cases.maker(STEP, numbers),
         cost=step_cases.coster(STEP, ops=7.0),
         baseline=baseline,
+        impls=gpu_impls("sgd_step"),
     )
 )
 

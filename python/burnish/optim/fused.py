@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -31,7 +31,7 @@ from burnish.optim.masks import Masks
 from burnish.optim.state import Entry, Moment, complete, entries, loaded, local_scales
 from burnish.registry import dtype_name
 
-_dtype, _device, _layout, _shape = (attrgetter(name) for name in ("dtype", "device", "layout", "shape"))
+_dtype, _device, _layout, _shape, _grad = map(attrgetter, ("dtype", "device", "layout", "shape", "grad"))
 _GOLDEN, _WORD = 0x9E3779B97F4A7C15, 2**64 - 1
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -175,17 +175,40 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        batches = self._batches()
+        batches = self._lone_batch() or self._batches()
         if not batches:
             return result
         work = [(batch, self._columns(batch)) for batch in batches]
-        scaling = norm.Scaling.of(self, batches)
-        for batch, state in work:
-            self.update(batch, state, _common(batch, state, scaling))
+        try:
+            scaling = norm.Scaling.of(self, batches)
+            for batch, state in work:
+                self.update(batch, state, _common(batch, state, scaling))
+        except RuntimeError:
+            self._batches()  # raises, naming the parameter, where a gradient is what the op refused
+            raise
         for group in self.param_groups:
             if group["stochastic_rounding"]:
                 group["seed"] = (group["seed"] + _GOLDEN) & _WORD
         return result
+
+    def _lone_batch(self) -> list[Batch]:
+        """The batch of an only group on the CPU that has all of its state, or nothing where there is more to be seen.
+
+        Its gradients are not looked at one by one: the op does so before it writes, and nobody has written before it.
+        """
+        group = self.param_groups[0]
+        params = group["params"]
+        if len(self.param_groups) > 1 or self._masks.of or group.get("capturable") or len(self.state) != len(params):
+            return []
+        grads = list(map(_grad, params))
+        alike = (
+            {*map(type, params), *map(type, grads)} == {torch.nn.Parameter, Tensor}
+            and set(map(_layout, grads)) == {torch.strided}
+            and len(set(map(_dtype, params))) == 1
+            and params[0].device.type == "cpu"
+            and set(map(len, self.state.values())) == {len(entries(params[0], group, self.moments(group)))}
+        )
+        return [Batch(group, params, params, grads, [], 0)] if alike else []
 
     def _batches(self) -> list[Batch]:
         """What is to be stepped, all of it checked."""
@@ -230,7 +253,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The state of a batch by entry, made where it is not there yet."""
         moments = self.moments(batch.group)
         wanted: dict[str, Entry] = entries(batch.origin[0], batch.group, moments)
-        states = [self.state[parameter] for parameter in batch.origin]
+        if len(self.state) == len(batch.origin) and all(map(is_, self.state, batch.origin)):
+            states = list(self.state.values())  # without a look for each
+        else:
+            states = [self.state[parameter] for parameter in batch.origin]
         for parameter, state in zip(batch.origin, states, strict=True):
             if state.keys() != wanted.keys():
                 complete(state, parameter, entries(parameter, batch.group, moments))

@@ -93,8 +93,7 @@ class LAMB(FusedOptimizer):
     def update(self, batch: Batch, state: Mapping[str, list[Tensor]], common: dict[str, Any]) -> None:
         group = batch.group
         beta1, beta2 = map(float, group["betas"])
-        lists = batch.params, batch.grads, state["step"], state["exp_avg"], state["exp_avg_sq"]
-        numbers = {
+        numbers: dict[str, Any] = {
             "beta1": beta1,
             "beta2": beta2,
             "eps": float(group["eps"]),
@@ -104,11 +103,13 @@ class LAMB(FusedOptimizer):
         adapt = group["always_adapt"] or group["weight_decay"] != 0
         first, squares = batch.origin[0], None
         if adapt and tensors.is_sharded(first):
-            squares = norm.reduced(
-                lamb_squares(*lists, **{name: common[name] for name in _OF_SQUARES}, **numbers),
-                (first.device_mesh, tensors.shard_dims(first)),
+            given = numbers | {name: common[name] for name in _OF_SQUARES}
+            parts = lamb_squares(
+                batch.params, batch.grads, state["step"], state["exp_avg"], state["exp_avg_sq"], **given
             )
-        lamb_step(*lists, **common, **numbers, adapt=adapt, trust_clip=group["trust_clip"], squares=squares)
+            squares = norm.reduced(parts, (first.device_mesh, tensors.shard_dims(first)))
+        given = numbers | common | {"adapt": adapt, "trust_clip": group["trust_clip"], "squares": squares}
+        lamb_step(batch.params, batch.grads, state["step"], state["exp_avg"], state["exp_avg_sq"], **given)
 
 
 #: what the sums depend on, of what every step has

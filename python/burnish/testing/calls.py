@@ -111,15 +111,20 @@ def twin(tensor: torch.Tensor) -> torch.Tensor:
     return whole.set_(tensor.untyped_storage().clone(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
+def copies(spec: OpSpec, args: Args, copy: Callable[[torch.Tensor], torch.Tensor] = twin) -> Args:
+    """``args`` with copies of what the op writes into."""
+    written = mutated(spec)
+    return tuple(map_tensors(copy, (arg,))[0] if index in written else arg for index, arg in enumerate(args))
+
+
 def on_copies(
     spec: OpSpec, function: Callable[..., Any], copy: Callable[[torch.Tensor], torch.Tensor] = twin
 ) -> Callable[..., Outputs]:
     """``function``, which takes the op's arguments, as one that returns its :func:`outcome` and keeps its arguments as
     they are: what the op writes into are copies."""
-    written = mutated(spec)
 
     def call(*args: Any) -> Outputs:
-        own = tuple(map_tensors(copy, (arg,))[0] if index in written else arg for index, arg in enumerate(args))
+        own = copies(spec, args, copy)
         return outcome(spec, own, function(*own))
 
     return call
@@ -225,10 +230,15 @@ def volume(case: Case) -> int:
     return product
 
 
+def kind(case: Case) -> tuple[Any, ...]:
+    """What makes cases alike but for their sizes."""
+    return (case.dtype, tuple(sorted(case.options.items(), key=str)))
+
+
 def kinds(spec: OpSpec) -> dict[tuple[Any, ...], list[Case]]:
     """The ordinary test cases by dtype and options, each list from small to large."""
     groups: dict[tuple[Any, ...], list[Case]] = {}
     for case in spec.cases.test:
         if case.values == "normal":
-            groups.setdefault((case.dtype, tuple(sorted(case.options.items(), key=str))), []).append(case)
+            groups.setdefault(kind(case), []).append(case)
     return {key: sorted(cases, key=volume) for key, cases in groups.items()}

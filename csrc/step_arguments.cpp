@@ -1,19 +1,30 @@
-#include "cpu/optimizer_step.h"
+#include "step_arguments.h"
 
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 #include <utility>
 
 namespace burnish {
 
-double scalar_value(const char* op, const char* name, const std::optional<Tensor>& scalar, double fallback) {
-  if (!scalar.has_value()) return fallback;
-  check_cpu(op, name, *scalar);
+void check_device(const char* op, const Name& name, const Tensor& tensor, const Tensor& like) {
+  BURNISH_CHECK(tensor.is_cpu() == like.is_cpu() && tensor.get_device_index() == like.get_device_index(), op, ": ",
+                name, " is on another device than the first tensor, expected all on one");
+}
+
+void check_floating(const char* op, const Name& name, const Tensor& tensor, const Tensor& like) {
+  check_device(op, name, tensor, like);
+  BURNISH_CHECK(is_floating(tensor.scalar_type()), op, ": ", name, " is ", dtype_name(tensor.scalar_type()),
+                ", expected fp32, bf16 or fp16");
+}
+
+void check_scalar(const char* op, const char* name, const std::optional<Tensor>& scalar, const Tensor& like) {
+  if (!scalar.has_value()) return;
+  check_device(op, {name}, *scalar, like);
   const ScalarType type = scalar->scalar_type();
   BURNISH_CHECK(type == ScalarType::Float || type == ScalarType::Double, op, ": ", name, " is ", dtype_name(type),
                 ", expected fp32 or fp64");
   BURNISH_CHECK(scalar->numel() == 1, op, ": ", name, " has shape ", shape_text(*scalar), ", expected one element");
-  return type == ScalarType::Double ? *scalar->const_data_ptr<double>() : *scalar->const_data_ptr<float>();
 }
 
 void check_fraction(const char* op, const char* name, double value) {
@@ -31,6 +42,21 @@ void check_finite(const char* op, const char* name, double value) {
 
 void check_needed(const char* op, const char* name, double value, const char* needed, bool there) {
   BURNISH_CHECK(value == 0 || there, op, ": ", name, " is ", value, ", but ", needed, " is missing");
+}
+
+bool is_dense(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return true;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  std::vector<size_t> order(sizes.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strides[a] < strides[b]; });
+  int64_t expected = 1;
+  for (const size_t dim : order) {
+    if (sizes[dim] == 1) continue;
+    if (strides[dim] != expected) return false;
+    expected *= sizes[dim];
+  }
+  return true;
 }
 
 namespace {
@@ -53,35 +79,19 @@ void check_lengths(const StepArguments& given) {
   check_list(given.op, "masks", given.masks, count, true);
 }
 
-void check_dense(const char* op, size_t item, const Tensor& parameter) {
-  if (parameter.is_contiguous()) return;
-  const auto sizes = parameter.sizes(), strides = parameter.strides();
-  std::vector<size_t> order(sizes.size());
-  std::iota(order.begin(), order.end(), size_t{0});
-  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strides[a] < strides[b]; });
-  int64_t expected = 1;
-  for (const size_t dim : order) {
-    if (sizes[dim] == 1) continue;
-    BURNISH_CHECK(strides[dim] == expected, op, ": ", item_name("params", item),
-                  " has gaps or overlaps in memory, expected it contiguous, in any order of dimensions");
-    expected *= sizes[dim];
-  }
-}
-
 // Shape and strides of `parameter`, whose elements fill their memory.
 void check_alike(const char* op, const char* name, size_t item, const Tensors& list, const Tensor& parameter) {
   if (list.empty()) return;
   const Tensor& tensor = list[item];
-  BURNISH_CHECK(tensor.is_cpu(), op, ": ", item_name(name, item), " is on another device, expected cpu");
+  check_device(op, Name{name, item}, tensor, parameter);
   const auto sizes = parameter.sizes(), own = tensor.sizes();
-  BURNISH_CHECK(std::equal(sizes.begin(), sizes.end(), own.begin(), own.end()), op, ": ", item_name(name, item),
+  BURNISH_CHECK(std::equal(sizes.begin(), sizes.end(), own.begin(), own.end()), op, ": ", Name{name, item},
                 " has shape ", shape_text(tensor), ", expected ", shape_text(parameter), ", that of ",
-                item_name("params", item));
+                Name{"params", item});
   const auto wanted = parameter.strides(), strides = tensor.strides();
   for (size_t dim = 0; dim < sizes.size(); ++dim) {
-    BURNISH_CHECK(sizes[dim] <= 1 || wanted[dim] == strides[dim] || parameter.numel() == 0, op, ": ",
-                  item_name(name, item), " has other strides than ", item_name("params", item),
-                  ", expected both contiguous or in the same order");
+    BURNISH_CHECK(sizes[dim] <= 1 || wanted[dim] == strides[dim] || parameter.numel() == 0, op, ": ", Name{name, item},
+                  " has other strides than ", Name{"params", item}, ", expected both contiguous or in the same order");
   }
 }
 
@@ -91,9 +101,9 @@ ScalarType common_dtype(const char* op, const char* name, const Tensors& list,
   const ScalarType type = list.front().scalar_type();
   for (size_t i = 0; i < list.size(); ++i) {
     const ScalarType own = list[i].scalar_type();
-    BURNISH_CHECK(std::find(allowed.begin(), allowed.end(), own) != allowed.end(), op, ": ", item_name(name, i), " is ",
+    BURNISH_CHECK(std::find(allowed.begin(), allowed.end(), own) != allowed.end(), op, ": ", Name{name, i}, " is ",
                   dtype_name(own), ", expected ", expected);
-    BURNISH_CHECK(own == type, op, ": ", item_name(name, i), " is ", dtype_name(own), ", expected ", dtype_name(type),
+    BURNISH_CHECK(own == type, op, ": ", Name{name, i}, " is ", dtype_name(own), ", expected ", dtype_name(type),
                   " as the others are");
   }
   return type;
@@ -140,29 +150,32 @@ void check_scales(const StepArguments& given, size_t i) {
   const int64_t kinds = std::count_if(given.moments.begin(), given.moments.end(),
                                       [](const MomentList& moment) { return !moment.tensors.empty(); });
   const int64_t blocks = (given.params[i].numel() + kStateBlock - 1) / kStateBlock;
-  BURNISH_CHECK(scales.is_cpu() && scales.scalar_type() == ScalarType::Float && scales.is_contiguous(), given.op, ": ",
-                item_name("scales", i), " is ", dtype_name(scales.scalar_type()), ", expected fp32, contiguous");
+  check_device(given.op, Name{"scales", i}, scales, given.params[i]);
+  BURNISH_CHECK(scales.scalar_type() == ScalarType::Float && scales.is_contiguous(), given.op, ": ", Name{"scales", i},
+                " is ", dtype_name(scales.scalar_type()), ", expected fp32, contiguous");
   BURNISH_CHECK(scales.dim() == 2 && scales.size(0) == kinds && scales.size(1) == blocks, given.op, ": ",
-                item_name("scales", i), " has shape ", shape_text(scales), ", expected (", kinds, ", ", blocks, ")");
+                Name{"scales", i}, " has shape ", shape_text(scales), ", expected (", kinds, ", ", blocks, ")");
 }
 
 void check_item(const StepArguments& given, const OptimizerRule& rule, size_t i) {
   const char* const op = given.op;
   const Tensor &parameter = given.params[i], &step = given.steps[i];
-  check_floating(op, item_name("params", i).c_str(), parameter);
-  check_dense(op, i, parameter);
-  check_floating(op, item_name("grads", i).c_str(), given.grads[i]);
+  check_floating(op, Name{"params", i}, parameter, given.params.front());
+  BURNISH_CHECK(is_dense(parameter), op, ": ", Name{"params", i},
+                " has gaps or overlaps in memory, expected it contiguous, in any order of dimensions");
+  check_floating(op, Name{"grads", i}, given.grads[i], parameter);
   check_alike(op, "grads", i, given.grads, parameter);
   for (const MomentList& moment : given.moments) check_alike(op, moment.name, i, moment.tensors, parameter);
   check_alike(op, "masters", i, given.masters, parameter);
   check_alike(op, "emas", i, given.emas, parameter);
   check_alike(op, "masks", i, given.masks, parameter);
-  BURNISH_CHECK(step.is_cpu() && step.scalar_type() == ScalarType::Float, op, ": ", item_name("steps", i), " is ",
+  check_device(op, Name{"steps", i}, step, parameter);
+  BURNISH_CHECK(step.scalar_type() == ScalarType::Float, op, ": ", Name{"steps", i}, " is ",
                 dtype_name(step.scalar_type()), ", expected fp32");
-  BURNISH_CHECK(step.numel() == 1, op, ": ", item_name("steps", i), " has shape ", shape_text(step),
+  BURNISH_CHECK(step.numel() == 1, op, ": ", Name{"steps", i}, " has shape ", shape_text(step),
                 ", expected one element");
   BURNISH_CHECK(rule.master != Master::kSplit || parameter.scalar_type() != ScalarType::Float, op, ": ",
-                item_name("masters", i), " is uint8, expected fp32, since ", item_name("params", i), " is fp32");
+                Name{"masters", i}, " is uint8, expected fp32, since ", Name{"params", i}, " is fp32");
   if (rule.coded) check_scales(given, i);
 }
 
@@ -188,17 +201,19 @@ OptimizerTensor describe(const StepArguments& given, size_t i) {
 
 }  // namespace
 
-OptimizerStep prepare_step(const StepArguments& given) {
+CheckedStep check_step(const StepArguments& given) {
   const char* const op = given.op;
   check_lengths(given);
   check_fraction(op, "ema_decay", given.ema_decay);
   check_not_negative(op, "max_grad_norm", given.max_grad_norm);
   check_needed(op, "max_grad_norm", given.max_grad_norm, "grad_norm", given.grad_norm.has_value());
-  const double lr = scalar_value(op, "lr", given.lr, 0), norm = scalar_value(op, "grad_norm", given.grad_norm, 0);
-  const double scale = scalar_value(op, "grad_scale", given.grad_scale, 1);
-  const double found = scalar_value(op, "found_inf", given.found_inf, 0);
-  OptimizerStep step{gradient_factor(given.maximize, scale, given.max_grad_norm, norm), lr, {}, {}, {}};
   const size_t count = given.params.size();
+  const Tensor& like = count == 0 ? given.lr : given.params.front();
+  check_scalar(op, "lr", given.lr, like);
+  check_scalar(op, "grad_norm", given.grad_norm, like);
+  check_scalar(op, "grad_scale", given.grad_scale, like);
+  check_scalar(op, "found_inf", given.found_inf, like);
+  CheckedStep step{};
   if (count == 0) return step;
   step.rule.average_kept = static_cast<float>(given.ema_decay);
   step.rule.average_taken = static_cast<float>(1 - given.ema_decay);
@@ -206,12 +221,7 @@ OptimizerStep prepare_step(const StepArguments& given) {
   step.rule.seed = static_cast<uint64_t>(given.seed.value_or(0));
   set_formats(given, step.rule);
   for (size_t i = 0; i < count; ++i) check_item(given, step.rule, i);
-  if (found != 0 || (given.found_inf.has_value() && !std::isfinite(norm))) return step;
-  step.starts.push_back(0);
-  for (size_t i = 0; i < count; ++i) {
-    step.tensors.push_back(describe(given, i));
-    step.starts.push_back(step.starts.back() + (step.tensors[i].count + kStateBlock - 1) / kStateBlock);
-  }
+  for (size_t i = 0; i < count; ++i) step.tensors.push_back(describe(given, i));
   return step;
 }
 

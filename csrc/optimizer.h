@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/format.h"
+#include "format.h"
 
 namespace burnish {
 
@@ -34,10 +34,5 @@ struct OptimizerRule {
   bool random;                        // rounds stochastically
   uint64_t seed;
 };
-
-// Steps blocks [begin, end) of a tensor, kStateBlock elements each.
-template <class Scalars>
-using StepKernel = void (*)(const OptimizerTensor& tensor, const Scalars& scalars, const OptimizerRule& rule,
-                            int64_t begin, int64_t end);
 
 }  // namespace burnish

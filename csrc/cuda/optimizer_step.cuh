@@ -1,0 +1,469 @@
+// The step of an optimizer as a kernel: an op is a .cu with its numbers and the element of math/<optimizer>.h.
+//
+//   Share             what a lane has of a block of 256 elements: load, store
+//   take, put         floats from and to any format; draw is the randomness of put_random
+//   decode, encode    moments as 8-bit codes, whose scale a warp finds by one maximum
+//   step_elements     a warp's 256 elements: everything is read once and written once
+//   begin_chunk       what the step is to a tensor, by one thread of the block, in double
+//   start_step        the host's side: the table of tensors, and the launch
+//
+// A warp takes 256 elements, 8 a lane. Where some array is fp32 these are two runs of 4, 128 apart, so that an access
+// of fp32 has 16 bytes; else they are one run of 8, and those of 16-bit arrays have. Either way the lanes' accesses lie
+// side by side. All lanes together then ask for at least 64 bytes of each of 512 threads of a multiprocessor, 32 KB,
+// where 15 KB would cover the latency of an H100's memory. A run that passes a tensor's end, or a tensor that is not
+// aligned, is read and written by single elements.
+//
+// Learning rate, scales and steps are read on the device. A block computes what the step is to its tensor by itself;
+// blocks draw a ticket of the tensor once they have read its step, and the last one writes it down: all others have
+// read it by then.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "cuda/device_scalar.cuh"
+#include "cuda/tensor_table.cuh"
+#include "math/moments.h"
+#include "math/optimizer.h"
+#include "math/rounding.h"
+#include "step_arguments.h"
+
+namespace burnish {
+
+constexpr int kStepThreads = 128;
+constexpr int kStepBlocks = 4;                              // resident at least: 128 registers a thread
+constexpr size_t kStepShared = 128;                         // bytes: a word and the scalars of begin_chunk
+constexpr int kShare = static_cast<int>(kStateBlock / 32);  // elements of a lane
+constexpr int64_t kWidest = 16;                             // bytes of an access
+static_assert(kChunk % kStateBlock == 0);
+
+struct alignas(16) StepTensor {
+  void* parameter;
+  const void* gradient;
+  void* moments[kMostMoments];
+  float* scales;
+  void* master;
+  float* average;
+  const uint8_t* mask;
+  float* step;
+  int64_t count;
+  uint16_t format, gradient_format;
+  uint32_t aligned;
+};
+
+// What a launch is given. numbers(factor, lr, step) gives an element's scalars.
+template <class Numbers>
+struct StepCall {
+  TensorTable<StepTensor> table;
+  OptimizerRule rule;
+  DeviceScalar lr, grad_norm, grad_scale, found_inf;
+  double max_grad_norm;
+  bool maximize;
+  Numbers numbers;
+};
+
+// --- on the device
+
+template <int kRun>
+struct Share {
+  static constexpr int kRuns = kShare / kRun;
+  static constexpr int64_t kPitch = kStateBlock / kRuns;  // elements from a run to the next
+
+  int64_t first, count;
+  bool aligned;
+
+  __device__ int64_t start(int run) const { return first + run * kPitch; }
+  __device__ bool has(int i) const { return start(i / kRun) + i % kRun < count; }
+  __device__ bool whole(int run) const { return aligned && start(run) + kRun <= count; }
+
+  // A run of T in as few accesses as there can be.
+  template <class T>
+  struct Access {
+    static constexpr int64_t kSize = sizeof(T), kBytes = kSize * kRun < kWidest ? kSize * kRun : kWidest;
+    static constexpr int kElements = kBytes / kSize;
+    struct alignas(kBytes) Unit {
+      uint32_t word[kBytes / 4];
+    };
+  };
+
+  // Zeros stand for what there is not.
+  template <class T>
+  __device__ void load(const T* data, T (&values)[kShare]) const {
+    using Unit = typename Access<T>::Unit;
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+      if (whole(run)) {
+#pragma unroll
+        for (int i = run * kRun; i < (run + 1) * kRun; i += Access<T>::kElements) {
+          const Unit unit = load_global(reinterpret_cast<const Unit*>(data + start(run) + (i - run * kRun)));
+          memcpy(values + i, &unit, sizeof unit);
+        }
+      } else {
+#pragma unroll
+        for (int i = run * kRun; i < (run + 1) * kRun; ++i) {
+          values[i] = has(i) ? burnish::load(data + start(run) + i % kRun) : T{};
+        }
+      }
+    }
+  }
+
+  template <class T>
+  __device__ void store(T* data, const T (&values)[kShare]) const {
+    using Unit = typename Access<T>::Unit;
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+      if (whole(run)) {
+#pragma unroll
+        for (int i = run * kRun; i < (run + 1) * kRun; i += Access<T>::kElements) {
+          Unit unit;
+          memcpy(&unit, values + i, sizeof unit);
+          store_global(reinterpret_cast<Unit*>(data + start(run) + (i - run * kRun)), unit);
+        }
+      } else {
+#pragma unroll
+        for (int i = run * kRun; i < (run + 1) * kRun; ++i) {
+          if (has(i)) burnish::store(data + start(run) + i % kRun, values[i]);
+        }
+      }
+    }
+  }
+};
+
+// f(T()) for the type of a format; shares of 8 neighbours are for tensors without fp32.
+template <int kRun, class F>
+__device__ void with_format(Format format, const F& f) {
+  if constexpr (kRun * static_cast<int64_t>(sizeof(float)) <= kWidest) {
+    if (format == Format::kFloat) return f(float());
+  }
+  format == Format::kBf16 ? f(bf16()) : f(fp16());
+}
+
+template <int kRun>
+__device__ void take(const Share<kRun>& share, const void* data, Format format, float (&values)[kShare]) {
+  with_format<kRun>(format, [&]<class T>(T) {
+    T stored[kShare];
+    share.load(static_cast<const T*>(data), stored);
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) values[i] = to_float(stored[i]);
+  });
+}
+
+template <int kRun>
+__device__ void put(const Share<kRun>& share, const float (&values)[kShare], void* data, Format format) {
+  with_format<kRun>(format, [&]<class T>(T) {
+    T stored[kShare];
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) stored[i] = from_float<T>(values[i]);
+    share.store(static_cast<T*>(data), stored);
+  });
+}
+
+// The words in the order in which a stream takes them.
+__device__ inline Philox turned(const Philox& words, uint32_t stream) {
+  Philox turned;
+#pragma unroll
+  for (uint32_t i = 0; i < 4; ++i) turned.word[i] = words.word[(i + stream - 1) % 4];
+  return turned;
+}
+
+// Sixteen random bits for each element, two in a word. A call of the generator decides 8 neighbours: with runs of 4, a
+// lane calls it for one of its two runs, and trades halves with the lane that has the others.
+template <int kRun>
+__device__ void draw(const Share<kRun>& share, const OptimizerRule& rule, uint32_t tensor, uint32_t stream,
+                     uint32_t (&random)[kShare / 2]) {
+  if constexpr (kRun == kRoundingGroup) {
+    const Philox words =
+        turned(rounding_words(rule.seed, tensor, static_cast<uint64_t>(share.first) / kRoundingGroup), stream);
+#pragma unroll
+    for (int i = 0; i < kShare / 2; ++i) random[i] = words.word[i];
+  } else {
+    static_assert(2 * kRun == kRoundingGroup && Share<kRun>::kRuns == 2);
+    const bool odd = threadIdx.x % 2 != 0;
+    const auto group = static_cast<uint64_t>(share.start(odd ? 1 : 0)) / kRoundingGroup;
+    const Philox words = turned(rounding_words(rule.seed, tensor, group), stream);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t kept = odd ? words.word[2 + i] : words.word[i];
+      const uint32_t got = shuffle_xor(kFullWarp, odd ? words.word[i] : words.word[2 + i], 1);
+      random[i] = odd ? got : kept;
+      random[2 + i] = odd ? kept : got;
+    }
+  }
+}
+
+template <int kRun>
+__device__ void put_random(const Share<kRun>& share, const float (&values)[kShare], void* data, Format format,
+                           const uint32_t (&random)[kShare / 2]) {
+  const auto rounded = [&]<class T>(T) {
+    T stored[kShare];
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+      stored[i] = round_random<T>(values[i], random[i / 2] >> 16 * (i % 2) & 0xffffu);
+    }
+    share.store(static_cast<T*>(data), stored);
+  };
+  format == Format::kBf16 ? rounded(bf16()) : rounded(fp16());
+}
+
+// The place of a moment's scale.
+template <int kRun>
+__device__ float* scale_of(const Share<kRun>& share, const StepTensor& tensor, int kind) {
+  const int64_t blocks = (tensor.count + kStateBlock - 1) / kStateBlock;
+  return tensor.scales + kind * blocks + share.first / kStateBlock;
+}
+
+template <int kRun>
+__device__ void decode(const Share<kRun>& share, const StepTensor& tensor, int kind, bool is_signed,
+                       float (&values)[kShare]) {
+  uint8_t codes[kShare];
+  share.load(static_cast<const uint8_t*>(tensor.moments[kind]), codes);
+  const float scale = load(scale_of(share, tensor, kind));
+#pragma unroll
+  for (int i = 0; i < kShare; ++i) {
+    values[i] = is_signed ? first_value(static_cast<int8_t>(codes[i]), scale) : second_value(codes[i], scale);
+  }
+}
+
+template <int kRun>
+__device__ void encode(const Share<kRun>& share, const float (&values)[kShare], const StepTensor& tensor, int kind,
+                       bool is_signed) {
+  float roots[kShare];
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kShare; ++i) {
+    roots[i] = is_signed ? first_root(values[i]) : second_root(values[i]);
+    const uint32_t bits = share.has(i) ? float_bits(roots[i]) & 0x7fffffffu : 0;
+    largest = bits > largest ? bits : largest;
+  }
+  const CodeScale code = code_scale(reduce_max(kFullWarp, largest), is_signed ? kFirstLimit : kSecondLimit);
+  uint8_t codes[kShare];
+#pragma unroll
+  for (int i = 0; i < kShare; ++i) {
+    codes[i] = is_signed ? static_cast<uint8_t>(first_code(values[i], roots[i], code.inverse))
+                         : second_code(roots[i], code.inverse);
+  }
+  share.store(static_cast<uint8_t*>(tensor.moments[kind]), codes);
+  if (threadIdx.x % 32 == 0) store(scale_of(share, tensor, kind), code.scale);
+}
+
+// The fp32 values of the parameter, or of its master.
+template <int kRun>
+__device__ void take_parameter(const Share<kRun>& share, const StepTensor& tensor, Master master,
+                               float (&values)[kShare]) {
+  const auto format = static_cast<Format>(tensor.format);
+  if (master == Master::kFloat) return take(share, tensor.master, Format::kFloat, values);
+  if (master == Master::kNone) return take(share, tensor.parameter, format, values);
+  uint8_t low[kShare];
+  share.load(static_cast<const uint8_t*>(tensor.master), low);
+  const auto joined = [&]<class T>(T) {
+    T high[kShare];
+    share.load(static_cast<const T*>(tensor.parameter), high);
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) values[i] = join(high[i], low[i]);
+  };
+  format == Format::kBf16 ? joined(bf16()) : joined(fp16());
+}
+
+template <int kRun>
+__device__ void put_parameter(const Share<kRun>& share, const float (&values)[kShare], const StepTensor& tensor,
+                              const OptimizerRule& rule, uint32_t index) {
+  const auto format = static_cast<Format>(tensor.format);
+  if (rule.master == Master::kSplit) {
+    const auto halved = [&]<class T>(T) {
+      T high[kShare];
+      uint8_t low[kShare];
+#pragma unroll
+      for (int i = 0; i < kShare; ++i) {
+        const Split parts = split<T>(values[i]);
+        high[i].bits = parts.high;
+        low[i] = parts.low;
+      }
+      share.store(static_cast<T*>(tensor.parameter), high);
+      share.store(static_cast<uint8_t*>(tensor.master), low);
+    };
+    return format == Format::kBf16 ? halved(bf16()) : halved(fp16());
+  }
+  if (rule.master == Master::kFloat) put(share, values, tensor.master, Format::kFloat);
+  if (rule.master == Master::kNone && rule.random && format != Format::kFloat) {
+    uint32_t random[kShare / 2];
+    draw(share, rule, index, 1, random);
+    put_random(share, values, tensor.parameter, format, random);
+  } else {
+    put(share, values, tensor.parameter, format);
+  }
+}
+
+// The parameter to where it belongs, with what follows it: mask, average, master.
+template <int kRun>
+__device__ void finish_parameter(const Share<kRun>& share, float (&values)[kShare], const StepTensor& tensor,
+                                 const OptimizerRule& rule, uint32_t index) {
+  uint8_t mask[kShare];
+  if (tensor.mask != nullptr) {
+    share.load(tensor.mask, mask);
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) values[i] = mask[i] != 0 ? values[i] : 0.0f;
+  }
+  if (tensor.average != nullptr) {
+    float average[kShare];
+    share.load(static_cast<const float*>(tensor.average), average);
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+      average[i] = average[i] * rule.average_kept + values[i] * rule.average_taken;
+      if (tensor.mask != nullptr) average[i] = mask[i] != 0 ? average[i] : 0.0f;
+    }
+    share.store(tensor.average, average);
+  }
+  put_parameter(share, values, tensor, rule, index);
+}
+
+template <class Element, int kRun>
+__device__ void step_elements(const Share<kRun>& share, const StepTensor& tensor,
+                              const typename Element::Scalars& scalars, const OptimizerRule& rule, uint32_t index) {
+  constexpr int kKept = Element::kMoments > 0 ? Element::kMoments : 1;
+  float parameter[kShare], gradient[kShare], moments[kKept][kShare];
+  take(share, tensor.gradient, static_cast<Format>(tensor.gradient_format), gradient);
+  take_parameter(share, tensor, rule.master, parameter);
+#pragma unroll
+  for (int k = 0; k < Element::kMoments; ++k) {
+    if (rule.coded) {
+      decode(share, tensor, k, Element::signed_moment(k), moments[k]);
+    } else {
+      take(share, tensor.moments[k], rule.moments, moments[k]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kShare; ++i) {
+    float held[kKept];
+#pragma unroll
+    for (int k = 0; k < Element::kMoments; ++k) held[k] = moments[k][i];
+    parameter[i] = Element::step(scalars, parameter[i], gradient[i], held);
+#pragma unroll
+    for (int k = 0; k < Element::kMoments; ++k) moments[k][i] = held[k];
+  }
+#pragma unroll
+  for (int k = 0; k < Element::kMoments; ++k) {
+    if (rule.coded) {
+      encode(share, moments[k], tensor, k, Element::signed_moment(k));
+    } else if (rule.random && rule.moments == Format::kBf16) {
+      uint32_t random[kShare / 2];
+      draw(share, rule, index, static_cast<uint32_t>(2 + k), random);
+      put_random(share, moments[k], tensor.moments[k], rule.moments, random);
+    } else {
+      put(share, moments[k], tensor.moments[k], rule.moments);
+    }
+  }
+  finish_parameter(share, parameter, tensor, rule, index);
+}
+
+// The step that this is.
+__device__ inline float count_step(const StepTensor& tensor, uint32_t* ticket) {
+  const float step = load(tensor.step) + 1.0f;
+  const auto blocks = static_cast<uint32_t>(chunks_of(tensor.count));
+  if (blocks == 1 || draw_ticket(ticket) == blocks - 1) {
+    store(tensor.step, step);
+    store(ticket, 0u);
+  }
+  return step;
+}
+
+// What the step is to the block's tensor; false where there is none.
+template <class Scalars, class Numbers>
+__device__ bool begin_chunk(const StepCall<Numbers>& call, const StepTensor& tensor, uint32_t index, Scalars& scalars) {
+  constexpr int kWords = sizeof(Scalars) / sizeof(uint32_t);
+  static_assert(sizeof(uint32_t) + sizeof(Scalars) <= kStepShared);
+  uint32_t* shared = shared_memory<uint32_t>();  // [1 + kWords]
+  uint32_t words[kWords];
+  if (threadIdx.x == 0) {
+    const double norm = call.grad_norm.value(0), found = call.found_inf.value(0);
+    const bool skipped = found != 0 || (call.found_inf.data != nullptr && !std::isfinite(norm));
+    store(shared, skipped ? 0u : 1u);
+    if (!skipped) {
+      const double factor = gradient_factor(call.maximize, call.grad_scale.value(1), call.max_grad_norm, norm);
+      scalars = call.numbers(factor, call.lr.value(0), count_step(tensor, call.table.tickets + index));
+      memcpy(words, &scalars, sizeof scalars);
+      for (int i = 0; i < kWords; ++i) store(shared + 1 + i, words[i]);
+    }
+  }
+  __syncthreads();
+  if (load(shared) == 0) return false;
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) words[i] = load(shared + 1 + i);
+  memcpy(&scalars, words, sizeof scalars);
+  return true;
+}
+
+// The body of a step's kernel.
+template <class Element, int kRun, class Numbers>
+__device__ void step_chunk(const StepCall<Numbers>& call) {
+  const Chunk chunk = load(call.table.chunks + blockIdx.x);
+  const StepTensor tensor = call.table.entry(chunk.tensor);
+  typename Element::Scalars scalars;
+  if (!begin_chunk(call, tensor, chunk.tensor, scalars)) return;
+  const int64_t begin = chunk.number * kChunk;
+  const int64_t end = begin + kChunk < tensor.count ? begin + kChunk : tensor.count;
+  const auto warp = static_cast<int64_t>(threadIdx.x / 32), lane = static_cast<int64_t>(threadIdx.x % 32);
+  for (int64_t at = begin + warp * kStateBlock; at < end; at += kStepThreads / 32 * kStateBlock) {
+    step_elements<Element>(Share<kRun>{at + lane * kRun, tensor.count, tensor.aligned != 0}, tensor, scalars, call.rule,
+                           chunk.tensor);
+  }
+}
+
+// --- on the host
+
+inline StepTensor describe(const OptimizerTensor& from, const Tensor& step) {
+  StepTensor to{};
+  to.parameter = from.parameter;
+  to.gradient = from.gradient;
+  std::copy_n(from.moments, kMostMoments, to.moments);
+  to.scales = from.scales;
+  to.master = from.master;
+  to.average = from.average;
+  to.mask = from.mask;
+  to.step = step.mutable_data_ptr<float>();
+  to.count = from.count;
+  to.format = static_cast<uint16_t>(from.format);
+  to.gradient_format = static_cast<uint16_t>(from.gradient_format);
+  uintptr_t addresses = 0;
+  for (const void* one : {from.parameter, const_cast<void*>(from.gradient), from.moments[0], from.moments[1],
+                          from.moments[2], from.master, static_cast<void*>(from.average)}) {
+    addresses |= reinterpret_cast<uintptr_t>(one);
+  }
+  to.aligned = (addresses | reinterpret_cast<uintptr_t>(from.mask)) % kWidest == 0;
+  return to;
+}
+
+// Checks a call and starts the kernel for its arrays: `mixed` where one of them is fp32, else `halves`.
+template <class Numbers>
+void start_step(const StepArguments& given, const Numbers& numbers, void (*mixed)(StepCall<Numbers>),
+                void (*halves)(StepCall<Numbers>)) {
+  const CheckedStep step = check_step(given);
+  if (step.tensors.empty()) return;
+  const Tensor& first = given.params.front();
+  const int32_t device = first.get_device_index();
+  const DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+  BURNISH_CHECK(!(step.rule.random && is_capturing(stream)), given.op,
+                ": seed is a number that a CUDA graph would repeat at every replay, expected none while capturing");
+  bool fp32 = step.rule.master == Master::kFloat || !given.emas.empty();
+  std::vector<int64_t> counts;
+  for (const OptimizerTensor& one : step.tensors) {
+    counts.push_back(one.count);
+    fp32 |= one.format == Format::kFloat || one.gradient_format == Format::kFloat ||
+            (one.moments[0] != nullptr && !step.rule.coded && step.rule.moments == Format::kFloat);
+  }
+  TableWriter<StepTensor> table(counts);
+  for (size_t i = 0; i < counts.size(); ++i) table.set(i, describe(step.tensors[i], given.steps[i]));
+  const StepCall<Numbers> call{table.upload(first),
+                               step.rule,
+                               device_scalar(given.lr),
+                               device_scalar(given.grad_norm),
+                               device_scalar(given.grad_scale),
+                               device_scalar(given.found_inf),
+                               given.max_grad_norm,
+                               given.maximize,
+                               numbers};
+  launch(fp32 ? mixed : halves, dim3(static_cast<unsigned>(table.blocks())), dim3(kStepThreads), kStepShared, stream,
+         call);
+}
+
+}  // namespace burnish

@@ -1,0 +1,72 @@
+// rmsprop_step in CUDA C++: the element of math/rmsprop.h in the kernel of optimizer_step.cuh.
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+
+#include "cuda/optimizer_step.cuh"
+#include "math/rmsprop.h"
+
+namespace burnish {
+namespace {
+
+constexpr const char* kOp = "rmsprop_step";
+
+struct RmspropNumbers {
+  double alpha, eps, weight_decay, momentum;
+  bool centered, buffered;
+
+  BURNISH_HD RmspropScalars operator()(double factor, double lr, double) const {
+    return rmsprop_scalars(factor, lr, alpha, eps, weight_decay, momentum, centered, buffered);
+  }
+};
+
+template <class Element, int kRun>
+__global__ void __launch_bounds__(kStepThreads, kStepBlocks) rmsprop_step_fwd_kernel(StepCall<RmspropNumbers> call) {
+  step_chunk<Element, kRun>(call);
+}
+
+void rmsprop_step(const Tensors& params, const Tensors& grads, const Tensors& steps, const Tensors& square_avgs,
+                  const Tensors& grad_avgs, const Tensors& momentum_buffers, const Tensors& scales,
+                  const Tensors& masters, const Tensors& emas, const Tensors& masks, const Tensor& lr, double alpha,
+                  double eps, double weight_decay, double momentum, bool maximize, double ema_decay,
+                  double max_grad_norm, const std::optional<Tensor>& grad_norm, const std::optional<Tensor>& grad_scale,
+                  const std::optional<Tensor>& found_inf, std::optional<int64_t> seed) {
+  check_fraction(kOp, "alpha", alpha);
+  check_not_negative(kOp, "eps", eps);
+  check_not_negative(kOp, "weight_decay", weight_decay);
+  check_not_negative(kOp, "momentum", momentum);
+  const bool centered = !grad_avgs.empty(), buffered = !momentum_buffers.empty();
+  check_needed(kOp, "momentum", momentum, "momentum_buffers", buffered || params.empty());
+  BURNISH_CHECK(!centered || grad_avgs.front().scalar_type() != ScalarType::Char, kOp,
+                ": grad_avgs[0] is int8, expected fp32 or bf16: codes lose the variance");
+  const RmspropNumbers numbers{alpha, eps, weight_decay, momentum, centered, buffered};
+  const StepArguments given{.op = kOp,
+                            .params = params,
+                            .grads = grads,
+                            .steps = steps,
+                            .moments = {{"square_avgs", square_avgs, false},
+                                        {"grad_avgs", grad_avgs, true, true},
+                                        {"momentum_buffers", momentum_buffers, true, true}},
+                            .scales = scales,
+                            .masters = masters,
+                            .emas = emas,
+                            .masks = masks,
+                            .lr = lr,
+                            .maximize = maximize,
+                            .ema_decay = ema_decay,
+                            .max_grad_norm = max_grad_norm,
+                            .grad_norm = grad_norm,
+                            .grad_scale = grad_scale,
+                            .found_inf = found_inf,
+                            .seed = seed};
+  with_rmsprop_element(centered, buffered, [&]<class Element>(Element) {
+    start_step(given, numbers, rmsprop_step_fwd_kernel<Element, 4>, rmsprop_step_fwd_kernel<Element, 8>);
+  });
+}
+
+}  // namespace
+}  // namespace burnish
+
+STABLE_TORCH_LIBRARY_IMPL(burnish, BURNISH_DEVICE_KEY, m) {
+  m.impl("rmsprop_step.native", TORCH_BOX(&burnish::rmsprop_step));
+}

@@ -1,0 +1,1 @@
+"""The optimizers' steps and the norm of their gradients, over lists of tensors."""
