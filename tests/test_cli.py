@@ -139,7 +139,7 @@ def test_bench_of_a_wrong_kernel_fails(capsys, monkeypatch):
     from burnish.bench import gate, runner
 
     monkeypatch.setattr(runner, "implementation", lambda spec, backend, args: lambda: spec.reference(*args))
-    monkeypatch.setattr(gate.Gate, "objection", lambda self, call: "N1: off")
+    monkeypatch.setattr(gate.Gate, "objection", lambda self, call, args: "N1: off")
     code, out, _ = run(capsys, *SMALL)
     assert code == 1
     assert "FAILED int8_quantize_rows M3-K32-bf16 cpu: N1: off" in out

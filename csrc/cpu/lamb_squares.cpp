@@ -39,11 +39,10 @@ Tensor lamb_squares(const Tensors& params, const Tensors& grads, const Tensors& 
   for (const Tensor& count : steps) {
     scalars.push_back(numbers.scalars(step.factor, *count.const_data_ptr<float>() + 1));
   }
-  Tensor squares = torch::stable::new_zeros(lr, {static_cast<int64_t>(params.size()), 2}, ScalarType::Double);
-  if (!step.tensors.empty()) {
-    const std::vector<double> sums = sum_lamb_squares(step, scalars);
-    std::copy(sums.begin(), sums.end(), squares.mutable_data_ptr<double>());
-  }
+  Tensor squares = torch::stable::new_empty(lr, {static_cast<int64_t>(params.size()), 2}, ScalarType::Double);
+  std::vector<double> sums(2 * params.size());
+  if (!step.tensors.empty()) sums = sum_lamb_squares(step, scalars);
+  std::copy(sums.begin(), sums.end(), squares.mutable_data_ptr<double>());
   return squares;
 }
 

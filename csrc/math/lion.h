@@ -7,15 +7,16 @@ namespace burnish {
 
 struct LionScalars {
   float gradient;      // what the gradient is multiplied by
-  float weight_decay;  // joins the update
+  float kept;          // 1 - lr * weight_decay: of the parameter
   float beta1, take1;  // beta1, 1 - beta1: of the update
   float beta2, take2;  // of the moment
   float lr;
 };
 
 BURNISH_HD inline LionScalars lion_scalars(double factor, double lr, double beta1, double beta2, double weight_decay) {
-  return {static_cast<float>(factor),    static_cast<float>(weight_decay), static_cast<float>(beta1),
-          static_cast<float>(1 - beta1), static_cast<float>(beta2),        static_cast<float>(1 - beta2),
+  return {static_cast<float>(factor), static_cast<float>(weight_decay != 0 ? 1 - lr * weight_decay : 1),
+          static_cast<float>(beta1),  static_cast<float>(1 - beta1),
+          static_cast<float>(beta2),  static_cast<float>(1 - beta2),
           static_cast<float>(lr)};
 }
 
@@ -31,9 +32,8 @@ struct LionElement {
     const V direction = moments[0] * splat<V>(c.beta1) + g * splat<V>(c.take1);
     moments[0] = moments[0] * splat<V>(c.beta2) + g * splat<V>(c.take2);
     const V down = select(less(direction, zero), splat<V>(-1.0f), zero);
-    V update = select(less(zero, direction), splat<V>(1.0f), down);
-    if (c.weight_decay != 0.0f) update = update + parameter * splat<V>(c.weight_decay);
-    return parameter - update * splat<V>(c.lr);
+    const V sign = select(less(zero, direction), splat<V>(1.0f), down);
+    return parameter * splat<V>(c.kept) - sign * splat<V>(c.lr);
   }
 };
 

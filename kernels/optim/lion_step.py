@@ -19,16 +19,16 @@ ROWS = tl.constexpr(6)
 @triton.jit
 def lion_scalars(numbers_ptr, lr, step):
     beta1, beta2, decay = number(numbers_ptr, OWN), number(numbers_ptr, OWN + 1), number(numbers_ptr, OWN + 2)
-    return decay, beta1, 1.0 - beta1, beta2, 1.0 - beta2, lr
+    kept = tl.where(decay != 0, 1.0 - lr * decay, 1.0)
+    return kept, beta1, 1.0 - beta1, beta2, 1.0 - beta2, lr
 
 
 @triton.jit
 def lion_element(c, p, g, moments, FORMAT: tl.constexpr):
-    decay, beta1, take1, beta2, take2, lr = c
+    kept, beta1, take1, beta2, take2, lr = c
     direction = moments[0] * beta1 + g * take1
-    update = tl.where(direction > 0, 1.0, tl.where(direction < 0, -1.0, 0.0))  # 0 at NaN, as torch.sign has it
-    update = tl.where(decay != 0, update + p * decay, update)
-    return p - update * lr, moments[0] * beta2 + g * take2
+    sign = tl.where(direction > 0, 1.0, tl.where(direction < 0, -1.0, 0.0))  # 0 at NaN, as torch.sign has it
+    return p * kept - sign * lr, moments[0] * beta2 + g * take2
 
 
 @triton.jit(do_not_specialize=["items"])

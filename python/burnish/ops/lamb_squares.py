@@ -40,12 +40,12 @@ def reference(given: Any) -> torch.Tensor:
     ) -> tuple[torch.Tensor, list[Any]]:
         first, second = held
         u, _, _ = update(p, g, first, second, t, *own)
-        found.append([square(p, mask), square(u, mask)])
+        found.append(torch.stack([square(p, mask), square(u, mask)]))
         return p, held
 
     step = replace(STEP, element=element).spec(CASES, make, cost)
     step.reference(*map_tensors(torch.clone, tuple(vars(given).values())))
-    return torch.tensor(found or [[0.0, 0.0]] * len(given.params), dtype=torch.float64).view(-1, 2)
+    return torch.stack(found) if found else torch.zeros(len(given.params), 2, dtype=torch.float64)
 
 
 def fake(given: Any) -> torch.Tensor:
@@ -93,7 +93,9 @@ OPTIONS = (
     (BF16, {"state": "int8", "mask": True, "amp": True}),
 )
 
-CASES = step_cases.cases(STEP, OPTIONS)
+_ALL = step_cases.cases(STEP, OPTIONS)
+# the float64 of a parameter has no low byte; lamb_step's cases take sums of such
+CASES = replace(_ALL, test=tuple(case for case in _ALL.test if case.options.get("master") != "split"))
 make = step_cases.maker(STEP, common_numbers)
 
 SPEC = register(

@@ -63,9 +63,9 @@ def update(
     return (u + p * weight_decay if weight_decay else u), m, v
 
 
-def square(tensor: torch.Tensor, mask: torch.Tensor | None) -> float:
-    """The sum of the squares of what the mask keeps."""
-    return float((tensor if mask is None else torch.where(mask, tensor, 0.0)).double().square().sum())
+def square(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The sum of the squares of what the mask keeps, fp64 ``[]``."""
+    return (tensor if mask is None else torch.where(mask, tensor, 0.0)).double().square().sum()
 
 
 def element(
@@ -86,7 +86,7 @@ def element(
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     first, second = held
     u, m, v = update(p, g, first, second, t, beta1, beta2, eps, weight_decay, bias_correction)
-    of_p, of_u = (square(p, mask), square(u, mask)) if squares is None else squares.tolist()
+    of_p, of_u = map(float, (square(p, mask), square(u, mask)) if squares is None else squares)
     trust = 1.0
     if adapt and of_p > 0 and of_u > 0:
         trust = divided(math.sqrt(of_p), math.sqrt(of_u))

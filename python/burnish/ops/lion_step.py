@@ -1,6 +1,6 @@
 """lion_step: one step of Lion on a list of parameters, in one pass over memory.
 
-    p = p - lr * (sign(m * beta1 + g * (1 - beta1)) + weight_decay * p)
+    p = p * (1 - lr * weight_decay) - lr * sign(m * beta1 + g * (1 - beta1))
     m = m * beta2 + g * (1 - beta2)
 
 The sign of 0 and of NaN is 0, as torch.sign has it. The list of moments is exp_avgs (m). What surrounds the formula,
@@ -36,10 +36,9 @@ def element(
     weight_decay: float,
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     (m,) = held
-    update = (m * beta1 + g * (1 - beta1)).sign()
-    if weight_decay:
-        update = update + p * weight_decay
-    return p - update * lr, [m * beta2 + g * (1 - beta2)]
+    sign = (m * beta1 + g * (1 - beta1)).sign()
+    kept = 1 - lr * weight_decay if weight_decay else 1.0
+    return p * kept - sign * lr, [m * beta2 + g * (1 - beta2)]
 
 
 STEP = StepOp(
