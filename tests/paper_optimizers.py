@@ -25,7 +25,8 @@ class _Plain(torch.optim.Optimizer):
 
 
 class Lion(_Plain):
-    """Chen et al. 2023, algorithm 2."""
+    """Chen et al. 2023, algorithm 2; its weight decay is a factor, as the authors' own code and torch.optim.AdamW have
+    it."""
 
     def __init__(
         self, params: Any, lr: Any = 1e-4, betas: Any = (0.9, 0.99), weight_decay: float = 0, maximize: bool = False,
@@ -37,7 +38,8 @@ class Lion(_Plain):
         beta1, beta2 = group["betas"]
         m = state.setdefault("exp_avg", torch.zeros_like(x))
         c = beta1 * m + (1 - beta1) * g
-        x -= group["lr"] * (c.sign() + group["weight_decay"] * x)
+        x *= 1 - group["lr"] * group["weight_decay"]
+        x -= group["lr"] * c.sign()
         m.copy_(beta2 * m + (1 - beta2) * g)
 
 

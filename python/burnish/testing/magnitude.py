@@ -123,6 +123,9 @@ class _Magnitudes(TorchDispatchMode):
         if name in _MOVES:
             moved: torch.Tensor = func(self.of(args[0]), *args[1:], **kwargs)
             return moved
+        if name in ("stack", "cat"):
+            joined: torch.Tensor = func([self.of(each) for each in args[0]], *args[1:], **kwargs)
+            return joined
         if name in _PRODUCTS:
             return self._sum(func, args[:2], args[2:], out, terms=args[0].shape[-1])
         if name == "addmm":
