@@ -1,4 +1,4 @@
-"""What a step op takes, and the sentence where it does not; csrc/cpu/optimizer_step.cpp says the same of CPU tensors.
+"""What a step op takes, and the sentence where it does not; csrc/step_arguments.cpp says the same.
 
 :func:`check` is the fake of every op of :mod:`burnish.step_op`: it looks at dtypes, shapes, strides, devices, lengths
 and numbers, never at values of tensors.
