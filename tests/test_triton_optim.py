@@ -151,17 +151,19 @@ def halves_kernel(halves_ptr, seed, tensor, group, STREAM: tl.constexpr, GROUPS:
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**62 + 3, 2**63 - 1])
 @pytest.mark.parametrize("group", [0, 2**32 - 8])
 def test_random_bits_are_those_of_their_definition(seed: int, group: int) -> None:
-    halves = torch.empty(128, dtype=torch.int32)
-    halves_kernel[(1,)](halves, seed, 5, group, STREAM=3, GROUPS=16)
     count = torch.arange(group, group + 16)
-    fixed = (torch.full_like(count, 5), torch.full_like(count, 3))
+    fixed = (torch.full_like(count, 5), torch.ones_like(count))
     words = dropout.philox(
         (count & 0xFFFFFFFF, count >> 32, *fixed), (torch.tensor(seed & 0xFFFFFFFF), torch.tensor(seed >> 32))
     )
-    expected = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], -1).view(-1)
-    assert torch.equal(halves.long(), expected)
-    if group == 0:
-        assert torch.equal(halves, rounding.random_bits(seed, 5, 3, 128))
+    for stream in (1, 2, 3, 4):
+        halves = torch.empty(128, dtype=torch.int32)
+        halves_kernel[(1,)](halves, seed, 5, group, STREAM=stream, GROUPS=16)
+        turned = words[stream - 1 :] + words[: stream - 1]
+        expected = torch.stack([half for word in turned for half in (word & 0xFFFF, word >> 16)], -1).view(-1)
+        assert torch.equal(halves.long(), expected)
+        if group == 0:
+            assert torch.equal(halves, rounding.random_bits(seed, 5, stream, 128))
 
 
 @triton.jit
