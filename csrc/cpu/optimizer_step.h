@@ -59,7 +59,7 @@ constexpr int64_t kBlocksPerTask = 64;  // 16384 elements: some microseconds
 // f(item, begin, end) on shares of the blocks of all items together: item i has starts[i + 1] - starts[i] of them.
 template <class F>
 void for_blocks(const std::vector<int64_t>& starts, int64_t grain, const F& f) {
-  parallel_for(0, starts.back(), grain, [&](int64_t begin, int64_t end) {
+  balanced_for(0, starts.back(), grain, [&](int64_t begin, int64_t end) {
     auto next = std::upper_bound(starts.begin(), starts.end(), begin);  // past the item that holds `begin`
     while (begin < end) {
       const int64_t last = std::min(end, *next);
