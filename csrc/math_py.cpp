@@ -5,10 +5,18 @@
 #include "math/half.h"
 #include "math/int8.h"
 #include "math/pack.h"
-#include "math/philox.h"
+#include "math/rounding.h"
 
 namespace py = pybind11;
 using namespace burnish;
+
+namespace {
+
+py::tuple words_of(const Philox& drawn) {
+  return py::make_tuple(drawn.word[0], drawn.word[1], drawn.word[2], drawn.word[3]);
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_math, m) {
   m.doc() = "The functors of csrc/math as scalar functions; fp32 in, fp32 out.";
@@ -35,10 +43,13 @@ PYBIND11_MODULE(_math, m) {
   m.def(
       "philox",
       [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t key) {
-        const Philox words = philox(c0, c1, c2, c3, key);
-        return py::make_tuple(words.word[0], words.word[1], words.word[2], words.word[3]);
+        return words_of(philox(c0, c1, c2, c3, key));
       },
       "Philox4x32-10 of a counter and a key");
+  m.def(
+      "rounding_words",
+      [](uint64_t seed, uint32_t tensor, uint64_t group) { return words_of(rounding_words(seed, tensor, group)); },
+      "Philox4x32-7 of a group of elements of a tensor");
   m.def(
       "kept_bits",
       [](uint64_t seed, int64_t row, int64_t group, double p) {

@@ -135,6 +135,16 @@ def test_rounding_differs_by_seed_parameter_and_moment_and_by_nothing_else(spec:
     assert len({tuple(bits.tolist()) for bits in streams}) == 4
 
 
+@pytest.mark.parametrize("seed", [0, 2**63 - 1])
+@pytest.mark.parametrize("tensor", [0, 2**32 - 1])
+def test_random_bits_are_the_same_in_python_and_in_cpp(seed: int, tensor: int) -> None:
+    math_ = pytest.importorskip("burnish._math", reason="it is built where Python.h is installed")
+    for group in (0, 1, 31):
+        words = math_.rounding_words(seed, tensor, group)
+        halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+        assert rounding.random_bits(seed, tensor, 1, 8 * group + 8).tolist()[-8:] == halves
+
+
 def test_bits_of_one_element_and_of_one_stream_are_independent() -> None:
     """Means of 2 ** 20 draws and their correlations, within four standard errors of what they stand for."""
     draws, limit = 2**20, 4 * 2.0**-10

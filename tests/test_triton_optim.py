@@ -153,9 +153,8 @@ def halves_kernel(halves_ptr, seed, tensor, group, STREAM: tl.constexpr, GROUPS:
 def test_random_bits_are_those_of_their_definition(seed: int, group: int) -> None:
     count = torch.arange(group, group + 16)
     fixed = (torch.full_like(count, 5), torch.ones_like(count))
-    words = dropout.philox(
-        (count & 0xFFFFFFFF, count >> 32, *fixed), (torch.tensor(seed & 0xFFFFFFFF), torch.tensor(seed >> 32))
-    )
+    key = (torch.tensor(seed & 0xFFFFFFFF), torch.tensor(seed >> 32))
+    words = dropout.philox((count & 0xFFFFFFFF, count >> 32, *fixed), key, rounding.ROUNDS)
     for stream in (1, 2, 3, 4):
         halves = torch.empty(128, dtype=torch.int32)
         halves_kernel[(1,)](halves, seed, 5, group, STREAM=stream, GROUPS=16)

@@ -6,6 +6,7 @@
 
 namespace burnish {
 
+constexpr int kDropoutRounds = 10;         // of the generator
 constexpr int kDropoutGroup = 8;           // elements of a row that one call of the generator decides
 constexpr uint32_t kDropoutRange = 65536;  // values of the 16-bit word that decides an element
 
@@ -17,9 +18,10 @@ BURNISH_HD inline uint32_t high_product(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
 }
 
-BURNISH_HD inline Philox philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t key) {
+template <int kRounds = kDropoutRounds>
+BURNISH_HD Philox philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t key) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < kRounds; ++round) {
     const uint32_t first_high = high_product(0xd2511f53u, c0), first = 0xd2511f53u * c0;
     const uint32_t second_high = high_product(0xcd9e8d57u, c2), second = 0xcd9e8d57u * c2;
     c0 = second_high ^ c1 ^ k0;

@@ -12,9 +12,9 @@ DROPOUT_GROUP = tl.constexpr(8)
 
 
 @triton.jit
-def philox(c0, c1, c2, c3, key):
-    """Philox4x32-10 of four uint32 counters and an int64 key: four uint32 words."""
-    return tl.philox(key, c0, c1, c2, c3, 10)
+def philox(c0, c1, c2, c3, key, ROUNDS: tl.constexpr = 10):
+    """Philox4x32 of four uint32 counters and an int64 key: four uint32 words."""
+    return tl.philox(key, c0, c1, c2, c3, ROUNDS)
 
 
 @triton.jit

@@ -8,6 +8,8 @@ from burnish.kernels.common.philox import philox
 
 #: elements that one call of the generator decides
 ROUNDING_GROUP = tl.constexpr(8)
+#: of the generator
+ROUNDING_ROUNDS = tl.constexpr(7)
 
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 _INFINITY = tl.constexpr(0x7F800000)
@@ -28,6 +30,7 @@ def rounding_halves(seed, tensor, STREAM: tl.constexpr, group):
         (zero + tensor).to(tl.uint32),
         (zero + 1).to(tl.uint32),
         seed,
+        ROUNDING_ROUNDS,
     )
     if STREAM == 2:
         w0, w1, w2, w3 = w1, w2, w3, w0

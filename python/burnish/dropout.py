@@ -18,7 +18,6 @@ import torch
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
 #: elements that one call of the generator decides
 GROUP = 8
 
@@ -34,11 +33,13 @@ def factor(p: float) -> float:
     return 0.0 if dropped == 65536 else 65536 / (65536 - dropped)
 
 
-def philox(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Philox4x32-10: four counter words and two key words to four words, each an int64 tensor of 32-bit values."""
+def philox(
+    counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, torch.Tensor], rounds: int = 10
+) -> tuple[torch.Tensor, ...]:
+    """Philox4x32 of so many rounds: four counter words and two key words to four words, each an int64 tensor of 32-bit values."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # modulo 2**64, as the shifts below need them
         c0, c1, c2, c3 = (
             ((second >> 32) & _LOW) ^ c1 ^ k0,

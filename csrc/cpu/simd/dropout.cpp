@@ -14,14 +14,14 @@ constexpr int64_t kSpan = kGroups * kDropoutGroup;
 void keep_groups(const Dropout& dropout, int64_t row, int64_t group, uint8_t* bits) {
   const uint64_t r = static_cast<uint64_t>(row);
   const __m512i count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  __m512i words[4] = {_mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(group)), count),
-                      _mm512_set1_epi32(static_cast<int32_t>(r)), _mm512_set1_epi32(static_cast<int32_t>(r >> 32)),
-                      _mm512_setzero_si512()};
-  philox_lanes(words, dropout.seed);
+  __m512i words[1][4] = {{_mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(group)), count),
+                          _mm512_set1_epi32(static_cast<int32_t>(r)), _mm512_set1_epi32(static_cast<int32_t>(r >> 32)),
+                          _mm512_setzero_si512()}};
+  philox_lanes<kDropoutRounds>(words, dropout.seed);
   const __m512i limit = _mm512_set1_epi16(static_cast<int16_t>(dropout.threshold));
   __m512i kept = _mm512_setzero_si512();
   BURNISH_UNROLL for (int i = 0; i < 4; ++i) {
-    const __mmask32 above = _mm512_cmpge_epu16_mask(words[i], limit);
+    const __mmask32 above = _mm512_cmpge_epu16_mask(words[0][i], limit);
     kept = _mm512_or_si512(kept, _mm512_maskz_mov_epi16(above, _mm512_set1_epi32(0x20001 << 2 * i)));
   }
   kept = _mm512_or_si512(kept, _mm512_srli_epi32(kept, 16));

@@ -34,9 +34,9 @@ BURNISH_INLINE void store_pairs(bf16* p, Pairs values, Ints words) {
   const Ints even = _mm512_castps_si512(values.even.v), odd = _mm512_castps_si512(values.odd.v);
   Ints low = _mm512_add_epi32(even, _mm512_and_si512(words, spread(0xffff)));
   Ints high = _mm512_add_epi32(odd, _mm512_srli_epi32(words, 16));
-  const __mmask16 even_nan = _mm512_cmp_ps_mask(values.even.v, values.even.v, _CMP_UNORD_Q);
-  const __mmask16 odd_nan = _mm512_cmp_ps_mask(values.odd.v, values.odd.v, _CMP_UNORD_Q);
-  if (!_kortestz_mask16_u8(even_nan, odd_nan)) [[unlikely]] {
+  if (_mm512_cmp_ps_mask(values.even.v, values.odd.v, _CMP_UNORD_Q) != 0) [[unlikely]] {
+    const __mmask16 even_nan = _mm512_cmp_ps_mask(values.even.v, values.even.v, _CMP_UNORD_Q);
+    const __mmask16 odd_nan = _mm512_cmp_ps_mask(values.odd.v, values.odd.v, _CMP_UNORD_Q);
     low = _mm512_mask_or_epi32(low, even_nan, even, spread(0x400000));
     high = _mm512_mask_or_epi32(high, odd_nan, odd, spread(0x400000));
   }
@@ -160,38 +160,50 @@ inline uint32_t stream_words(const uint32_t* words, int64_t i, uint32_t stream) 
 
 // The words of the block of a tensor that begins at element `at`.
 inline void draw(uint64_t seed, uint32_t tensor, int64_t at, uint32_t* words) {
-  const auto group = static_cast<uint64_t>(at / kRoundingGroup);
-  for (int64_t g = 0; g < kStateBlock / kRoundingGroup; g += Vec::kLanes) {
-    uint32_t* const to = words + g * kGroupWords;
+  constexpr int kGroups = static_cast<int>(kStateBlock / kRoundingGroup);
+  const auto begin = static_cast<uint64_t>(at / kRoundingGroup);
+  // lane 4 j + t (of 8 lanes, 2 j + t) counts group 4 t + j, so that transposing fours of words leaves the groups in
+  // order; a block's groups share the high word of their count: 2^32 is a multiple of a block's
 #if defined(__AVX512F__)
-    // lane 4 j + t counts group 4 t + j, so that transposing fours of words leaves the groups in order; a block's
-    // groups share the high word of their count: 2^32 is a multiple of a block's
-    const Ints count = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    Ints w[4] = {_mm512_add_epi32(spread(static_cast<uint32_t>(group) + static_cast<uint32_t>(g)), count),
-                 spread(static_cast<uint32_t>(group >> 32)), spread(tensor), spread(1)};
-    philox_lanes(w, seed);
-    const Ints a = _mm512_unpacklo_epi32(w[0], w[1]), b = _mm512_unpackhi_epi32(w[0], w[1]);
-    const Ints c = _mm512_unpacklo_epi32(w[2], w[3]), d = _mm512_unpackhi_epi32(w[2], w[3]);
+  constexpr int kRows = kGroups / Vec::kLanes;
+  const Ints lanes = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  Ints w[kRows][4];
+  BURNISH_UNROLL for (int r = 0; r < kRows; ++r) {
+    w[r][0] = _mm512_add_epi32(spread(static_cast<uint32_t>(begin) + Vec::kLanes * r), lanes);
+    w[r][1] = spread(static_cast<uint32_t>(begin >> 32));
+    w[r][2] = spread(tensor);
+    w[r][3] = spread(1);
+  }
+  philox_lanes<kRoundingRounds>(w, seed);
+  BURNISH_UNROLL for (int r = 0; r < kRows; ++r) {
+    uint32_t* const to = words + r * 4 * Vec::kLanes;
+    const Ints a = _mm512_unpacklo_epi32(w[r][0], w[r][1]), b = _mm512_unpackhi_epi32(w[r][0], w[r][1]);
+    const Ints c = _mm512_unpacklo_epi32(w[r][2], w[r][3]), d = _mm512_unpackhi_epi32(w[r][2], w[r][3]);
     _mm512_store_si512(to, _mm512_unpacklo_epi64(a, c));
     _mm512_store_si512(to + 16, _mm512_unpackhi_epi64(a, c));
     _mm512_store_si512(to + 32, _mm512_unpacklo_epi64(b, d));
     _mm512_store_si512(to + 48, _mm512_unpackhi_epi64(b, d));
-#elif defined(__AVX2__)
-    const Ints count = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);  // as above
-    Ints w[4] = {_mm256_add_epi32(spread(static_cast<uint32_t>(group) + static_cast<uint32_t>(g)), count),
-                 spread(static_cast<uint32_t>(group >> 32)), spread(tensor), spread(1)};
-    philox_lanes(w, seed);
-    const Ints a = _mm256_unpacklo_epi32(w[0], w[1]), b = _mm256_unpackhi_epi32(w[0], w[1]);
-    const Ints c = _mm256_unpacklo_epi32(w[2], w[3]), d = _mm256_unpackhi_epi32(w[2], w[3]);
-    _mm256_store_si256(reinterpret_cast<Ints*>(to), _mm256_unpacklo_epi64(a, c));
-    _mm256_store_si256(reinterpret_cast<Ints*>(to + 8), _mm256_unpackhi_epi64(a, c));
-    _mm256_store_si256(reinterpret_cast<Ints*>(to + 16), _mm256_unpacklo_epi64(b, d));
-    _mm256_store_si256(reinterpret_cast<Ints*>(to + 24), _mm256_unpackhi_epi64(b, d));
-#else
-    const Philox drawn = rounding_words(seed, tensor, group + static_cast<uint64_t>(g));
-    memcpy(to, drawn.word, sizeof drawn.word);
-#endif
   }
+#elif defined(__AVX2__)
+  const Ints lanes = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+  for (int g = 0; g < kGroups; g += Vec::kLanes) {
+    Ints w[1][4] = {{_mm256_add_epi32(spread(static_cast<uint32_t>(begin) + static_cast<uint32_t>(g)), lanes),
+                     spread(static_cast<uint32_t>(begin >> 32)), spread(tensor), spread(1)}};
+    philox_lanes<kRoundingRounds>(w, seed);
+    const Ints a = _mm256_unpacklo_epi32(w[0][0], w[0][1]), b = _mm256_unpackhi_epi32(w[0][0], w[0][1]);
+    const Ints c = _mm256_unpacklo_epi32(w[0][2], w[0][3]), d = _mm256_unpackhi_epi32(w[0][2], w[0][3]);
+    auto* const to = reinterpret_cast<Ints*>(words + g * kGroupWords);
+    _mm256_store_si256(to, _mm256_unpacklo_epi64(a, c));
+    _mm256_store_si256(to + 1, _mm256_unpackhi_epi64(a, c));
+    _mm256_store_si256(to + 2, _mm256_unpacklo_epi64(b, d));
+    _mm256_store_si256(to + 3, _mm256_unpackhi_epi64(b, d));
+  }
+#else
+  for (int g = 0; g < kGroups; ++g) {
+    const Philox drawn = rounding_words(seed, tensor, begin + static_cast<uint64_t>(g));
+    memcpy(words + g * kGroupWords, drawn.word, sizeof drawn.word);
+  }
+#endif
 }
 
 // `count` floats rounded to bf16 by a stream's bits.

@@ -36,30 +36,36 @@ BURNISH_INLINE Ints xor3(Ints a, Ints b, Ints c) { return _mm256_xor_si256(_mm25
 
 #if defined(__AVX2__)
 
-// One call in every even lane; the odd ones are spare: the multiplication ignores them.
-BURNISH_INLINE void philox_even(Ints (&c)[4], uint64_t key) {
+// Calls in the even lanes of rows of counters; the odd lanes are spare: the multiplication ignores them. A round waits
+// for its multiplications, so rows go side by side.
+template <int kRounds, int kRows>
+BURNISH_INLINE void philox_even(Ints (&c)[kRows][4], uint64_t key) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-  BURNISH_UNROLL for (int round = 0; round < 10; ++round) {
-    const Ints first = even_products(c[0], 0xd2511f53u), second = even_products(c[2], 0xcd9e8d57u);
-    c[0] = xor3(to_even(second), c[1], spread(k0));
-    c[1] = second;
-    c[2] = xor3(to_even(first), c[3], spread(k1));
-    c[3] = first;
+  BURNISH_UNROLL for (int round = 0; round < kRounds; ++round) {
+    BURNISH_UNROLL for (int r = 0; r < kRows; ++r) {
+      const Ints first = even_products(c[r][0], 0xd2511f53u), second = even_products(c[r][2], 0xcd9e8d57u);
+      c[r][0] = xor3(to_even(second), c[r][1], spread(k0));
+      c[r][1] = second;
+      c[r][2] = xor3(to_even(first), c[r][3], spread(k1));
+      c[r][3] = first;
+    }
     k0 += 0x9e3779b9u;
     k1 += 0xbb67ae85u;
   }
 }
 
-// One call in every lane: the counters become the words.
-BURNISH_INLINE void philox_lanes(Ints (&c)[4], uint64_t key) {
-  Ints even[4], odd[4];
-  for (int i = 0; i < 4; ++i) {
-    even[i] = c[i];
-    odd[i] = to_even(c[i]);
+// One call in every lane of each row: the counters become the words.
+template <int kRounds, int kRows>
+BURNISH_INLINE void philox_lanes(Ints (&c)[kRows][4], uint64_t key) {
+  Ints halves[2 * kRows][4];
+  BURNISH_UNROLL for (int i = 0; i < 4 * kRows; ++i) {
+    halves[2 * (i / 4)][i % 4] = c[i / 4][i % 4];
+    halves[2 * (i / 4) + 1][i % 4] = to_even(c[i / 4][i % 4]);
   }
-  philox_even(even, key);
-  philox_even(odd, key);
-  for (int i = 0; i < 4; ++i) c[i] = woven(even[i], odd[i]);
+  philox_even<kRounds>(halves, key);
+  BURNISH_UNROLL for (int i = 0; i < 4 * kRows; ++i) {
+    c[i / 4][i % 4] = woven(halves[2 * (i / 4)][i % 4], halves[2 * (i / 4) + 1][i % 4]);
+  }
 }
 
 #endif
