@@ -36,7 +36,7 @@ def factor(p: float) -> float:
 def philox(
     counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, torch.Tensor], rounds: int = 10
 ) -> tuple[torch.Tensor, ...]:
-    """Philox4x32 of so many rounds: four counter words and two key words to four words, each an int64 tensor of 32-bit values."""
+    """Philox4x32: four counter words and two key words to four words, each an int64 tensor of 32-bit values."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):

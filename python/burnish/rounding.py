@@ -7,8 +7,9 @@ to 4), so that every backend, thread count and replica rounds alike:
     random = (words[(i % 8 // 2 + stream - 1) % 4] >> (16 if i % 2 else 0)) & 0xffff
 
 Seven rounds are the fewest with which Philox passes BigCrush (Salmon et al. 2011, "Parallel random numbers: as easy as
-1, 2, 3"). One call serves four streams of eight elements. Bits of one element are independent, and so are those of one stream; two
-streams share bits where their elements differ, and what an optimizer does to one element never meets another.
+1, 2, 3"). One call serves four streams of eight elements. Bits of one element are independent, and so are those of one
+stream; two streams share bits where their elements differ, and what an optimizer does to one element never meets
+another.
 
 A value goes to its upper neighbour with the probability of its distance from the lower one, in steps of 2**-16 for bf16
 and subnormal fp16 and of 2**-13 for other fp16. Infinities stay and what lies beyond the largest number may join them.
