@@ -1,7 +1,7 @@
 """bitsandbytes' AdamW8bit: dynamic 8-bit codes in blocks of 256, on a CPU by PyTorch's operations one by one.
 
 Its codes are finest near a block's largest second moment, and coarse for the smallest ones, whose steps are largest:
-the half of all steps is within 1 % and yet the change as a whole is off by up to 40 %.
+half of all steps are within 1 %, 99.9 % of them are off by 3 % in norm, and the last 0.1 % by more than all together.
 """
 
 import logging
@@ -45,4 +45,4 @@ def make(op: str, args: tuple) -> Callable[[], None]:
     return stepping(made)
 
 
-PEER = Peer("bitsandbytes-adamw8bit", version("bitsandbytes"), supports, make, tolerance=0.5)
+PEER = Peer("bitsandbytes-adamw8bit", version("bitsandbytes"), supports, make, spared=1e-3)

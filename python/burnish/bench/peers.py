@@ -34,7 +34,8 @@ class Peer:
 
     ``make`` takes the op's arguments in the layout of the reference (CPU) backend and returns the call that a user of
     the same dtypes would make, casts included. ``tolerance`` bounds the relative error (Frobenius norm) against the
-    op's reference: peers round differently, they must not compute something else.
+    op's reference: peers round differently, they must not compute something else. ``spared`` is the share of all elements,
+    those furthest off, that this leaves out: a peer that keeps its state in a coarser format cannot hold them.
 
     Of an op that writes into its arguments the call writes into the first of these, as an optimizer steps the
     parameters; what else it keeps, in whatever format, may be its own. It is judged by its first call, and called
@@ -46,6 +47,7 @@ class Peer:
     supports: Callable[[str, Case], str | None]
     make: Callable[[str, tuple[Any, ...]], Callable[[], Any]]
     tolerance: float = 0.05
+    spared: float = 0.0
     reads: Callable[[str, Case], int] | None = None
 
 

@@ -229,7 +229,7 @@ def _contestants(plan: Plan, spec: OpSpec, case: Case) -> tuple[dict[str, Row], 
             enter(
                 f"peer:{peer.name}",
                 partial(peer.make, spec.name),
-                partial(gate.peer_objection, tolerance=peer.tolerance),
+                partial(gate.peer_objection, tolerance=peer.tolerance, spared=peer.spared),
                 sets_wanted(peer.reads(spec.name, case), plan.device) if peer.reads else MAX_SETS,
             )
     return refused, entered
