@@ -34,8 +34,8 @@ class Peer:
 
     ``make`` takes the op's arguments in the layout of the reference (CPU) backend and returns the call that a user of
     the same dtypes would make, casts included. ``tolerance`` bounds the relative error (Frobenius norm) against the
-    op's reference: peers round differently, they must not compute something else. ``spared`` is the share of all elements,
-    those furthest off, that this leaves out: a peer that keeps its state in a coarser format cannot hold them.
+    op's reference: peers round differently, they must not compute something else. ``spared`` is the share of all
+    elements, those furthest off, that this leaves out: a peer whose state is of a coarser format cannot hold them.
 
     Of an op that writes into its arguments the call writes into the first of these, as an optimizer steps the
     parameters; what else it keeps, in whatever format, may be its own. It is judged by its first call, and called
