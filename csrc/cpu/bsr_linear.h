@@ -70,7 +70,7 @@ void for_blocks(const int32_t* starts, int64_t down, int64_t bundle, int64_t gro
   const int64_t bundles = blocks_along(down, bundle);
   constexpr int64_t kWork = int64_t{1} << 20;  // multiply-adds that are worth another thread
   const int64_t grain = std::max<int64_t>(1, kWork / std::max<int64_t>(1, unit_work));
-  parallel_for(0, before(bundles), grain, [&](int64_t begin, int64_t end) {
+  balanced_for(0, before(bundles), grain, [&](int64_t begin, int64_t end) {
     int64_t low = 0, high = bundles;  // the last bundle that begins at `begin` or before
     while (high - low > 1) (before((low + high) / 2) <= begin ? low : high) = (low + high) / 2;
     for (int64_t b = low; b < bundles && before(b) < end; ++b) {

@@ -72,7 +72,7 @@ void for_blocks(const Sparse24Weight& weight, const F& f) {
   const int64_t blocks = (weight.rows + kWeightRows - 1) / kWeightRows;
   const int64_t grain =
       std::max<int64_t>(1, kSerialElements / kWeightRows / std::max<int64_t>(1, weight.row_bytes * kStep24));
-  parallel_for(0, blocks, grain,
+  balanced_for(0, blocks, grain,
                [&](int64_t begin, int64_t end) { f(begin * kWeightRows, std::min(end * kWeightRows, weight.rows)); });
 }
 

@@ -99,7 +99,7 @@ template <class F>
 int64_t for_rows(int64_t N, int64_t width, int64_t spare, const F& f) {
   std::atomic<int64_t> wrong{-1};
   const int64_t grain = std::max<int64_t>(1, kSerialElements / kWeightRows / std::max<int64_t>(1, width));
-  parallel_for(0, (N + kWeightRows - 1) / kWeightRows, grain, [&](int64_t begin, int64_t end) {
+  balanced_for(0, (N + kWeightRows - 1) / kWeightRows, grain, [&](int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
     scratch.reserve(spare);
     const int64_t found = f(begin * kWeightRows, std::min(end * kWeightRows, N), scratch.take<char>(spare));
