@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kVectors = kPanelColumns / Vec::kLanes;  // of a microkernel, at most
 constexpr int64_t kWeightsAhead = 4;                   // blocks: those of a row follow one another in memory
+constexpr int64_t kFewAhead = 16;  // beside one vector, which waits for weights: into L2, where more can be under way
 
 // Int8 weights by bytes of x + 128, four of k a step; the sums are int32 in float registers' places.
 struct Quads {
@@ -116,8 +117,10 @@ void tile(const BlockProduct& args, const char* weights, const char* panels, Out
     const char* w = weights + s * args.weight_bytes;
     const char* panel = piece(s);
     const char* next = piece(s + 1 < args.segments ? s + 1 : s);
-    BURNISH_UNROLL for (int m = 0; m < MR; ++m)
-        __builtin_prefetch(w + kWeightsAhead * args.weight_bytes + m * args.row_bytes);
+    BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
+      __builtin_prefetch(w + (NV == 1 ? 1 : kWeightsAhead) * args.weight_bytes + m * args.row_bytes);
+      if (NV == 1) __builtin_prefetch(w + kFewAhead * args.weight_bytes + m * args.row_bytes, 0, 2);
+    }
     for (int64_t k = 0; k < steps; ++k) {
       BURNISH_UNROLL for (int v = 0; v < NV; ++v) __builtin_prefetch(next + k * step_bytes + v * kVectorBytes);
       decltype(Element::load_panel(panel)) right[NV];
