@@ -6,6 +6,8 @@ business (test_ops.py), which runs the same cases against the reference.
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,10 +19,10 @@ from burnish.testing import calls
 
 pytestmark = pytest.mark.skipif(not native.emulating(), reason="needs BURNISH_EMULATE_CUDA=1")
 
-STEPS = [spec for spec in registry.all_ops().values() if spec.stem.endswith("_step")]
+STEPS = [spec for spec in registry.all_ops().values() if spec.stem.endswith(("_step", "_squares"))]
 NATIVE = [spec for spec in STEPS if spec.impls]
 CASES = [(spec, case) for spec in NATIVE for case in spec.cases.test]
-ADAM = registry.get("adam_step")
+ADAM, LAMB, SQUARES = (registry.get(name) for name in ("adam_step", "lamb_step", "lamb_squares"))
 #: more than a block takes, not a multiple of what a warp or a lane does
 LONG = 2 * 16384 + 300 + 3
 
@@ -57,24 +59,39 @@ LONG_OPTIONS: list[tuple[torch.dtype, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("dtype", "options"), LONG_OPTIONS, ids=str)
-def test_blocks_share_a_tensor_and_its_step(dtype: torch.dtype, options: dict[str, Any]) -> None:
-    args = ADAM.make(Case({"N": LONG}, dtype, options=options), "native", 0)
-    expected = cpu(ADAM, args)
+@pytest.mark.parametrize("spec", [ADAM, LAMB, SQUARES], ids=lambda spec: spec.stem)
+def test_blocks_share_a_tensor_and_its_step(spec: OpSpec, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    args = spec.make(Case({"N": LONG}, dtype, options=options), "native", 0)
+    expected = cpu(spec, args)
     for seed in range(4):
-        assert_same_bits(emulated(ADAM, args, seed), expected)
+        assert_same_bits(emulated(spec, args, seed), expected)
+
+
+def test_sums_are_of_all_chunks() -> None:
+    """More chunks than a block has threads; all of equal sums, but for the last ones."""
+    count, (param, grad, first, second) = 130 * 16384, torch.zeros(4, 130 * 16384)
+    param.fill_(1.0)
+    param[-20_000:] = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    grad.copy_(param)
+    args = SQUARES.make(Case({"N": 1}, torch.float32), "native", 0)
+    lists = [[param], [grad], args[2][:1], [first], [second]]
+    ours, wanted = (run(SQUARES, (*lists, *args[5:])) for run in (emulated, cpu))
+    assert_same_bits(ours, wanted)
+    assert wanted[0][0, 0] > count - 20_000
 
 
 @pytest.mark.parametrize("offset", [1, 2, 4])
 @pytest.mark.parametrize(("dtype", "options"), LONG_OPTIONS[1:], ids=str)
-def test_a_tensor_may_begin_anywhere(dtype: torch.dtype, options: dict[str, Any], offset: int) -> None:
-    args = ADAM.make(Case({"N": 600}, dtype, options=options), "native", 0)
+@pytest.mark.parametrize("spec", [ADAM, LAMB], ids=lambda spec: spec.stem)
+def test_a_tensor_may_begin_anywhere(spec: OpSpec, dtype: torch.dtype, options: dict[str, Any], offset: int) -> None:
+    args = spec.make(Case({"N": 600}, dtype, options=options), "native", 0)
 
     def shifted(tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat([tensor.new_zeros(offset), tensor.reshape(-1)])[offset:].view(tensor.shape)
 
     moved = map_tensors(lambda tensor: shifted(tensor) if tensor.numel() > 1 else tensor, args)
-    ours = calls.on_copies(ADAM, ADAM.overload("native"), lambda tensor: shifted(tensor))(*moved)
-    assert_same_bits(ours, cpu(ADAM, args))
+    ours = calls.on_copies(spec, spec.overload("native"), lambda tensor: shifted(tensor))(*moved)
+    assert_same_bits(ours, cpu(spec, args))
 
 
 def test_the_table_follows_the_tensors() -> None:
@@ -98,6 +115,24 @@ def test_a_gradient_that_moves_is_found() -> None:
     assert_same_bits(calls.outcome(ADAM, tuple(ours), None), calls.outcome(ADAM, tuple(wanted), None))
 
 
+def kernels_of(spec: OpSpec, case: Case) -> list[str]:
+    torch.ops.burnish.emulation_count(True)
+    try:
+        calls.on_copies(spec, spec.overload("native"))(*spec.make(case, "native", 0))
+        found = json.loads(torch.ops.burnish.emulation_counters())
+    finally:
+        torch.ops.burnish.emulation_count(False)
+    return [launch["kernel"].partition("<")[0] for launch in found]
+
+
+def test_lamb_takes_two_launches_and_one_where_it_needs_no_sums() -> None:
+    case = Case({"N": 120}, torch.bfloat16, "many")
+    assert kernels_of(LAMB, case) == ["lamb_squares_fwd_kernel", "lamb_step_fwd_kernel"]
+    for options in ({"given": True}, {"unadapted": True}):
+        assert kernels_of(LAMB, replace(case, options=options)) == ["lamb_step_fwd_kernel"]
+    assert kernels_of(SQUARES, case) == ["lamb_squares_fwd_kernel"]
+
+
 def test_a_step_takes_one_launch_and_the_norm_one() -> None:
     args = ADAM.make(Case({"N": 120}, torch.bfloat16, "many"), "native", 0)
     torch.ops.burnish.emulation_count(True)
@@ -113,8 +148,6 @@ def test_a_step_takes_one_launch_and_the_norm_one() -> None:
 
 def test_fp32_is_read_and_written_by_whole_lines() -> None:
     """Of 16384 fp32 elements a request of a warp takes 512 bytes, 16 sectors: the lanes lie side by side."""
-    import json
-
     args = list(ADAM.make(Case({"N": 2}, torch.float32), "native", 0))
     whole = [torch.zeros(16384) for _ in range(4)]
     args[:5] = [whole[:1], whole[1:2], args[2][:1], whole[2:3], whole[3:4]]

@@ -87,6 +87,8 @@ def build(arch: str, variant: Variant) -> Any:
         (index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name in variant.types and name != "M"
     }
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": False}
+    if variant.registers is not None and arch != "gfx942":
+        options["maxnreg"] = variant.registers
     return triton.compile(
         ASTSource(variant.kernel, signature, constants, aligned), target=TARGETS[arch], options=options
     )

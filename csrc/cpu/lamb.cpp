@@ -4,17 +4,6 @@
 
 namespace burnish {
 
-void LambNumbers::check(const char* op) const {
-  check_fraction(op, "beta1", beta1);
-  check_fraction(op, "beta2", beta2);
-  check_not_negative(op, "eps", eps);
-  check_not_negative(op, "weight_decay", weight_decay);
-}
-
-LambScalars LambNumbers::scalars(double factor, double step) const {
-  return lamb_scalars(factor, step, beta1, beta2, eps, weight_decay, bias_correction);
-}
-
 std::vector<double> sum_lamb_squares(const OptimizerStep& step, const std::vector<LambScalars>& scalars) {
   const size_t count = step.tensors.size();
   std::vector<int64_t> starts(count + 1);  // of each tensor's chunks

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu/lamb.h"
+#include "lamb_arguments.h"
 
 namespace burnish {
 namespace {

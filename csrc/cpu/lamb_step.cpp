@@ -4,19 +4,12 @@
 
 #include "cpu/isa.h"
 #include "cpu/lamb.h"
+#include "lamb_arguments.h"
 
 namespace burnish {
 namespace {
 
 constexpr const char* kOp = "lamb_step";
-
-void check_squares(const Tensor& squares, size_t count) {
-  check_cpu(kOp, "squares", squares);
-  BURNISH_CHECK(squares.scalar_type() == ScalarType::Double && squares.is_contiguous(), kOp, ": squares is ",
-                dtype_name(squares.scalar_type()), ", expected fp64, contiguous");
-  BURNISH_CHECK(squares.dim() == 2 && squares.size(0) == static_cast<int64_t>(count) && squares.size(1) == 2, kOp,
-                ": squares has shape ", shape_text(squares), ", expected (", count, ", 2)");
-}
 
 void lamb_step(const Tensors& params, const Tensors& grads, const Tensors& steps, const Tensors& exp_avgs,
                const Tensors& exp_avg_sqs, const Tensors& scales, const Tensors& masters, const Tensors& emas,
@@ -27,7 +20,7 @@ void lamb_step(const Tensors& params, const Tensors& grads, const Tensors& steps
                std::optional<int64_t> seed) {
   const LambNumbers numbers{beta1, beta2, eps, weight_decay, bias_correction};
   numbers.check(kOp);
-  if (squares.has_value()) check_squares(*squares, params.size());
+  check_squares(kOp, squares, params);
   const OptimizerStep step =
       prepare_step({.op = kOp,
                     .params = params,

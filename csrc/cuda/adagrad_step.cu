@@ -14,7 +14,7 @@ constexpr const char* kOp = "adagrad_step";
 struct AdagradNumbers {
   double lr_decay, weight_decay, eps;
 
-  BURNISH_HD AdagradScalars operator()(double factor, double lr, double step) const {
+  BURNISH_HD AdagradScalars operator()(double factor, double lr, double step, uint32_t) const {
     return adagrad_scalars(factor, lr, step, lr_decay, eps, weight_decay);
   }
 };

@@ -15,7 +15,7 @@ struct AdamNumbers {
   double beta1, beta2, eps, weight_decay;
   bool decoupled;
 
-  BURNISH_HD AdamScalars operator()(double factor, double lr, double step) const {
+  BURNISH_HD AdamScalars operator()(double factor, double lr, double step, uint32_t) const {
     return adam_scalars(factor, lr, step, beta1, beta2, eps, weight_decay, decoupled);
   }
 };

@@ -14,7 +14,7 @@ constexpr const char* kOp = "lion_step";
 struct LionNumbers {
   double beta1, beta2, weight_decay;
 
-  BURNISH_HD LionScalars operator()(double factor, double lr, double) const {
+  BURNISH_HD LionScalars operator()(double factor, double lr, double, uint32_t) const {
     return lion_scalars(factor, lr, beta1, beta2, weight_decay);
   }
 };

@@ -15,7 +15,7 @@ struct RmspropNumbers {
   double alpha, eps, weight_decay, momentum;
   bool centered, buffered;
 
-  BURNISH_HD RmspropScalars operator()(double factor, double lr, double) const {
+  BURNISH_HD RmspropScalars operator()(double factor, double lr, double, uint32_t) const {
     return rmsprop_scalars(factor, lr, alpha, eps, weight_decay, momentum, centered, buffered);
   }
 };

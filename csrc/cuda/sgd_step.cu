@@ -15,7 +15,7 @@ struct SgdNumbers {
   double momentum, dampening, weight_decay;
   bool nesterov;
 
-  BURNISH_HD SgdScalars operator()(double factor, double lr, double step) const {
+  BURNISH_HD SgdScalars operator()(double factor, double lr, double step, uint32_t) const {
     return sgd_scalars(factor, lr, step, momentum, dampening, weight_decay, nesterov);
   }
 };

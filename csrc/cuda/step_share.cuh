@@ -1,5 +1,5 @@
 // What a lane has of a block of 256 elements of an optimizer's tensors: Share loads and stores it, take and put make
-// floats of any format and back, and draw is the randomness of put_random.
+// floats of any format and back.
 //
 // A warp takes 256 elements, 8 a lane. Where some array is fp32 these are two runs of 4, 128 apart, so that an access
 // of fp32 has 16 bytes; else they are one run of 8, and those of 16-bit arrays have. Either way the lanes' accesses lie
@@ -11,7 +11,6 @@
 #include "cuda/format.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
-#include "math/rounding.h"
 #include "optimizer.h"
 
 namespace burnish {
@@ -111,53 +110,6 @@ __device__ void put(const Share<kRun>& share, const float (&values)[kShare], voi
     for (int i = 0; i < kShare; ++i) stored[i] = from_float<T>(values[i]);
     share.store(static_cast<T*>(data), stored);
   });
-}
-
-// The words in the order in which a stream takes them.
-__device__ inline Philox turned(const Philox& words, uint32_t stream) {
-  Philox turned;
-#pragma unroll
-  for (uint32_t i = 0; i < 4; ++i) turned.word[i] = words.word[(i + stream - 1) % 4];
-  return turned;
-}
-
-// Sixteen random bits for each element, two in a word. A call of the generator decides 8 neighbours: with runs of 4, a
-// lane calls it for one of its two runs, and trades halves with the lane that has the others.
-template <int kRun>
-__device__ void draw(const Share<kRun>& share, const OptimizerRule& rule, uint32_t tensor, uint32_t stream,
-                     uint32_t (&random)[kShare / 2]) {
-  if constexpr (kRun == kRoundingGroup) {
-    const Philox words =
-        turned(rounding_words(rule.seed, tensor, static_cast<uint64_t>(share.first) / kRoundingGroup), stream);
-#pragma unroll
-    for (int i = 0; i < kShare / 2; ++i) random[i] = words.word[i];
-  } else {
-    static_assert(2 * kRun == kRoundingGroup && Share<kRun>::kRuns == 2);
-    const bool odd = threadIdx.x % 2 != 0;
-    const auto group = static_cast<uint64_t>(share.start(odd ? 1 : 0)) / kRoundingGroup;
-    const Philox words = turned(rounding_words(rule.seed, tensor, group), stream);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t kept = odd ? words.word[2 + i] : words.word[i];
-      const uint32_t got = shuffle_xor(kFullWarp, odd ? words.word[i] : words.word[2 + i], 1);
-      random[i] = odd ? got : kept;
-      random[2 + i] = odd ? kept : got;
-    }
-  }
-}
-
-template <int kRun>
-__device__ void put_random(const Share<kRun>& share, const float (&values)[kShare], void* data, Format format,
-                           const uint32_t (&random)[kShare / 2]) {
-  const auto rounded = [&]<class T>(T) {
-    T stored[kShare];
-#pragma unroll
-    for (int i = 0; i < kShare; ++i) {
-      stored[i] = round_random<T>(values[i], random[i / 2] >> 16 * (i % 2) & 0xffffu);
-    }
-    share.store(static_cast<T*>(data), stored);
-  };
-  format == Format::kBf16 ? rounded(bf16()) : rounded(fp16());
 }
 
 }  // namespace burnish

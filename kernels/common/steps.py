@@ -43,6 +43,8 @@ GO, GRADIENT, JOINS, KEPT, TAKEN, FIRST = (tl.constexpr(row) for row in range(6)
 MOST = 24
 #: blocks of 256 a program, its warps, and tensors a program of the scalars: 8 elements a thread, one call of Philox
 ROWS, WARPS, ITEMS = 4, 4, 128
+#: a thread of the steps: 512 threads of a multiprocessor keep enough of its memory's bandwidth asked for
+REGISTERS = 128
 
 _FP32, _BF16, _FP16, _INT8 = tl.float32, tl.bfloat16, tl.float16, tl.int8
 _device = attrgetter("device")
@@ -335,6 +337,7 @@ def launch(
                 BLOCKS=ROWS,
                 num_warps=WARPS,
                 enable_fp_fusion=False,
+                **target.registers(REGISTERS),
             )
 
 
@@ -364,4 +367,5 @@ def variants(
         formats["fp16-split"] = replace(formats["fp16-random"], random=False, master="split", average=True, masked=True)
     for label, one in formats.items():
         narrow = not one.aligned and one.parameter != _FP32
-        yield Variant(label, kernels[1], types, {"FORMAT": one, "BLOCKS": ROWS}, WARPS, narrow=narrow)
+        constants = {"FORMAT": one, "BLOCKS": ROWS}
+        yield Variant(label, kernels[1], types, constants, WARPS, narrow=narrow, registers=REGISTERS)

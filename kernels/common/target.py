@@ -45,6 +45,12 @@ def _properties(index: int | None) -> tuple[str, int]:
     return {(9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get((major, minor), "sm_80"), count
 
 
+def registers(limit: int) -> dict[str, int]:
+    """The launch option of a kernel whose threads may have that many registers. Without one, ptxas goes by its own
+    measure of occupancy, for which it spills a few; where ROCm compiles, there is none to give."""
+    return {} if torch.version.hip is not None else {"maxnreg": limit}
+
+
 def objection(tensor: torch.Tensor) -> str | None:
     """Why Triton kernels cannot run on a tensor's device, in words; None if they can."""
     if tensor.device.type == "cpu":

@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from burnish import dispatch, moments, step_cases
+from burnish import dispatch, step_cases
 from burnish.arguments import map_tensors
 from burnish.ops import lamb_step
-from burnish.ops.grad_norm import elements
-from burnish.ops.lamb_step import common_numbers, square, update
-from burnish.registry import Case, Cost, register
+from burnish.ops.lamb_step import common_numbers, cost_of_sums, square, update
+from burnish.registry import register
 from burnish.step_cases import BF16, FP32
 from burnish.step_checks import check
+from burnish.step_op import native_impl
 
 __all__ = ["lamb_squares"]
 
@@ -43,7 +43,7 @@ def reference(given: Any) -> torch.Tensor:
         found.append(torch.stack([square(p, mask), square(u, mask)]))
         return p, held
 
-    step = replace(STEP, element=element).spec(CASES, make, cost)
+    step = replace(STEP, element=element).spec(CASES, make, cost_of_sums)
     step.reference(*map_tensors(torch.clone, tuple(vars(given).values())))
     return torch.stack(found) if found else torch.zeros(len(given.params), 2, dtype=torch.float64)
 
@@ -55,15 +55,6 @@ def fake(given: Any) -> torch.Tensor:
 
 
 STEP = replace(lamb_step.STEP, name="lamb_squares", numbers=lamb_step.NUMBERS, refuse=None)
-
-
-def cost(case: Case) -> Cost:
-    """Bytes of each element: all of it is read."""
-    options = case.options
-    state = {"bf16": 2.0, "int8": 1 + 4 / moments.BLOCK}.get(options.get("state", "fp32"), 4.0)
-    master = {"split": case.dtype.itemsize + 1, "fp32": 4}.get(options.get("master", ""), case.dtype.itemsize)
-    read = options.get("grad_dtype", case.dtype).itemsize + (1 if options.get("mask") else 0)
-    return Cost(ops=20.0 * elements(case), bytes=elements(case) * (master + 2 * state + read), unit="fp32")
 
 
 def baseline(*args: Any) -> Callable[[], torch.Tensor]:
@@ -100,7 +91,7 @@ make = step_cases.maker(STEP, common_numbers)
 
 SPEC = register(
     replace(
-        STEP.spec(CASES, make, cost, baseline),
+        STEP.spec(CASES, make, cost_of_sums, baseline, (native_impl("lamb_squares"),)),
         schema=re.sub(r"\(\w!\)", "", STEP.schema).replace("-> ()", "-> Tensor"),
         reference=STEP.function(reference),
         fake=STEP.function(fake),

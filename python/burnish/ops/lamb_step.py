@@ -30,14 +30,14 @@ from typing import Any
 
 import torch
 
-from burnish import step_cases
+from burnish import moments, step_cases
 from burnish.checks import check_devices
 from burnish.moments import square_root
-from burnish.ops.grad_norm import shapes
-from burnish.registry import Case, Invalid, dtype_name, register
+from burnish.ops.grad_norm import elements, shapes
+from burnish.registry import Case, Cost, Invalid, dtype_name, register
 from burnish.step_cases import BF16, FP32, WEIGHT_DECAY, changed
 from burnish.step_checks import FLAG, FRACTION, NOT_NEGATIVE, ROWS
-from burnish.step_op import Moments, StepOp, caller, divided, power
+from burnish.step_op import Moments, StepOp, caller, divided, native_impl, power
 
 __all__ = ["lamb_step"]
 
@@ -142,6 +142,24 @@ def numbers(case: Case) -> tuple[Any, ...]:
     return *common_numbers(case), adapt, bool(options.get("clip")), squares
 
 
+def cost_of_sums(case: Case) -> Cost:
+    """Bytes of each element: all of it is read."""
+    options = case.options
+    state = {"bf16": 2.0, "int8": 1 + 4 / moments.BLOCK}.get(options.get("state", "fp32"), 4.0)
+    master = {"split": case.dtype.itemsize + 1, "fp32": 4}.get(options.get("master", ""), case.dtype.itemsize)
+    read = options.get("grad_dtype", case.dtype).itemsize + (1 if options.get("mask") else 0)
+    return Cost(ops=20.0 * elements(case), bytes=elements(case) * (master + 2 * state + read), unit="fp32")
+
+
+def cost(case: Case) -> Cost:
+    """Two passes, unless the sums are given or not asked for."""
+    step = step_cases.coster(STEP, ops=21.0)(case)
+    if case.options.get("given") or case.options.get("unadapted"):
+        return step
+    sums = cost_of_sums(case)
+    return Cost(ops=sums.ops + step.ops, bytes=sums.bytes + step.bytes, unit="fp32")
+
+
 def baseline(*args: Any) -> Callable[[], None]:
     """torch's foreach operations; a fused LAMB it has not."""
     given = step_cases.as_torch(STEP, args)
@@ -188,8 +206,9 @@ SPEC = register(
     STEP.spec(
         cases=step_cases.cases(STEP, OPTIONS, refused=REFUSED),
         make=step_cases.maker(STEP, numbers),
-        cost=step_cases.coster(STEP, ops=21.0),
+        cost=cost,
         baseline=baseline,
+        impls=(native_impl("lamb_step"),),
     )
 )
 

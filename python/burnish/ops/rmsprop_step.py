@@ -30,7 +30,7 @@ from burnish.moments import square_root
 from burnish.registry import Backend, Case, Invalid, register
 from burnish.step_cases import BF16, FP32, WEIGHT_DECAY, changed
 from burnish.step_checks import FRACTION, NOT_NEGATIVE
-from burnish.step_op import Moments, StepOp, caller, native_impl
+from burnish.step_op import Moments, StepOp, caller, gpu_impls
 
 __all__ = ["rmsprop_step"]
 
@@ -151,7 +151,7 @@ SPEC = register(
         make=make,
         cost=step_cases.coster(STEP, ops=13.0),
         baseline=baseline,
-        impls=(native_impl("rmsprop_step"),),
+        impls=gpu_impls("rmsprop_step"),
     )
 )
 
