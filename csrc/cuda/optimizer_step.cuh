@@ -260,7 +260,7 @@ __device__ void step_chunk(const StepCall<Numbers>& call) {
 
 // --- on the host
 
-inline StepTensor describe(const OptimizerTensor& from, const Tensor& step) {
+inline StepTensor describe(const OptimizerTensor& from, const TensorView& step) {
   StepTensor to{};
   to.parameter = from.parameter;
   to.gradient = from.gradient;
@@ -288,7 +288,7 @@ void start_step(const StepArguments& given, const Numbers& numbers, void (*mixed
                 void (*halves)(StepCall<Numbers>)) {
   const CheckedStep step = check_step(given);
   if (step.tensors.empty()) return;
-  const Tensor& first = given.params.front();
+  const Tensor first = given.params.front();
   const int32_t device = first.get_device_index();
   const DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
