@@ -96,7 +96,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._built = False
         super().__init__(params, defaults)
         self._check_memory()
-        self._built, self._swapped = True, False
+        self._built, self._swapped, self._references = True, False, tensors.References()
         self._masks = Masks(self._who, self.param_groups, extras.get("masks"))
 
     @property
@@ -218,6 +218,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             columns = {name: list(map(itemgetter(name), self.state.values())) for name in names}
         except KeyError:
             return []
+        self._references.hold(columns)
         return [(Batch(group, params, params, grads, [], 0), columns)] if alike else []
 
     def _all(self) -> list[tuple[Batch, Columns]]:
@@ -322,7 +323,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_masks": self._masks, "_built": True, "_swapped": False}
+        made = {"_built": True, "_swapped": False, "_references": tensors.References()}
+        return super().__getstate__() | {"_masks": self._masks} | made
 
 
 def _common(batch: Batch, state: Mapping[str, list[Tensor]], scaling: norm.Scaling) -> dict[str, Any]:
