@@ -220,6 +220,7 @@ CheckedStep check_step(const StepArguments& given) {
   step.rule.seed = static_cast<uint64_t>(given.seed.value_or(0));
   set_formats(given, step.rule);
   for (size_t i = 0; i < count; ++i) check_item(given, step.rule, i);
+  step.tensors.reserve(count);
   for (size_t i = 0; i < count; ++i) step.tensors.push_back(describe(given, i));
   return step;
 }

@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 namespace burnish {
@@ -16,24 +18,21 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// A tensor that somebody else owns, with the names of torch::stable::Tensor. Sizes and strides are the tensor's own.
+// A tensor that somebody else owns, with the names of torch::stable::Tensor. Sizes are the tensor's own.
 class TensorView {
  public:
   TensorView(const Tensor& tensor) : TensorView(tensor.get(), nullptr) {}
 
   // `like`, or null: a tensor whose dtype it may have.
   TensorView(AtenTensorHandle handle, const TensorView* like) : handle_(handle) {
-    int64_t *sizes, *strides;
+    int64_t* sizes;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim_));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle, &numel_));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle, &contiguous_));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype_));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type_));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index_));
     sizes_ = sizes;
-    strides_ = strides;
     using torch::stable::detail::from, torch::stable::detail::to;
     type_ = like != nullptr && like->dtype_ == dtype_ ? like->type_ : to<ScalarType>(from(dtype_));
   }
@@ -47,11 +46,15 @@ class TensorView {
   ScalarType scalar_type() const { return type_; }
   bool is_cpu() const { return device_type_ == aoti_torch_device_type_cpu(); }
   int32_t get_device_index() const { return device_index_; }
-  int64_t numel() const { return numel_; }
+  int64_t numel() const { return std::accumulate(sizes_, sizes_ + dim_, int64_t{1}, std::multiplies<>()); }
   int64_t dim() const { return dim_; }
   int64_t size(int64_t dim) const { return sizes_[dim]; }
   IntHeaderOnlyArrayRef sizes() const { return {sizes_, static_cast<size_t>(dim_)}; }
-  IntHeaderOnlyArrayRef strides() const { return {strides_, static_cast<size_t>(dim_)}; }
+  IntHeaderOnlyArrayRef strides() const {
+    int64_t* strides;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle_, &strides));
+    return {strides, static_cast<size_t>(dim_)};
+  }
   bool is_contiguous() const { return contiguous_; }
 
   bool on_device_of(const TensorView& other) const {
@@ -81,8 +84,8 @@ class TensorView {
 
  private:
   AtenTensorHandle handle_;
-  const int64_t *sizes_, *strides_;
-  int64_t dim_, numel_;
+  const int64_t* sizes_;
+  int64_t dim_;
   int32_t dtype_, device_type_, device_index_;
   ScalarType type_;
   bool contiguous_;
