@@ -82,12 +82,14 @@ class FusedOptimizer(torch.optim.Optimizer):
     """The base of burnish's optimizers.
 
     A subclass has ``required``, the options without which a state dict is of another optimizer, ``fixed``, those that
-    must be its own, ``moments(group)``, ``check_group(group)`` and ``update(...)``, which calls the op; and where its
-    state is not what torch.optim's is, ``adopted(values)``.
+    must be its own, ``moments(group)``, ``check_group(group)`` and ``update(...)``, which calls the op; ``optional``,
+    moments that come after the others and with an option; and where its state is not what torch.optim's is,
+    ``adopted(values)``.
     """
 
     required: ClassVar[tuple[str, ...]]
     fixed: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[tuple[Moment, ...]] = ()
     _step_supports_amp_scaling = True
 
     def __init__(self, params: Any, defaults: dict[str, Any], extras: options.Extras) -> None:
@@ -106,6 +108,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     def moments(self, group: Mapping[str, Any]) -> tuple[Moment, ...]:
         """The moments that the state of a parameter in ``group`` has."""
         raise NotImplementedError
+
+    def held_moments(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[Moment, ...]:
+        """The moments that ``state`` has or should: also those of options that are off since."""
+        own = self.moments(group)
+        return own + tuple(moment for moment in self.optional if moment not in own and moment.name in state)
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         """Raise ValueError where an option of a group is not allowed."""
@@ -273,11 +280,15 @@ class FusedOptimizer(torch.optim.Optimizer):
             if not wanted.keys() <= state.keys():
                 complete(state, parameter, entries(parameter, batch.group, moments))
         columns = {name: [state[name] for state in states] for name in wanted}
-        if tensors.is_sharded(batch.origin[0]):
-            columns = {name: list(map(tensors.local, column)) for name, column in columns.items() if name != "scales"}
-            if "scales" in wanted:
-                pairs = zip(batch.origin, (state["scales"] for state in states), strict=True)
-                columns["scales"] = [local_scales(parameter, scales, len(moments)) for parameter, scales in pairs]
+        for name, column in columns.items():
+            if name == "scales":
+                held = [len(self.held_moments(batch.group, state)) for state in states]
+                rows = zip(batch.origin, column, held, strict=True)
+                columns[name] = [
+                    local_scales(parameter, scales, len(moments), kept) for parameter, scales, kept in rows
+                ]
+            elif tensors.is_sharded(batch.origin[0]):
+                columns[name] = list(map(tensors.local, column))
         return columns
 
     @contextlib.contextmanager
@@ -318,7 +329,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         groups, state = loaded(self._who, self.param_groups, state_dict, self)
-        self.__setstate__({"state": state, "param_groups": groups})
+        self.__setstate__({"state": state, "param_groups": groups, "_references": tensors.References()})
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
