@@ -221,7 +221,7 @@ def caller(spec: OpSpec) -> Callable[..., None]:
     entry = spec.entry
 
     def call(*args: Any) -> None:
-        own = tuple(list(arg) if i in sequences else arg for i, arg in enumerate(args))
+        own = tuple(list(arg) if i in sequences and type(arg) is not list else arg for i, arg in enumerate(args))
         if dispatch.overrides:
             dispatch.call(spec, own, needs_grad=False)
         else:
