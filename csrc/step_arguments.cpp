@@ -7,18 +7,18 @@
 
 namespace burnish {
 
-void check_device(const char* op, const Name& name, const Tensor& tensor, const Tensor& like) {
-  BURNISH_CHECK(tensor.is_cpu() == like.is_cpu() && tensor.get_device_index() == like.get_device_index(), op, ": ",
-                name, " is on another device than the first tensor, expected all on one");
+void check_device(const char* op, const Name& name, const TensorView& tensor, const TensorView& like) {
+  BURNISH_CHECK(tensor.on_device_of(like), op, ": ", name,
+                " is on another device than the first tensor, expected all on one");
 }
 
-void check_floating(const char* op, const Name& name, const Tensor& tensor, const Tensor& like) {
+void check_floating(const char* op, const Name& name, const TensorView& tensor, const TensorView& like) {
   check_device(op, name, tensor, like);
   BURNISH_CHECK(is_floating(tensor.scalar_type()), op, ": ", name, " is ", dtype_name(tensor.scalar_type()),
                 ", expected fp32, bf16 or fp16");
 }
 
-void check_scalar(const char* op, const char* name, const std::optional<Tensor>& scalar, const Tensor& like) {
+void check_scalar(const char* op, const char* name, const std::optional<Tensor>& scalar, const TensorView& like) {
   if (!scalar.has_value()) return;
   check_device(op, {name}, *scalar, like);
   const ScalarType type = scalar->scalar_type();
@@ -44,7 +44,7 @@ void check_needed(const char* op, const char* name, double value, const char* ne
   BURNISH_CHECK(value == 0 || there, op, ": ", name, " is ", value, ", but ", needed, " is missing");
 }
 
-bool is_dense(const Tensor& tensor) {
+bool is_dense(const TensorView& tensor) {
   if (tensor.is_contiguous()) return true;
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   std::vector<size_t> order(sizes.size());
@@ -80,15 +80,14 @@ void check_lengths(const StepArguments& given) {
 }
 
 // Shape and strides of `parameter`, whose elements fill their memory.
-void check_alike(const char* op, const char* name, size_t item, const Tensors& list, const Tensor& parameter) {
+void check_alike(const char* op, const char* name, size_t item, const Tensors& list, const TensorView& parameter) {
   if (list.empty()) return;
-  const Tensor& tensor = list[item];
+  const TensorView& tensor = list[item];
   check_device(op, Name{name, item}, tensor, parameter);
-  const auto sizes = parameter.sizes(), own = tensor.sizes();
-  BURNISH_CHECK(std::equal(sizes.begin(), sizes.end(), own.begin(), own.end()), op, ": ", Name{name, item},
-                " has shape ", shape_text(tensor), ", expected ", shape_text(parameter), ", that of ",
-                Name{"params", item});
-  const auto wanted = parameter.strides(), strides = tensor.strides();
+  BURNISH_CHECK(tensor.has_shape_of(parameter), op, ": ", Name{name, item}, " has shape ", shape_text(tensor),
+                ", expected ", shape_text(parameter), ", that of ", Name{"params", item});
+  if (tensor.is_contiguous() && parameter.is_contiguous()) return;
+  const auto sizes = parameter.sizes(), wanted = parameter.strides(), strides = tensor.strides();
   for (size_t dim = 0; dim < sizes.size(); ++dim) {
     BURNISH_CHECK(sizes[dim] <= 1 || wanted[dim] == strides[dim] || parameter.numel() == 0, op, ": ", Name{name, item},
                   " has other strides than ", Name{"params", item}, ", expected both contiguous or in the same order");
@@ -146,7 +145,7 @@ void set_formats(const StepArguments& given, OptimizerRule& rule) {
 }
 
 void check_scales(const StepArguments& given, size_t i) {
-  const Tensor& scales = given.scales[i];
+  const TensorView& scales = given.scales[i];
   const int64_t kinds = std::count_if(given.moments.begin(), given.moments.end(),
                                       [](const MomentList& moment) { return !moment.tensors.empty(); });
   const int64_t blocks = (given.params[i].numel() + kStateBlock - 1) / kStateBlock;
@@ -159,7 +158,7 @@ void check_scales(const StepArguments& given, size_t i) {
 
 void check_item(const StepArguments& given, const OptimizerRule& rule, size_t i) {
   const char* const op = given.op;
-  const Tensor &parameter = given.params[i], &step = given.steps[i];
+  const TensorView &parameter = given.params[i], &step = given.steps[i];
   check_floating(op, Name{"params", i}, parameter, given.params.front());
   BURNISH_CHECK(is_dense(parameter), op, ": ", Name{"params", i},
                 " has gaps or overlaps in memory, expected it contiguous, in any order of dimensions");
@@ -208,7 +207,7 @@ CheckedStep check_step(const StepArguments& given) {
   check_not_negative(op, "max_grad_norm", given.max_grad_norm);
   check_needed(op, "max_grad_norm", given.max_grad_norm, "grad_norm", given.grad_norm.has_value());
   const size_t count = given.params.size();
-  const Tensor& like = count == 0 ? given.lr : given.params.front();
+  const TensorView like = count == 0 ? TensorView(given.lr) : given.params.front();
   check_scalar(op, "lr", given.lr, like);
   check_scalar(op, "grad_norm", given.grad_norm, like);
   check_scalar(op, "grad_scale", given.grad_scale, like);
@@ -221,6 +220,7 @@ CheckedStep check_step(const StepArguments& given) {
   step.rule.seed = static_cast<uint64_t>(given.seed.value_or(0));
   set_formats(given, step.rule);
   for (size_t i = 0; i < count; ++i) check_item(given, step.rule, i);
+  step.tensors.reserve(count);
   for (size_t i = 0; i < count; ++i) step.tensors.push_back(describe(given, i));
   return step;
 }

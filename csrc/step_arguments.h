@@ -2,19 +2,16 @@
 // written.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
 #include <optional>
 #include <ostream>
 #include <vector>
 
 #include "optimizer.h"
+#include "tensor_list.h"
 #include "tensor_text.h"
 
 namespace burnish {
-
-using Tensors = std::vector<Tensor>;
 
 // An argument, or a tensor of a list. It becomes text where an error says it: there may be thousands of tensors.
 struct Name {
@@ -28,12 +25,12 @@ struct Name {
 };
 
 // On the device of `like`; and fp32, bf16 or fp16; and one fp32 or fp64 element, if any.
-void check_device(const char* op, const Name& name, const Tensor& tensor, const Tensor& like);
-void check_floating(const char* op, const Name& name, const Tensor& tensor, const Tensor& like);
-void check_scalar(const char* op, const char* name, const std::optional<Tensor>& scalar, const Tensor& like);
+void check_device(const char* op, const Name& name, const TensorView& tensor, const TensorView& like);
+void check_floating(const char* op, const Name& name, const TensorView& tensor, const TensorView& like);
+void check_scalar(const char* op, const char* name, const std::optional<Tensor>& scalar, const TensorView& like);
 
 // Whether the elements fill their memory, in any order of dimensions.
-bool is_dense(const Tensor& tensor);
+bool is_dense(const TensorView& tensor);
 
 // Numbers of a step: in [0, 1); at least 0 and finite; finite.
 void check_fraction(const char* op, const char* name, double value);

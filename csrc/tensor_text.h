@@ -40,7 +40,8 @@ inline std::string dtype_name(ScalarType type) {
   }
 }
 
-inline std::string shape_text(const Tensor& tensor) {
+template <class AnyTensor>
+std::string shape_text(const AnyTensor& tensor) {
   std::string text = "(";
   for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
   return text + (tensor.dim() == 1 ? ",)" : ")");

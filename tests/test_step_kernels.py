@@ -10,11 +10,12 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import burnish
 import pytest
 import torch
-from burnish import native, registry
+from burnish import dispatch, native, registry
 from burnish.arguments import map_tensors
-from burnish.registry import Case, OpSpec
+from burnish.registry import Case, Invalid, OpSpec
 from burnish.testing import calls
 
 pytestmark = pytest.mark.skipif(not native.emulating(), reason="needs BURNISH_EMULATE_CUDA=1")
@@ -47,6 +48,19 @@ def test_bits_are_the_cpu_kernels(spec: OpSpec, case: Case) -> None:
     for seed in range(2):
         args = spec.make(case, "native", seed)
         assert_same_bits(emulated(spec, args, seed), cpu(spec, args))
+
+
+INVALID = [(spec, bad) for spec in [*NATIVE, registry.get("grad_norm")] for bad in spec.cases.invalid]
+
+
+@pytest.mark.parametrize(("spec", "bad"), INVALID, ids=lambda value: getattr(value, "stem", None) or value.label)
+def test_bad_calls_are_refused_by_the_kernel_alone(spec: OpSpec, bad: Invalid) -> None:
+    def fake(*_: Any) -> None:
+        raise AssertionError("the record's checks ran too")
+
+    args = bad.change(*spec.make(spec.cases.test[0], "native", 0))
+    with burnish.use_backend("native"), pytest.raises(RuntimeError, match=f"^{spec.stem}: {bad.match}"):
+        dispatch.call(replace(spec, fake=fake), args, needs_grad=False)
 
 
 LONG_OPTIONS: list[tuple[torch.dtype, dict[str, Any]]] = [

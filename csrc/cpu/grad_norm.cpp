@@ -17,11 +17,12 @@ constexpr int64_t kChunk = 16384;  // elements summed together, whatever the num
 std::tuple<Tensor, Tensor> grad_norm(const Tensors& grads, const std::optional<Tensor>& grad_scale) {
   BURNISH_CHECK(!grads.empty(), kOp, ": grads is empty, expected at least one tensor");
   check_scalar(kOp, "grad_scale", grad_scale, grads.front());
-  Tensors flat(grads);  // owns copies of those that are not contiguous
+  std::vector<TensorView> flat(grads.begin(), grads.end());
+  std::vector<Tensor> copies;  // of those that are not contiguous
   std::vector<int64_t> starts(grads.size() + 1);
   for (size_t i = 0; i < grads.size(); ++i) {
     check_floating(kOp, {"grads", i}, grads[i], grads.front());
-    if (!grads[i].is_contiguous()) flat[i] = torch::stable::contiguous(grads[i]);
+    if (!grads[i].is_contiguous()) flat[i] = copies.emplace_back(torch::stable::contiguous(grads[i]));
     starts[i + 1] = starts[i] + (grads[i].numel() + kChunk - 1) / kChunk;
   }
   std::vector<double> sums(static_cast<size_t>(starts.back()));

@@ -37,7 +37,7 @@ Tensor lamb_squares(const Tensors& params, const Tensors& grads, const Tensors& 
                     .found_inf = found_inf,
                     .seed = seed});
   std::vector<LambScalars> scalars;
-  for (const Tensor& count : steps) {
+  for (const TensorView& count : steps) {
     scalars.push_back(numbers.scalars(step.factor, *count.const_data_ptr<float>() + 1));
   }
   Tensor squares = torch::stable::new_empty(lr, {static_cast<int64_t>(params.size()), 2}, ScalarType::Double);

@@ -45,7 +45,7 @@ auto count_steps(const OptimizerStep& step, const Tensors& counts, const F& scal
   std::vector<decltype(scalars(0.0, 0.0, 0.0))> found;
   found.reserve(counts.size());
   float last = 0;
-  for (const Tensor& tensor : counts) {
+  for (const TensorView& tensor : counts) {
     float& count = *tensor.mutable_data_ptr<float>();
     count += 1;
     found.push_back(!found.empty() && count == last ? found.back() : scalars(step.factor, step.lr, count));

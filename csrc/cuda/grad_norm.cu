@@ -112,14 +112,15 @@ __global__ void __launch_bounds__(kNormThreads, 4)
 
 std::tuple<Tensor, Tensor> grad_norm(const Tensors& grads, const std::optional<Tensor>& grad_scale) {
   BURNISH_CHECK(!grads.empty(), kOp, ": grads is empty, expected at least one tensor");
-  const Tensor& first = grads.front();
+  const Tensor first = grads.front();
   check_scalar(kOp, "grad_scale", grad_scale, first);
   for (size_t i = 0; i < grads.size(); ++i) check_floating(kOp, {"grads", i}, grads[i], first);
   const DeviceGuard guard(first.get_device_index());
-  Tensors flat(grads);  // owns copies of those with gaps
+  std::vector<TensorView> flat(grads.begin(), grads.end());
+  std::vector<Tensor> copies;  // of those with gaps
   std::vector<int64_t> counts;
-  for (Tensor& grad : flat) {
-    if (!is_dense(grad)) grad = torch::stable::contiguous(grad);
+  for (TensorView& grad : flat) {
+    if (!is_dense(grad)) grad = copies.emplace_back(torch::stable::contiguous(grad));
     counts.push_back(grad.numel());
   }
   TableWriter<NormTensor> table(counts);

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -129,14 +129,27 @@ def select(spec: OpSpec, args: tuple[Any, ...]) -> Callable[..., Any]:
     raise BackendError(f"{spec.name}: no implementation can run this call{asked}.\n  " + "\n  ".join(reasons))
 
 
-def cuda_kernel(spec: OpSpec) -> Callable[..., Any]:
-    """The kernel PyTorch calls for CUDA tensors: checks the arguments, then runs what :func:`select` picks."""
+def unchecked(spec: OpSpec, args: tuple[Any, ...]) -> Callable[..., Any] | None:
+    """The function that runs ``args`` on a GPU, if it is the first to be asked and makes the checks itself."""
+    backend = _asked(spec)
+    impl = next((impl for impl in spec.impls if backend in (None, impl.backend)), None)
+    if impl is None or not impl.checks or objection(impl, args) is not None:
+        return None
+    return resolve(impl.target)
 
-    def run(*args: Any) -> Any:
+
+def _run(spec: OpSpec, *args: Any) -> Any:
+    """Check the arguments, then run what :func:`select` picks."""
+    target = unchecked(spec, args)
+    if target is None:
         spec.fake(*args)
-        return select(spec, args)(*args)
+        target = select(spec, args)
+    return target(*args)
 
-    return run
+
+def cuda_kernel(spec: OpSpec) -> Callable[..., Any]:
+    """The kernel PyTorch calls for CUDA tensors."""
+    return partial(_run, spec)
 
 
 def missing_cpu_kernel(spec: OpSpec) -> Callable[..., Any]:
@@ -158,12 +171,7 @@ def call(spec: OpSpec, args: tuple[Any, ...], needs_grad: bool) -> Any:
         if backend == "cpu" and device != "cpu":
             raise BackendError(f"{spec.name}: backend 'cpu' was asked for, but the tensors are on {device}")
         return (spec.overload() if needs_grad else spec.entry)(*args)
-    return _emulated(spec)(*args) if needs_grad else _run_on_cpu(spec, *args)
-
-
-def _run_on_cpu(spec: OpSpec, *args: Any) -> Any:
-    spec.fake(*args)
-    return select(spec, args)(*args)
+    return _emulated(spec)(*args) if needs_grad else _run(spec, *args)
 
 
 def formula(autograd: Autograd) -> tuple[Callable[..., None], Callable[..., Any]]:
@@ -189,13 +197,13 @@ def formula(autograd: Autograd) -> tuple[Callable[..., None], Callable[..., Any]
 def _emulated(spec: OpSpec) -> Callable[..., Any]:
     """``spec`` with its autograd formula around whatever backend is forced on CPU tensors."""
     if spec.autograd is None:
-        return lambda *args: _run_on_cpu(spec, *args)
+        return lambda *args: _run(spec, *args)
     remember, pull = formula(spec.autograd)
 
     class Forced(torch.autograd.Function):
         @staticmethod
         def forward(*args: Any) -> Any:
-            return _run_on_cpu(spec, *args)
+            return _run(spec, *args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -36,12 +36,15 @@ class Impl:
     """One CUDA implementation: ``target`` and ``supports`` are ``"module:function"``, imported on first use.
 
     ``target`` takes the op's positional arguments and returns its result; ``supports`` takes the same and returns
-    None, or in words why the implementation cannot run them.
+    None, or in words why the implementation cannot run them. ``checks`` says that ``target`` refuses what the record's
+    ``fake`` does, in the same words and before it writes: then nothing else looks at the arguments first, and
+    ``supports`` gets them unchecked.
     """
 
     backend: Literal["triton", "native"]
     target: str
     supports: str
+    checks: bool = False
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,6 +51,7 @@ from burnish.step_checks import FLAG, ROWS, check
 Tensors = list[torch.Tensor]
 
 _TYPES = {FLAG: FLAG, ROWS: "Tensor?"}
+_is_cuda = attrgetter("is_cuda")
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ class StepOp:
 
 def native_impl(op: str) -> Impl:
     """The implementation in CUDA C++ of an op whose first argument is a list of tensors."""
-    return Impl("native", f"torch.ops:burnish.{op}.native", f"{__name__}:supports_native")
+    return Impl("native", f"torch.ops:burnish.{op}.native", f"{__name__}:supports_native", checks=True)
 
 
 def gpu_impls(op: str) -> tuple[Impl, ...]:
@@ -201,24 +204,30 @@ def supports_native(tensors: Tensors, *_: Any) -> str | None:
     """Why the kernels in CUDA C++ cannot run on these tensors; None if they can."""
     if native.emulating():
         return None
-    elsewhere = (f"the tensors are on {tensor.device}, expected CUDA" for tensor in tensors if not tensor.is_cuda)
-    return next(elsewhere, None)
+    if all(map(_is_cuda, tensors)):
+        return None
+    return next(f"the tensors are on {tensor.device}, expected CUDA" for tensor in tensors if not tensor.is_cuda)
 
 
 def caller(spec: OpSpec) -> Callable[..., None]:
-    """The op as a function of its positional arguments, any sequences as lists, that tells autograd of the change."""
+    """The op as a function of its positional arguments, any sequences as lists, that tells autograd of the change.
+
+    Where a kernel for a GPU makes its own checks it is called here: a way through the op's Python kernel would make
+    tensors of Python out of thousands, twice.
+    """
     arguments = spec.overload()._schema.arguments
     sequences = {i for i, argument in enumerate(arguments) if str(argument.type) == "List[Tensor]"}
     written = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
     entry = spec.entry
 
     def call(*args: Any) -> None:
-        own = tuple(list(arg) if i in sequences else arg for i, arg in enumerate(args))
+        own = tuple(list(arg) if i in sequences and type(arg) is not list else arg for i, arg in enumerate(args))
         if dispatch.overrides:
             dispatch.call(spec, own, needs_grad=False)
         else:
-            entry(*own)
-        torch.autograd.graph.increment_version([tensor for i in written for tensor in own[i]])
+            on_gpu = own[0] and own[0][0].is_cuda
+            ((on_gpu and dispatch.unchecked(spec, own)) or entry)(*own)
+        torch.autograd.graph.increment_version(chain.from_iterable(own[i] for i in written))
 
     return call
 

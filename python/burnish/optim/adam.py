@@ -20,11 +20,8 @@ from burnish.optim.state import Moment
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_MOMENTS = (
-    Moment("exp_avg", torch.int8),
-    Moment("exp_avg_sq", torch.uint8),
-    Moment("max_exp_avg_sq", torch.uint8),
-)
+_MOMENTS = Moment("exp_avg", torch.int8), Moment("exp_avg_sq", torch.uint8)
+_GREATEST = Moment("max_exp_avg_sq", torch.uint8)
 
 
 class Adam(FusedOptimizer):
@@ -45,6 +42,7 @@ class Adam(FusedOptimizer):
 
     required = ("lr", "betas", "eps", "weight_decay", "amsgrad")
     fixed = ("decoupled_weight_decay",)
+    optional = (_GREATEST,)
 
     def __init__(
         self,
@@ -79,7 +77,7 @@ class Adam(FusedOptimizer):
         super().__init__(params, defaults, extras)
 
     def moments(self, group: Mapping[str, Any]) -> tuple[Moment, ...]:
-        return _MOMENTS if group["amsgrad"] else _MOMENTS[:2]
+        return (*_MOMENTS, _GREATEST) if group["amsgrad"] else _MOMENTS
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         super().check_group(group)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter, is_
+from operator import attrgetter, is_, itemgetter
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -34,6 +34,7 @@ from burnish.registry import dtype_name
 _dtype, _device, _layout, _shape, _grad = map(attrgetter, ("dtype", "device", "layout", "shape", "grad"))
 _GOLDEN, _WORD = 0x9E3779B97F4A7C15, 2**64 - 1
 
+Columns = dict[str, list[Tensor]]
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -81,12 +82,14 @@ class FusedOptimizer(torch.optim.Optimizer):
     """The base of burnish's optimizers.
 
     A subclass has ``required``, the options without which a state dict is of another optimizer, ``fixed``, those that
-    must be its own, ``moments(group)``, ``check_group(group)`` and ``update(...)``, which calls the op; and where its
-    state is not what torch.optim's is, ``adopted(values)``.
+    must be its own, ``moments(group)``, ``check_group(group)`` and ``update(...)``, which calls the op; ``optional``,
+    moments that come after the others and with an option; and where its state is not what torch.optim's is,
+    ``adopted(values)``.
     """
 
     required: ClassVar[tuple[str, ...]]
     fixed: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[tuple[Moment, ...]] = ()
     _step_supports_amp_scaling = True
 
     def __init__(self, params: Any, defaults: dict[str, Any], extras: options.Extras) -> None:
@@ -95,7 +98,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._built = False
         super().__init__(params, defaults)
         self._check_memory()
-        self._built, self._swapped = True, False
+        self._built, self._swapped, self._references = True, False, tensors.References()
         self._masks = Masks(self._who, self.param_groups, extras.get("masks"))
 
     @property
@@ -105,6 +108,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     def moments(self, group: Mapping[str, Any]) -> tuple[Moment, ...]:
         """The moments that the state of a parameter in ``group`` has."""
         raise NotImplementedError
+
+    def held_moments(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[Moment, ...]:
+        """The moments that ``state`` has or should: also those of options that are off since."""
+        own = self.moments(group)
+        return own + tuple(moment for moment in self.optional if moment not in own and moment.name in state)
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         """Raise ValueError where an option of a group is not allowed."""
@@ -175,40 +183,57 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        batches = self._lone_batch() or self._batches()
-        if not batches:
-            return result
-        work = [(batch, self._columns(batch)) for batch in batches]
+        lone = self._lone()
         try:
-            scaling = norm.Scaling.of(self, batches)
-            for batch, state in work:
-                self.update(batch, state, _common(batch, state, scaling))
+            work = lone or self._all()
+            self._run(work)
         except RuntimeError:
-            self._batches()  # raises, naming the parameter, where a gradient is what the op refused
-            raise
-        for group in self.param_groups:
+            if not lone:
+                raise
+            work = self._all()  # raises, naming the parameter, where a gradient is what the op refused
+            self._run(work)
+        for group in self.param_groups if work else ():
             if group["stochastic_rounding"]:
                 group["seed"] = (group["seed"] + _GOLDEN) & _WORD
         return result
 
-    def _lone_batch(self) -> list[Batch]:
-        """The batch of an only group on the CPU that has all of its state, or nothing where there is more to be seen.
+    def _run(self, work: Sequence[tuple[Batch, Columns]]) -> None:
+        """Step batches of which an op refuses the first, if any, before it writes."""
+        if work:
+            scaling = norm.Scaling.of(self, [batch for batch, _ in work])
+        for batch, state in work:
+            self.update(batch, state, _common(batch, state, scaling))
 
-        Its gradients are not looked at one by one: the op does so before it writes, and nobody has written before it.
+    def _lone(self) -> list[tuple[Batch, Columns]]:
+        """An only group that has all of its state, as one batch; nothing where there is more to be seen.
+
+        Its tensors are not looked at one by one: the op does so before it writes, and nobody has written before it.
         """
         group = self.param_groups[0]
         params = group["params"]
-        if len(self.param_groups) > 1 or self._masks.of or group.get("capturable") or len(self.state) != len(params):
+        if len(self.param_groups) > 1 or self._masks.of or not params or len(self.state) != len(params):
             return []
         grads = list(map(_grad, params))
         alike = (
             {*map(type, params), *map(type, grads)} == {torch.nn.Parameter, Tensor}
-            and set(map(_layout, grads)) == {torch.strided}
-            and len(set(map(_dtype, params))) == 1
-            and params[0].device.type == "cpu"
-            and set(map(len, self.state.values())) == {len(entries(params[0], group, self.moments(group)))}
+            and (not (group["stochastic_rounding"] or group["master_weights"]) or len(set(map(_dtype, params))) == 1)
+            and not (group.get("capturable") and params[0].device.type == "cpu")
+            and all(map(is_, self.state, params))
         )
-        return [Batch(group, params, params, grads, [], 0)] if alike else []
+        names = entries(params[0], group, self.moments(group)) if alike else {}
+        states = self.state.values()
+        if set(map(len, states)) != {len(names)}:
+            return []
+        try:
+            columns = {name: list(map(itemgetter(name), states)) for name in names}
+        except KeyError:
+            return []
+        self._references.hold(columns)
+        return [(Batch(group, params, params, grads, [], 0), columns)]
+
+    def _all(self) -> list[tuple[Batch, Columns]]:
+        """What is to be stepped, with its state."""
+        return [(batch, self._columns(batch)) for batch in self._batches()]
 
     def _batches(self) -> list[Batch]:
         """What is to be stepped, all of it checked."""
@@ -249,23 +274,26 @@ class FusedOptimizer(torch.optim.Optimizer):
                 number + len(self.param_groups) * kind,
             )
 
-    def _columns(self, batch: Batch) -> dict[str, list[Tensor]]:
+    def _columns(self, batch: Batch) -> Columns:
         """The state of a batch by entry, made where it is not there yet."""
         moments = self.moments(batch.group)
         wanted: dict[str, Entry] = entries(batch.origin[0], batch.group, moments)
-        if len(self.state) == len(batch.origin) and all(map(is_, self.state, batch.origin)):
-            states = list(self.state.values())  # without a look for each
-        else:
-            states = [self.state[parameter] for parameter in batch.origin]
+        states = [self.state[parameter] for parameter in batch.origin]
         for parameter, state in zip(batch.origin, states, strict=True):
-            if state.keys() != wanted.keys():
+            if "master" not in wanted:
+                state.pop("master", None)  # the step leaves it behind
+            if not wanted.keys() <= state.keys():
                 complete(state, parameter, entries(parameter, batch.group, moments))
         columns = {name: [state[name] for state in states] for name in wanted}
-        if tensors.is_sharded(batch.origin[0]):
-            columns = {name: list(map(tensors.local, column)) for name, column in columns.items() if name != "scales"}
-            if "scales" in wanted:
-                pairs = zip(batch.origin, (state["scales"] for state in states), strict=True)
-                columns["scales"] = [local_scales(parameter, scales, len(moments)) for parameter, scales in pairs]
+        for name, column in columns.items():
+            if name == "scales":
+                held = [len(self.held_moments(batch.group, state)) for state in states]
+                rows = zip(batch.origin, column, held, strict=True)
+                columns[name] = [
+                    local_scales(parameter, scales, len(moments), kept) for parameter, scales, kept in rows
+                ]
+            elif tensors.is_sharded(batch.origin[0]):
+                columns[name] = list(map(tensors.local, column))
         return columns
 
     @contextlib.contextmanager
@@ -306,12 +334,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         groups, state = loaded(self._who, self.param_groups, state_dict, self)
-        self.__setstate__({"state": state, "param_groups": groups})
+        self.__setstate__({"state": state, "param_groups": groups, "_references": tensors.References()})
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_masks": self._masks, "_built": True, "_swapped": False}
+        made = {"_built": True, "_swapped": False, "_references": tensors.References()}
+        return super().__getstate__() | {"_masks": self._masks} | made
 
 
 def _common(batch: Batch, state: Mapping[str, list[Tensor]], scaling: norm.Scaling) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from burnish.optim.state import Moment
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+_AVERAGE, _MOMENTUM = Moment("grad_avg", torch.int8), Moment("momentum_buffer", torch.int8)
+
 
 class RMSprop(FusedOptimizer):
     """torch.optim.RMSprop.
@@ -40,6 +42,7 @@ class RMSprop(FusedOptimizer):
     """
 
     required = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered")
+    optional = (_AVERAGE, _MOMENTUM)
 
     def __init__(
         self,
@@ -76,9 +79,9 @@ class RMSprop(FusedOptimizer):
     def moments(self, group: Mapping[str, Any]) -> tuple[Moment, ...]:
         found = [Moment("square_avg", torch.uint8)]
         if group["centered"]:
-            found.append(Moment("grad_avg", torch.int8))
+            found.append(_AVERAGE)
         if group["momentum"] > 0:
-            found.append(Moment("momentum_buffer", torch.int8))
+            found.append(_MOMENTUM)
         return tuple(found)
 
     def check_group(self, group: Mapping[str, Any]) -> None:

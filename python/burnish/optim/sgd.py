@@ -39,6 +39,7 @@ class SGD(FusedOptimizer):
     """
 
     required = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
+    optional = (_MOMENTUM,)
 
     def __init__(
         self,

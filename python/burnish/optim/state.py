@@ -11,6 +11,9 @@ torch.distributed.checkpoint cuts it anew for another number of processes. ``sca
 moments * blocks]``, in which every shard has the room of the largest: blocks are of a shard, so int8 moments load into
 the same number of shards alone.
 
+What an option that is switched off between steps leaves behind (``max_exp_avg_sq``, a momentum buffer) stays, is saved
+and loads, and is taken up again where the option is on, as torch.optim does; but a step without masters drops them.
+
 A state dict of torch.optim loads: its moments, which have the parameter's dtype, become fp32 or bf16, and what it lacks
 (masters, averages) starts at the next step from the parameter. Our own loads as it was saved, dtypes included: torch's
 ``load_state_dict`` would round the fp32 moments of a bf16 parameter. As torch.optim, it copies nothing where dtype and
@@ -94,10 +97,10 @@ def _scales_shape(parameter: Tensor, moments: int) -> tuple[int, ...]:
     return (shards(parameter) * moments * blocks,) if is_sharded(parameter) else (moments, blocks)
 
 
-def local_scales(parameter: Tensor, scales: Tensor, moments: int) -> Tensor:
-    """Those of the elements that this process holds, ``[moments, blocks]``."""
+def local_scales(parameter: Tensor, scales: Tensor, moments: int, held: int) -> Tensor:
+    """Those of the elements that this process holds and of the first ``moments`` of ``held``, ``[moments, blocks]``."""
     if not is_sharded(parameter):
-        return scales
+        return scales[:moments] if moments < held == len(scales) else scales
     blocks = -(-local(parameter).numel() // BLOCK)
     return local(scales)[: moments * blocks].view(moments, blocks)
 
@@ -106,6 +109,8 @@ def complete(state: dict[str, Tensor], parameter: Tensor, wanted: Mapping[str, E
     """Make what ``state`` lacks: moments as they begin, master and average from the parameter."""
     for name, entry in wanted.items():
         if name in state:
+            if name == "scales" and _lacks_rows(state[name].shape, entry.shape):
+                state[name] = _grown(state[name], parameter, entry)
             continue
         if entry.like and entry.dtype is torch.float32 and name in ("master", "ema"):
             state[name] = parameter.detach().to(torch.float32, copy=True)
@@ -115,6 +120,18 @@ def complete(state: dict[str, Tensor], parameter: Tensor, wanted: Mapping[str, E
             state[name] = _sharded_scales(parameter, entry)
         else:
             state[name] = torch.full(entry.shape, entry.initial, dtype=entry.dtype, device=parameter.device)
+
+
+def _lacks_rows(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    return tuple(shape[1:]) == tuple(wanted[1:]) and shape[0] < wanted[0]
+
+
+def _grown(scales: Tensor, parameter: Tensor, entry: Entry) -> Tensor:
+    """Scales with room for more moments, which come after those that there are."""
+    made: dict[str, Tensor] = {}
+    complete(made, parameter, {"scales": entry})
+    local(made["scales"]).view(-1)[: local(scales).numel()].copy_(local(scales).view(-1))
+    return made["scales"]
 
 
 def _sharded_scales(parameter: Any, entry: Entry) -> Tensor:
@@ -136,7 +153,7 @@ def loaded(
 
     Args:
         who: what an error begins with.
-        optimizer: has ``check_group(group)``, ``moments(group)``, ``adopted(values)`` and ``defaults``.
+        optimizer: has ``check_group(group)``, ``held_moments(group, state)``, ``adopted(values)`` and ``defaults``.
 
     Raises:
         ValueError: of another optimizer, a newer version, other groups, or with missing, unknown or wrong entries.
@@ -164,7 +181,7 @@ def loaded(
         parameter, group, name, ours = of_id[key]
         values = values if ours else optimizer.adopted(values)
         if values:
-            wanted = entries(parameter, group, optimizer.moments(group))
+            wanted = entries(parameter, _with_left(group, values), optimizer.held_moments(group, values))
             state[parameter] = _entries_of(f"{who}: state of {name}", parameter, values, wanted, ours)
     return new, state
 
@@ -197,6 +214,16 @@ def _group(who: str, number: int, mine: Mapping[str, Any], theirs: Mapping[str, 
                 "it is of another optimizer"
             )
     return group
+
+
+def _with_left(group: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of ``group``, and those that are off since but have left something in ``values``."""
+    left: dict[str, Any] = {}
+    if "ema" in values and group["ema_decay"] is None:
+        left["ema_decay"] = 0.0
+    if "master" in values and group["master_weights"] is None:
+        left["master_weights"] = "split" if getattr(values["master"], "dtype", None) is torch.uint8 else "fp32"
+    return {**group, **left}
 
 
 def _entries_of(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from operator import is_
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -68,6 +69,33 @@ def largest_shard(parameter: Any) -> int:
             cut = parameter.placements[dim].dim
             sizes[cut] = -(-sizes[cut] // parameter.device_mesh.size(dim))
     return math.prod(sizes)
+
+
+class References:
+    """References of C++ to lists of small tensors that only Python refers to.
+
+    A call of an op takes and drops a reference to each tensor. Where it is the only one of C++, PyTorch takes and drops
+    the tensor's Python object with it, and for that the interpreter's lock: some 50 ns a tensor and call. A large tensor
+    is worth that, and its memory should go when its owner lets go of it.
+    """
+
+    _MOST_ELEMENTS: ClassVar[int] = 4096
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+
+    def hold(self, columns: Mapping[str, list[Tensor]]) -> None:
+        """Refer to the tensors of ``columns``, and to no others."""
+        self._held = {name: self._views(name, column) for name, column in columns.items()}
+
+    def _views(self, name: str, column: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """A column and views of it, each of which refers to what it is of; nothing where a tensor is large."""
+        held = self._held.get(name, ([], []))
+        if len(held[0]) == len(column) and all(map(is_, held[0], column)):
+            return held
+        if any(tensor.numel() > self._MOST_ELEMENTS for tensor in column):
+            return [], []
+        return column, [tensor.view_as(tensor) for tensor in column]
 
 
 def same_order(a: Tensor, b: Tensor) -> bool:

@@ -1,0 +1,169 @@
+"""What may change between the steps of an optimizer: options, parameters, gradients and state, by anybody's hand."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from burnish import optim
+from optimizers import OPTIMIZERS
+from torch import nn
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((7, 5), (300,), (), (0, 3), (4, 3, 2))
+    return [nn.Parameter(torch.randn(shape, generator=draw).to(dtype)) for shape in shapes]
+
+
+def push(params: list[nn.Parameter], step: int) -> None:
+    draw = torch.Generator().manual_seed(100 + step)
+    for parameter in params:
+        parameter.grad = torch.randn(parameter.shape, generator=draw).to(parameter.dtype)
+
+
+#: options that are switched between steps; int8 excludes the last ones
+SWITCHED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("AdamW", {"amsgrad": True}, {"amsgrad": False}),
+    ("SGD", {"momentum": 0.9}, {"momentum": 0.0}),
+    ("RMSprop", {"momentum": 0.9}, {"momentum": 0.0}),
+    ("Adam", {"ema_decay": 0.5, "amsgrad": True}, {"ema_decay": None, "amsgrad": False}),
+    ("AdamW", {"master_weights": "split"}, {"master_weights": None}),
+    ("RMSprop", {"centered": True, "momentum": 0.9}, {"centered": False, "momentum": 0.0}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "on", "off", "state_dtype"),
+    [(*case, "fp32") for case in SWITCHED] + [(*case, "int8") for case in SWITCHED[:-1]],
+)
+def test_what_an_option_leaves_behind_is_saved_loads_and_is_taken_up_again(
+    name: str, on: dict[str, Any], off: dict[str, Any], state_dtype: str
+) -> None:
+    dtype = torch.bfloat16 if "master_weights" in on else torch.float32
+    plain = state_dtype == "fp32" and on.keys() <= {"amsgrad", "momentum", "centered"}
+    mine, loaded, other = parameters(dtype), parameters(dtype), parameters(dtype)
+    make, twin = OPTIMIZERS[name].ours, OPTIMIZERS[name].theirs
+    here = make(mine, lr=0.1, state_dtype=state_dtype, **off)
+    there = twin(other, lr=0.1, **(off if plain else {}))
+    back = None
+    for step, options in enumerate([on, on, off, off, on, on]):
+        here.param_groups[0].update(options)
+        if plain:
+            there.param_groups[0].update(options)
+        if step == 3:
+            back = make(loaded, lr=0.1)
+            back.load_state_dict(copy.deepcopy(here.state_dict()))
+            with torch.no_grad():
+                torch._foreach_copy_(loaded, mine)
+        pairs = [(here, mine)] + [(there, other)] * plain
+        if back is not None:
+            back.param_groups[0].update(options)
+            pairs.append((back, loaded))
+        for optimizer, params in pairs:
+            push(params, step)
+            optimizer.step()
+    assert all(torch.equal(*pair) for pair in zip(mine, loaded, strict=True))
+    if plain:
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "split"])
+def test_a_step_without_masters_makes_them_anew(kind: str) -> None:
+    params = parameters(torch.bfloat16)
+    optimizer = optim.AdamW(params, lr=0.1)
+    for step, masters in enumerate([kind, None, kind]):
+        optimizer.param_groups[0]["master_weights"] = masters
+        before = [parameter.detach().clone() for parameter in params]
+        push(params, step)
+        optimizer.step()
+        assert ("master" in optimizer.state[params[0]]) == (masters is not None)
+        for one, two in zip(before, params, strict=True):  # no further than a step, not back to where masters once were
+            torch.testing.assert_close(one.float(), two.float(), rtol=0, atol=0.15)
+
+
+@pytest.mark.parametrize("state_dtype", ["fp32", "int8"])
+def test_an_option_that_comes_late_begins_like_a_new_one(state_dtype: str) -> None:
+    late, never = parameters(), parameters()
+    for params, amsgrad in ((late, True), (never, False)):
+        optimizer = optim.AdamW(params, lr=0.1, state_dtype=state_dtype)
+        for step in range(2):
+            push(params, 0)
+            optimizer.step()
+            optimizer.param_groups[0]["amsgrad"] = amsgrad
+            if step and amsgrad:
+                assert optimizer.state[params[0]]["max_exp_avg_sq"].shape == params[0].shape
+    # the greatest of zeros and the second moment is the second moment, but for the rounding of codes
+    torch.testing.assert_close(late, never, rtol=1e-6 if state_dtype == "fp32" else 0.05, atol=1e-6)
+
+
+def shuffle(optimizer: torch.optim.Optimizer) -> None:
+    first = next(iter(optimizer.state))
+    optimizer.state[first] = optimizer.state.pop(first)
+
+
+def lose(optimizer: torch.optim.Optimizer) -> None:
+    del optimizer.state[optimizer.param_groups[0]["params"][1]]
+
+
+CHANGES: dict[str, Any] = {
+    "parameter": lambda o, p, s: setattr(p, "data", torch.full((300,), 0.5)),
+    "parameter in place": lambda o, p, s: p.data.mul_(2),
+    "memory": lambda o, p, s: p.data.set_(torch.arange(300.0)),
+    "shape": lambda o, p, s: [
+        setattr(each, "data", each.data.view(20, 15)) for each in (p, s["exp_avg"], s["exp_avg_sq"])
+    ],
+    "moment": lambda o, p, s: s.update(exp_avg=torch.ones(300)),
+    "moment in place": lambda o, p, s: s["exp_avg"].fill_(0.25),
+    "memory of a moment": lambda o, p, s: setattr(s["exp_avg_sq"], "data", torch.ones(300)),
+    "count": lambda o, p, s: s.update(step=torch.tensor(7.0)),
+    "rate": lambda o, p, s: o.param_groups[0].update(lr=0.3),
+    "decay": lambda o, p, s: o.param_groups[0].update(weight_decay=0.7, betas=(0.5, 0.6), eps=1e-3, maximize=True),
+    "frozen": lambda o, p, s: setattr(p, "grad", None),
+    "order": lambda o, p, s: shuffle(o),
+    "lost": lambda o, p, s: lose(o),
+    "all lost": lambda o, p, s: o.state.clear(),
+    "another group": lambda o, p, s: o.add_param_group({"params": [nn.Parameter(torch.ones(3))]}),
+    "loaded": lambda o, p, s: o.load_state_dict(copy.deepcopy(o.state_dict())),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_changes_between_steps_is_what_is_stepped(change: Any) -> None:
+    both = []
+    for make in (optim.AdamW, torch.optim.AdamW):
+        params = parameters()
+        optimizer = make(params, lr=0.1)
+        for step in range(5):
+            push(params, step)
+            if step == 3:
+                grad = params[1].grad
+                change(optimizer, params[1], optimizer.state[params[1]])
+                if params[1].grad is not None and params[1].shape != grad.shape:
+                    params[1].grad = grad.view(params[1].shape)
+            optimizer.step()
+        both.append([params, [optimizer.state[parameter]["exp_avg"] for parameter in params]])
+    torch.testing.assert_close(*both, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("elements", [10, 100_000])
+def test_replaced_state_goes_when_its_owner_lets_go(elements: int) -> None:
+    """Of small parameters, whose state the optimizer has its own references to, by the next step."""
+    parameter = nn.Parameter(torch.ones(elements))
+    optimizer = optim.AdamW([parameter])
+    parameter.grad = torch.ones(elements)
+    for _ in range(2):
+        optimizer.step()
+    gone = weakref.ref(optimizer.state[parameter]["exp_avg"])
+    optimizer.state[parameter]["exp_avg"] = torch.zeros(elements)
+    if elements < 100:
+        assert gone() is not None
+        optimizer.step()
+    assert gone() is None
+    optimizer.step()
+    gone = weakref.ref(optimizer.state[parameter]["exp_avg"])
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert gone() is None
