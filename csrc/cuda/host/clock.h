@@ -14,7 +14,6 @@ namespace burnish::host {
 class Clock {
  public:
   Clock() = default;
-  Clock(uint32_t thread, uint64_t time) : steps_{{thread, time}, {thread + 1, 0}} {}
 
   // Knows these threads, in ascending order, up to `time`.
   Clock(const std::vector<uint32_t>& threads, uint64_t time) {
@@ -35,10 +34,6 @@ class Clock {
 
   // Takes up what `other` knows.
   void join(const Clock& other) {
-    if (steps_.empty() || other.steps_.empty()) {
-      if (steps_.empty()) steps_ = other.steps_;
-      return;
-    }
     std::vector<Step> all;
     std::merge(steps_.begin(), steps_.end(), other.steps_.begin(), other.steps_.end(), std::back_inserter(all));
     for (auto& [thread, time] : all) time = std::max((*this)[thread], other[thread]);

@@ -9,8 +9,7 @@
 namespace burnish::host {
 namespace {
 
-constexpr size_t kSector = 32;
-constexpr size_t kBanks = 32;
+constexpr size_t kSector = 32, kBanks = 32;
 
 // What the accesses of one instruction have in common.
 struct Site {

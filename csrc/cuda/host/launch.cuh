@@ -16,10 +16,8 @@ inline void __syncthreads(burnish::host::Where where = burnish::host::Where::cur
 }
 
 inline void __syncwarp(uint32_t mask = 0xffffffffu, burnish::host::Where where = burnish::host::Where::current()) {
-  const burnish::host::Threads threads = burnish::host::arrive("__syncwarp", {mask, where}, nullptr, false);
-  if (threads.empty()) return;
-  burnish::host::share(threads);  // it alone of the warp's collectives orders accesses to memory
-  burnish::host::depart(threads);
+  // it alone of the warp's collectives orders accesses to memory
+  burnish::host::meet("__syncwarp", {mask, where}, nullptr, false, [](auto& lanes) { burnish::host::share(lanes); });
 }
 
 // Intrinsics that have a wrapper in ptx.cuh, or none yet, stop the launch with their name.
@@ -56,43 +54,33 @@ inline bool is_capturing(cudaStream_t) { return false; }
 // An H100's.
 inline DeviceLimits device_limits(int32_t) { return {132, 228 << 10, true, true}; }
 
-// A grid, and the line that launches it.
-struct Grid {
-  dim3 size;
-  host::Where where;
-  Grid(dim3 size, host::Where where = host::Where::current()) : size(size), where(where) {}
-};
+using Grid = host::At<dim3>;
 
-namespace detail {
-
+// What all launches are; their arguments are converted to the kernel's parameter types.
 template <class... Parameters>
-void run(void (*kernel)(Parameters...), const Grid& grid, dim3 block, size_t shared_bytes, unsigned cluster,
-         bool cooperative, bool dependent, auto... arguments) {
-  host::run({grid.size, block, shared_bytes, [&] { kernel(static_cast<Parameters>(arguments)...); },
-             reinterpret_cast<const void*>(kernel), grid.where, cluster, cooperative, dependent});
+void launch_as(host::Special how, void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_bytes,
+               cudaStream_t, auto... arguments) {
+  host::run({how, grid.value, block, shared_bytes, [&] { kernel(static_cast<Parameters>(arguments)...); },
+             reinterpret_cast<const void*>(kernel), grid.where});
 }
 
-}  // namespace detail
+void launch(auto kernel, Grid grid, auto... rest) { launch_as({}, kernel, grid, rest...); }
 
-void launch(auto kernel, Grid grid, dim3 block, size_t shared_bytes, cudaStream_t, auto... arguments) {
-  detail::run(kernel, grid, block, shared_bytes, 1, false, false, arguments...);
+void launch_dependent(auto kernel, Grid grid, auto... rest) { launch_as({.dependent = true}, kernel, grid, rest...); }
+
+void launch_cooperative(auto kernel, Grid grid, auto... rest) {
+  launch_as({.cooperative = true}, kernel, grid, rest...);
 }
 
-void launch_dependent(auto kernel, Grid grid, dim3 block, size_t shared_bytes, cudaStream_t, auto... arguments) {
-  detail::run(kernel, grid, block, shared_bytes, 1, false, true, arguments...);
+void launch_cluster(auto kernel, Grid grid, dim3 block, unsigned cluster, auto... rest) {
+  launch_as({.cluster = cluster}, kernel, grid, block, rest...);
 }
 
-void launch_cooperative(auto kernel, Grid grid, dim3 block, size_t shared_bytes, cudaStream_t, auto... arguments) {
-  detail::run(kernel, grid, block, shared_bytes, 1, true, false, arguments...);
-}
-
-void launch_cluster(auto kernel, Grid grid, dim3 block, unsigned cluster, size_t shared_bytes, cudaStream_t,
-                    auto... arguments) {
-  detail::run(kernel, grid, block, shared_bytes, cluster, false, false, arguments...);
-}
-
-int resident_blocks(auto /*kernel*/, dim3 block, size_t shared_bytes, int32_t) {
-  return static_cast<int>(host::resident_blocks(block, shared_bytes));
+int resident_blocks(auto /*kernel*/, dim3 block, size_t shared_bytes, int32_t device) {
+  const auto [multiprocessors, shared_memory, dependent, clusters] = device_limits(device);
+  const uint64_t threads = host::volume(block);
+  const uint64_t each = std::min<uint64_t>({32, 2048 / threads, shared_memory / (shared_bytes + 1024)});
+  return static_cast<int>(std::min(each * multiprocessors, host::kMaxTogether / threads));
 }
 
 }  // namespace burnish

@@ -15,34 +15,24 @@ constinit thread_local Machine* machine = nullptr;
 
 namespace {
 
-#if defined(__SANITIZE_ADDRESS__)
-constexpr size_t kStackBytes = 256 << 10;
-#else
-constexpr size_t kStackBytes = 64 << 10;
-#endif
-// an H100's limits, and how many threads at once this machine has stacks for
+constexpr size_t kStackBytes = 256 << 10;  // with room for AddressSanitizer's frames; only what is used takes memory
+// an H100's limits
 constexpr unsigned kMaxBlockThreads = 1024;
 constexpr size_t kMaxSharedBytes = 227 << 10;
-constexpr unsigned kMultiprocessors = 132;
-constexpr uint64_t kMaxTogether = 24576;
 // longer than any wait for a thread that is going to come
 constexpr uint64_t kMaxIdle = 1 << 22, kMaxIdleEach = 1 << 18;  // pauses, of all threads and for each
 
 BURNISH_FAST_TLS constinit thread_local uint64_t random_state = 1;
 
-struct Unmap {
-  void operator()(char* stack) const { munmap(stack, kPage + kStackBytes); }
-};
-
 // A stack for each thread, above a page that no access survives; more are added as launches need them.
-thread_local std::vector<std::unique_ptr<char, Unmap>> stacks;
+thread_local std::vector<std::shared_ptr<char>> stacks;
 
 char* stack_of(size_t thread) {
   while (stacks.size() <= thread) {
     constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     void* stack = mmap(nullptr, kPage + kStackBytes, PROT_READ | PROT_WRITE, kFlags, -1, 0);
     if (stack == MAP_FAILED) throw std::bad_alloc();
-    stacks.emplace_back(static_cast<char*>(stack));
+    stacks.emplace_back(static_cast<char*>(stack), [](char* mapped) { munmap(mapped, kPage + kStackBytes); });
     mprotect(stack, kPage, PROT_NONE);
   }
   return stacks[thread].get() + kPage;
@@ -99,8 +89,8 @@ void come(Barrier& barrier, std::span<Thread> threads, size_t count, bool waits,
   if (waits) {
     here().wait = {.name = name, .where = where, .barrier = &barrier};
   } else {
+    share({&here()});
     barrier.known.join(*here().clock);
-    barrier.known.join(Clock(here().number, machine->now++));
   }
   if (barrier.came == expected) {
     Threads waiting;
@@ -115,23 +105,18 @@ void come(Barrier& barrier, std::span<Thread> threads, size_t count, bool waits,
   if (waits) next(here().context);
 }
 
-uint64_t volume(dim3 size) { return uint64_t{size.x} * size.y * size.z; }
-
 // Where an item lies in a box of this size, by its number.
-template <class Number>
-uint3 place_in(dim3 size, Number number) {
-  const Number rest = number / size.x;
-  return {static_cast<unsigned>(number % size.x), static_cast<unsigned>(rest % size.y),
-          static_cast<unsigned>(rest / size.y)};
+uint3 place_in(dim3 size, uint64_t number) {
+  const auto rest = static_cast<unsigned>(number / size.x);
+  return {static_cast<unsigned>(number % size.x), rest % size.y, rest / size.y};
 }
 
 // The blocks that run together, from the one with this number on.
 void run_together(uint64_t number) {
   Machine& m = *machine;
-  m.began = m.now++;
+  m.began = ++m.now;
   m.everyone = {};
   m.idle = 0;
-  m.error = nullptr;
   m.ready.clear();
   m.clocks.assign(1, {});
   for (unsigned b = 0; b < m.blocks.size(); ++b) {
@@ -139,20 +124,17 @@ void run_together(uint64_t number) {
     fill_shared(b);
   }
   for (unsigned i = 0; i < m.threads.size(); ++i) {
-    Thread& thread = m.threads[i];
-    thread.block = i / m.block_threads;
-    thread.in_block = i % m.block_threads;
-    thread.index = place_in(m.launch->block, thread.in_block);
-    thread.number = static_cast<uint32_t>(number * m.block_threads + i + kLaunchBefore + 1);
-    thread.wait = {};
-    thread.copies.clear();
-    thread.group = 0;
-    thread.clock = &m.clocks[0];
-    begin_context(thread.context, stack_of(i), kStackBytes, thread_entry);
-    m.ready.push_back(&thread);
+    const unsigned block = i / m.block_threads, in_block = i % m.block_threads;
+    m.threads[i] = {.index = place_in(m.launch->block, in_block),
+                    .block = block,
+                    .in_block = in_block,
+                    .number = static_cast<uint32_t>(number * m.block_threads + i + kLaunchBefore + 1),
+                    .clock = &m.clocks[0]};
+    begin_context(m.threads[i].context, stack_of(i), kStackBytes, thread_entry);
+    m.ready.push_back(&m.threads[i]);
   }
   next(m.scheduler);
-  if (m.error) std::rethrow_exception(m.error);
+  if (m.error) std::rethrow_exception(std::exchange(m.error, nullptr));
   if (std::ranges::any_of(m.threads, [](const Thread& thread) { return thread.wait.name != nullptr; })) stop_deadlock();
   for (unsigned b = 0; b < m.blocks.size(); ++b) check_shared(b);
   count_blocks();
@@ -195,12 +177,6 @@ void run(const Launch& launch) {
   for (const uint64_t i : order) run_together(i * together);
 }
 
-unsigned resident_blocks(dim3 block, size_t shared_bytes) {
-  const uint64_t threads = volume(block);
-  const uint64_t each = std::min<uint64_t>({32, 2048 / threads, (228 << 10) / (shared_bytes + 1024)});
-  return static_cast<unsigned>(std::min<uint64_t>(each * kMultiprocessors, kMaxTogether / threads));
-}
-
 void pause(Where where) {
   if (++machine->idle > std::max(kMaxIdle, kMaxIdleEach * machine->threads.size())) {
     stop(where, "waits in a loop for what no thread does");
@@ -223,31 +199,21 @@ void barrier_together(const char* name, bool cooperative, Where where) {
   come(machine->everyone, machine->threads, 0, true, name, where);
 }
 
-Threads arrive(const char* name, Mask mask, void* brought, bool aligned) {
+void meet(const char* name, Mask mask, void* brought, bool aligned, const std::function<void(const Threads&)>& act) {
   const unsigned own = lane(), size = std::min(kWarp, machine->block_threads - (here().in_block - own));
-  if ((mask.lanes >> own & 1) == 0) stop(mask.where, name, ": the mask leaves out the lane that calls");
-  if (mask.lanes >> (size - 1) > 1) stop(mask.where, name, ": the mask names a lane the warp lacks");
-  here().wait = {.name = name, .where = mask.where, .mask = mask.lanes, .brought = brought};
-  const std::span warp(&here() - own, size);
-  const auto named = [&](const Thread& thread) { return (mask.lanes >> thread.in_block % kWarp & 1) != 0; };
-  const auto missing = [&](const Thread& thread) {
+  if ((mask.value >> own & 1) == 0) stop(mask.where, name, ": the mask leaves out the lane that calls");
+  if (mask.value >> (size - 1) > 1) stop(mask.where, name, ": the mask names a lane the warp lacks");
+  here().wait = {.name = name, .where = mask.where, .mask = mask.value, .brought = brought};
+  Threads& threads = machine->meeting;
+  threads.clear();
+  for (Thread& thread : std::span(&here() - own, size)) {
+    if ((mask.value >> thread.in_block % kWarp & 1) == 0) continue;
     const Wait& wait = thread.wait;
-    const bool same = wait.mask == mask.lanes && wait.name == name;
-    return named(thread) && (!same || (aligned && !same_place(wait.where, mask.where)));
-  };
-  Threads threads;
-  if (std::ranges::any_of(warp, missing)) {
-    next(here().context);
-    return threads;
+    const bool same = wait.mask == mask.value && wait.name == name;
+    if (!same || (aligned && !same_place(wait.where, mask.where))) return next(here().context);
+    threads.push_back(&thread);
   }
-  threads.reserve(kWarp);
-  for (Thread& thread : warp) {
-    if (named(thread)) threads.push_back(&thread);
-  }
-  return threads;
-}
-
-void depart(const Threads& threads) {
+  act(threads);
   release(threads);
   next(here().context);
 }

@@ -38,9 +38,8 @@
 struct uint3 {
   unsigned x, y, z;
 };
-struct dim3 {
-  unsigned x, y, z;
-  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+struct dim3 : uint3 {
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : uint3{x, y, z} {}
 };
 BURNISH_FAST_TLS extern constinit thread_local uint3 threadIdx, blockIdx;
 BURNISH_FAST_TLS extern constinit thread_local dim3 blockDim, gridDim;
@@ -49,21 +48,24 @@ namespace burnish::host {
 
 using Where = std::source_location;
 
-constexpr unsigned kWarp = 32;
-constexpr unsigned kBarriers = 16;
-constexpr size_t kWord = 4;
-constexpr size_t kPage = 4096;
-constexpr uint32_t kLaunchBefore = 0;  // the thread number that stands for all that the launch before did
+constexpr unsigned kWarp = 32, kBarriers = 16;
+constexpr size_t kWord = 4, kPage = 4096;
+constexpr uint64_t kMaxTogether = 24576;  // threads that run at the same time: all of a cooperative launch
+constexpr uint32_t kLaunchBefore = 0;     // the thread number that stands for all that the launch before did
 
-struct Launch {
+// How a launch differs from an ordinary one.
+struct Special {
+  unsigned cluster = 1;      // blocks that run at the same time
+  bool cooperative = false;  // all of them do
+  bool dependent = false;    // may have started before the launch before it ended
+};
+
+struct Launch : Special {
   dim3 grid, block;
   size_t shared_bytes;
   std::function<void()> thread;  // the kernel, with its arguments
   const void* kernel;
   Where where;
-  unsigned cluster;  // blocks that run at the same time
-  bool cooperative;  // all of them do
-  bool dependent;    // may have started before the launch before it ended
 };
 
 // An asynchronous copy that its thread has not waited for.
@@ -92,13 +94,13 @@ struct Wait {
 };
 
 struct Thread {
-  Context context;
+  Context context{};
   uint3 index;
   unsigned block, in_block;  // among those that run together; its number there
   uint32_t number;           // in the launch
-  Wait wait;
-  std::vector<Copy> copies;
-  uint64_t group;  // of the next copy
+  Wait wait{};
+  std::vector<Copy> copies{};
+  uint64_t group = 0;  // of the next copy
   const Clock* clock;
 };
 using Threads = std::vector<Thread*>;  // in ascending order
@@ -136,6 +138,7 @@ struct Machine {
   std::vector<Thread> threads;  // of all these blocks
   Threads ready;
   Thread* current;
+  Threads meeting;  // in a collective; kept between them for its memory only
   Barrier everyone;
   std::deque<Clock> clocks;  // that these threads have had
   uint64_t now;              // ticks whenever threads meet
@@ -148,6 +151,7 @@ struct Machine {
 
 BURNISH_FAST_TLS extern constinit thread_local Machine* machine;
 
+inline uint64_t volume(const uint3& size) { return uint64_t{size.x} * size.y * size.z; }
 inline Thread& here() { return *machine->current; }
 inline unsigned lane() { return here().in_block % kWarp; }
 
@@ -159,9 +163,6 @@ void set_seed(uint64_t seed);
 // Runs every block of a launch; throws std::runtime_error where the kernel cannot go on.
 void run(const Launch& launch);
 
-// How many blocks of this size a cooperative launch may have.
-unsigned resident_blocks(dim3 block, size_t shared_bytes);
-
 // A point at which the hardware might let another thread run.
 void pause(Where where);
 
@@ -171,31 +172,30 @@ void barrier(unsigned id, unsigned count, bool waits, const char* name, Where wh
 // Waits for all threads of the blocks that run together: those of a cooperative launch, or else of a cluster.
 void barrier_together(const char* name, bool cooperative, Where where);
 
-// Lanes of a warp, a bit each, and the line that calls them together.
-struct Mask {
-  uint32_t lanes;
+// An argument, and the line that passes it.
+template <class T>
+struct At {
+  T value;
   Where where;
-  Mask(uint32_t lanes, Where where = Where::current()) : lanes(lanes), where(where) {}
+  At(T value, Where where = Where::current()) : value(value), where(where) {}
 };
+using Mask = At<uint32_t>;  // lanes of a warp, a bit each
 
-// Comes to a collective, an aligned one only with those at the same place. The lane that comes last gets all of them,
-// and calls depart(); the others return after that, with none.
-Threads arrive(const char* name, Mask mask, void* brought, bool aligned);
-void depart(const Threads& threads);
+// Comes to a collective, an aligned one only with those at the same place. The lane that comes last runs act() for all.
+void meet(const char* name, Mask mask, void* brought, bool aligned, const std::function<void(const Threads&)>& act);
 
 // What these threads know and did until now, beside what the clock knows, becomes known to all of them.
 void share(const Threads& threads, Clock clock = {});
 
-// compute(lanes) once for a warp, with pointers to what each lane of the mask brought, null for the others. It may
-// change that; each lane gets its own back.
+// compute(lanes) once for a warp, with pointers to what the lanes of the mask brought, in their order. It may change
+// that; each lane gets its own back.
 template <class Mine>
 Mine collective(const char* name, Mask mask, Mine mine, const auto& compute, bool aligned = false) {
-  const Threads threads = arrive(name, mask, &mine, aligned);
-  if (threads.empty()) return mine;
-  std::array<Mine*, kWarp> lanes{};
-  for (const Thread* thread : threads) lanes[thread->in_block % kWarp] = static_cast<Mine*>(thread->wait.brought);
-  compute(lanes);
-  depart(threads);
+  meet(name, mask, &mine, aligned, [&compute](const Threads& threads) {
+    std::vector<Mine*> lanes(threads.size());
+    for (size_t i = 0; i < lanes.size(); ++i) lanes[i] = static_cast<Mine*>(threads[i]->wait.brought);
+    compute(lanes);
+  });
   return mine;
 }
 

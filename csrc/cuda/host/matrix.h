@@ -3,6 +3,8 @@
 // at the end; a tensor core rounds inside the sum, in ways of its own.
 #pragma once
 
+#include <algorithm>
+#include <concepts>
 #include <cstring>
 
 #include "cuda/host/machine.h"
@@ -11,51 +13,34 @@
 namespace burnish {
 namespace host {
 
-inline double exact(bf16 value) { return to_float(value); }
-inline double exact(fp16 value) { return to_float(value); }
-inline uint32_t exact(int8_t value) { return static_cast<uint32_t>(value); }
-inline uint32_t exact(uint8_t value) { return value; }
+double exact(auto half) { return to_float(half); }
+uint32_t exact(std::integral auto byte) { return static_cast<uint32_t>(byte); }
 
-// visit(values in the matrix, byte in the fragment, bytes) for each part of a matrix that a lane holds. All fragments
-// are made of tiles of eight rows, first down the matrix, then along it; of each, lane 4 g + t holds a part of row g,
-// the t-th of four: a word, or two sums.
-template <class T, int Rows, int Columns>
-void each_part(T (&matrix)[Rows][Columns], unsigned lane, const auto& visit) {
-  constexpr int kValues = sizeof(T) == 1 ? 4 : 2, kBytes = kValues * sizeof(T);
+// Copies the parts of a matrix that a lane holds to its fragment, or from there. All fragments are made of tiles of
+// eight rows, first down the matrix, then along it; of each, lane 4 g + t holds a part of row g, the t-th of four: a
+// word, or two sums.
+enum class To { kMatrix, kFragment };
+template <To to, class T, int Rows, int Columns>
+void copy_parts(T (&matrix)[Rows][Columns], auto* fragment, unsigned lane) {
+  constexpr int kValues = sizeof(T) == 1 ? 4 : 2, kWords = kValues * sizeof(T) / 4;
   for (int i = 0; i < Rows * Columns / (32 * kValues); ++i) {
-    visit(&matrix[lane / 4 + i * 8 % Rows][(lane % 4 + i * 8 / Rows * 4) * kValues], i * kBytes, kBytes);
+    T* part = &matrix[lane / 4 + i * 8 % Rows][(lane % 4 + i * 8 / Rows * 4) * kValues];
+    if constexpr (to == To::kMatrix) std::memcpy(part, fragment + i * kWords, kWords * 4);
+    if constexpr (to == To::kFragment) std::memcpy(fragment + i * kWords, part, kWords * 4);
   }
-}
-
-void gather(auto& matrix, const void* fragment, unsigned lane) {
-  each_part(matrix, lane, [&](auto* values, int at, size_t bytes) {
-    std::memcpy(values, static_cast<const char*>(fragment) + at, bytes);
-  });
-}
-
-void scatter(auto& matrix, void* fragment, unsigned lane) {
-  each_part(matrix, lane, [&](const auto* values, int at, size_t bytes) {
-    std::memcpy(static_cast<char*>(fragment) + at, values, bytes);
-  });
 }
 
 // sums[16][8] += a[16][N] * b[8][K]^T, where the i-th value in a row of a stands at column(row, i) of K.
 template <class A, class B, class Sum, int N, int K>
 void multiply(const A (&a)[16][N], const B (&b)[8][K], Sum (&sums)[16][8], const auto& column) {
-  using Wide = decltype(exact(A()));
-  Wide columns[K][8];
-  for (int k = 0; k < K; ++k) {
-    for (int j = 0; j < 8; ++j) columns[k][j] = exact(b[j][k]);
-  }
   for (int row = 0; row < 16; ++row) {
-    Wide sum[8];
-    for (int j = 0; j < 8; ++j) sum[j] = static_cast<Wide>(sums[row][j]);
+    decltype(exact(A())) sum[8];
+    std::copy_n(sums[row], 8, sum);
     for (int i = 0; i < N; ++i) {
-      const Wide factor = exact(a[row][i]);
-      const Wide(&others)[8] = columns[column(row, i)];
-      for (int j = 0; j < 8; ++j) sum[j] += factor * others[j];
+      const int k = column(row, i);
+      for (int j = 0; j < 8; ++j) sum[j] += exact(a[row][i]) * exact(b[j][k]);
     }
-    for (int j = 0; j < 8; ++j) sums[row][j] = static_cast<Sum>(sum[j]);
+    std::copy_n(sum, 8, sums[row]);
   }
 }
 
@@ -75,12 +60,12 @@ void product(const char* name, const Operands<Sum>& mine, Where where, const aut
     B b[8][K];
     Sum sums[16][8];
     for (unsigned i = 0; i < 32; ++i) {
-      gather(a, lanes[i]->a, i);
-      gather(b, lanes[i]->b, i);
-      gather(sums, lanes[i]->sum, i);
+      copy_parts<To::kMatrix>(a, lanes[i]->a, i);
+      copy_parts<To::kMatrix>(b, lanes[i]->b, i);
+      copy_parts<To::kMatrix>(sums, lanes[i]->sum, i);
     }
     multiply(a, b, sums, [&](int row, int i) { return column(lanes, row, i); });
-    for (unsigned i = 0; i < 32; ++i) scatter(sums, lanes[i]->sum, i);
+    for (unsigned i = 0; i < 32; ++i) copy_parts<To::kFragment>(sums, lanes[i]->sum, i);
     count_event("mma");
   };
   collective(name, {kFullWarp, where}, mine, compute, true);
@@ -102,20 +87,18 @@ void load_tiles(const char* name, uint32_t (&tile)[Count], const void* row, bool
       std::memcpy(values, lanes[i]->row, sizeof values);
       for (unsigned j = 0; j < 8; ++j) tiles[transposed ? j : i % 8][i / 8 * 8 + (transposed ? i % 8 : j)] = values[j];
     }
-    for (unsigned i = 0; i < 32; ++i) scatter(tiles, lanes[i]->tile, i);
+    for (unsigned i = 0; i < 32; ++i) copy_parts<To::kFragment>(tiles, lanes[i]->tile, i);
   };
   collective(name, {kFullWarp, where}, Lane{row, tile}, compute, true);
 }
 
 }  // namespace host
 
-template <int Count>
-void load_matrix(uint32_t (&tile)[Count], const void* row, host::Where where = host::Where::current()) {
+void load_matrix(auto& tile, const void* row, host::Where where = host::Where::current()) {
   host::load_tiles("load_matrix", tile, row, false, where);
 }
 
-template <int Count>
-void load_matrix_transposed(uint32_t (&tile)[Count], const void* row, host::Where where = host::Where::current()) {
+void load_matrix_transposed(auto& tile, const void* row, host::Where where = host::Where::current()) {
   host::load_tiles("load_matrix_transposed", tile, row, true, where);
 }
 

@@ -26,13 +26,14 @@ size_t offset_of(const void* shared) {
   return static_cast<size_t>(static_cast<const unsigned char*>(shared) - memory().shared.data());
 }
 
-bool is_atomic(Access kind) { return kind >= Access::kAtomic; }
-
 const char* verb(Access kind) { return writes(kind) ? "writes " : "reads "; }
 
+constexpr size_t kGlobal = ~size_t{0};  // for a byte of shared memory
+
+std::string place(size_t byte) { return byte == kGlobal ? "global memory" : say("byte ", byte, " of shared memory"); }
+
 // fn(index from that of `address` on, mask of its bytes) for each word that these bytes are part of.
-template <class Fn>
-void each_word(const void* address, size_t bytes, const Fn& fn) {
+void each_word(const void* address, size_t bytes, const auto& fn) {
   const size_t first = reinterpret_cast<uintptr_t>(address) % kWord, end = first + bytes;
   for (size_t i = 0; i * kWord < end; ++i) {
     const size_t low = i == 0 ? first : 0, high = std::min(end - i * kWord, kWord);
@@ -49,30 +50,28 @@ Touch* global_stores(const void* address, bool note) {
 }
 
 // Stops at an access that the other one may come before or after, as the hardware chooses.
-template <class Place>
-void check_order(Access kind, const Touch& other, const char* does, const Place& place, Where where) {
+void check_order(Access kind, const Touch& other, const char* does, size_t byte, Where where) {
   const bool before = other.time < memory().launched;
   const uint32_t thread = before ? kLaunchBefore : other.thread, in_block = thread - (here().number - here().in_block);
   if (thread == here().number || other.time <= (*here().clock)[thread]) return;
   std::string who = in_block < machine->block_threads ? say("thread number ", in_block) : "another block";
   if (before) who = "the launch before";
-  stop(where, verb(kind), place(), ", which ", who, does, text(other.where),
+  stop(where, verb(kind), place(byte), ", which ", who, does, text(other.where),
        before ? ", without dependency_wait" : ", and nothing orders the two");
 }
 
 // Checks an access to bytes of a word against the last store to it and, in shared memory, the last load. Notes it.
-template <class Place>
-void touch(Access kind, uint8_t bytes, Touch& store, Touch* load, const Place& place, Where where) {
+void touch(Access kind, uint8_t bytes, Touch& store, Touch* load, size_t byte, Where where) {
   if (load != nullptr && store.time < machine->began) store = *load = {};
-  const bool before = store.time < memory().launched, atomic = is_atomic(kind);
+  const bool before = store.time < memory().launched, atomic = kind >= Access::kAtomic;
   if (load != nullptr && (atomic || !writes(kind)) && (store.held & bytes) != bytes) {
-    stop(where, "reads ", place(), ", which nothing has written");
+    stop(where, "reads ", place(byte), ", which nothing has written");
   }
   if (store.bytes & bytes) {
     if (store.pending) {
-      stop(where, verb(kind), place(), ", where a copy started at ", text(store.where), " may still arrive");
+      stop(where, verb(kind), place(byte), ", where a copy started at ", text(store.where), " may still arrive");
     }
-    if (before || !atomic || !store.atomic) check_order(kind, store, " writes at ", place, where);
+    if (before || !atomic || !store.atomic) check_order(kind, store, " writes at ", byte, where);
     if (kind == Access::kStreamingLoad) {
       stop(where, "reads as unchanging what ", before ? "the launch before" : "this launch", " writes at ",
            text(store.where));
@@ -80,12 +79,9 @@ void touch(Access kind, uint8_t bytes, Touch& store, Touch* load, const Place& p
   }
   const auto held = static_cast<uint8_t>(store.held | bytes);
   const Touch now{machine->now, where, here().number, bytes, held, atomic, kind == Access::kCopy};
-  if (!writes(kind)) {
-    if (load != nullptr) *load = now;
-    return;
-  }
-  if (load != nullptr && (load->bytes & bytes)) check_order(kind, *load, " reads at ", place, where);
-  store = now;
+  if (writes(kind) && load != nullptr && (load->bytes & bytes)) check_order(kind, *load, " reads at ", byte, where);
+  Touch* const last = writes(kind) ? &store : load;
+  if (last != nullptr) *last = now;
 }
 
 // The start of the shared memory that an access is to, all of whose bytes must lie in it.
@@ -164,20 +160,16 @@ void access(Access kind, const void* address, size_t bytes, Where where) {
   Touch* const stores = shared ? &memory().stores[offset / kWord] : global_stores(address, writes(kind));
   Touch* const loads = shared ? &memory().loads[offset / kWord] : nullptr;
   const auto check = [&](size_t i, uint8_t mask) {
-    const auto place = [&]() -> std::string {
-      const size_t first = i == 0 ? offset : (offset / kWord + i) * kWord;
-      return shared ? say("byte ", first - start, " of shared memory") : "global memory";
-    };
-    touch(kind, mask, stores[i], shared ? loads + i : nullptr, place, where);
+    const size_t first = i == 0 ? offset : (offset / kWord + i) * kWord;
+    touch(kind, mask, stores[i], shared ? loads + i : nullptr, shared ? first - start : kGlobal, where);
   };
   if (stores != nullptr) each_word(address, bytes, check);
   count_access(kind, shared, address, bytes, where);
   if (kind != Access::kTicket) return;
-  // what this thread knows and did is published; it takes up what was published before
+  // this thread takes up what was published before; that and what it knows and did is published
   Clock& published = memory().tickets[address];
-  published.join(*here().clock);
-  published.join(Clock(here().number, machine->now++));
-  here().clock = &machine->clocks.emplace_back(published);
+  share({&here()}, published);
+  published = *here().clock;
 }
 
 void copy_async(void* to, const void* from, unsigned bytes, bool valid, Where where) {
@@ -208,10 +200,6 @@ void copy_wait(unsigned pending, Where where) {
   pause(where);
 }
 
-void dependency_wait() {
-  Clock known = *here().clock;
-  known.join(Clock(kLaunchBefore, machine->now));
-  here().clock = &machine->clocks.emplace_back(std::move(known));
-}
+void dependency_wait() { share({&here()}, Clock({kLaunchBefore}, machine->now)); }
 
 }  // namespace burnish::host

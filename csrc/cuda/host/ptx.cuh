@@ -11,6 +11,7 @@
 namespace burnish {
 
 using host::Access;
+using host::lane;
 using host::Mask;
 using host::Where;
 
@@ -38,15 +39,9 @@ void store(T* address, const std::type_identity_t<T>& value, Where where = Where
   *address = value;
 }
 
-template <class T>
-T load_global(const T* address, Where where = Where::current()) {
-  return load(address, where);
-}
+auto load_global(const auto* address, Where where = Where::current()) { return load(address, where); }
 
-template <class T>
-void store_global(T* address, const std::type_identity_t<T>& value, Where where = Where::current()) {
-  store(address, value, where);
-}
+void store_global(auto* address, const auto& value, Where where = Where::current()) { store(address, value, where); }
 
 inline Bytes16 load_streaming(const void* address, Where where = Where::current()) {
   return load(static_cast<const Bytes16*>(address), where, Access::kStreamingLoad);
@@ -102,10 +97,8 @@ auto atomic_add(AtomicInteger auto* address, auto value, Where where = Where::cu
 
 // In global memory subnormals count as zeros of their sign, before and after.
 inline float atomic_add(float* address, float value, Where where = Where::current()) {
-  const bool subnormals = host::in_shared(address);
-  const auto kept = [=](float x) {
-    return subnormals || std::fpclassify(x) != FP_SUBNORMAL ? x : std::copysign(0.f, x);
-  };
+  const bool shared = host::in_shared(address);
+  const auto kept = [=](float x) { return shared || std::fpclassify(x) != FP_SUBNORMAL ? x : std::copysign(0.f, x); };
   return update(address, value, where, [=](float a, float b) { return kept(kept(a) + kept(b)); });
 }
 
@@ -122,8 +115,7 @@ auto atomic_exchange(AtomicInteger auto* address, auto value, Where where = Wher
 }
 
 template <AtomicInteger T>
-T atomic_compare_exchange(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> value,
-                          Where where = Where::current()) {
+T atomic_compare_exchange(T* address, T expected, T value, Where where = Where::current()) {
   return update(address, value, where, [=](T old, T other) { return old == expected ? other : old; });
 }
 
@@ -135,57 +127,40 @@ inline uint32_t draw_ticket(uint32_t* counter, Where where = Where::current()) {
 
 // Lane `wanted` gives its value, to a lane that wants one outside the warp its own; `by` is what the call asked for.
 template <class T>
-T shuffle_from(const char* name, Mask mask, T value, int by, unsigned wanted) {
+T take(const char* name, Mask mask, T value, int64_t by, unsigned wanted) {
   static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "shuffles take 4 or 8 bytes");
-  const unsigned from = wanted < 32 ? wanted : host::lane();
+  const unsigned from = wanted < 32 ? wanted : lane();
   if (by < 0 || by > 31) host::stop(mask.where, name, " by ", by, ": only 0 to 31 mean something");
-  if ((mask.lanes >> from & 1) == 0) host::stop(mask.where, name, ": lane ", from, " is not in the mask");
+  if ((mask.value >> from & 1) == 0) host::stop(mask.where, name, ": lane ", from, " is not in the mask");
   struct Lane {
     T value, got;
-    unsigned from;
+    int from;  // of the lanes in the mask
   };
+  const Lane mine{value, {}, std::popcount(mask.value & ((1u << from) - 1))};
   const auto exchange = [](const auto& lanes) {
-    for (Lane* lane : lanes) {
-      if (lane != nullptr) lane->got = lanes[lane->from]->value;
-    }
+    for (Lane* lane : lanes) lane->got = lanes[lane->from]->value;
   };
-  return host::collective(name, mask, Lane{value, {}, from}, exchange).got;
+  return host::collective(name, mask, mine, exchange).got;
 }
 
-auto shuffle(Mask mask, auto value, int lane) {
-  return shuffle_from("shuffle", mask, value, lane, static_cast<unsigned>(lane));
-}
+auto shuffle(Mask mask, auto value, int lane) { return take("shuffle", mask, value, lane, lane); }
 
-auto shuffle_xor(Mask mask, auto value, int bits) {
-  return shuffle_from("shuffle_xor", mask, value, bits, host::lane() ^ static_cast<unsigned>(bits));
-}
+auto shuffle_xor(Mask mask, auto value, int bits) { return take("shuffle_xor", mask, value, bits, lane() ^ bits); }
 
-auto shuffle_up(Mask mask, auto value, unsigned distance) {
-  return shuffle_from("shuffle_up", mask, value, static_cast<int>(distance), host::lane() - distance);
-}
+auto shuffle_up(Mask mask, auto value, unsigned by) { return take("shuffle_up", mask, value, by, lane() - by); }
 
-auto shuffle_down(Mask mask, auto value, unsigned distance) {
-  return shuffle_from("shuffle_down", mask, value, static_cast<int>(distance), host::lane() + distance);
-}
+auto shuffle_down(Mask mask, auto value, unsigned by) { return take("shuffle_down", mask, value, by, lane() + by); }
 
 // The values of all lanes, the lower ones first, joined by join(a, b); the same result for each.
 template <class T>
 T reduce(const char* name, Mask mask, T value, const auto& join) {
   return host::collective(name, mask, value, [&join](const auto& lanes) {
-    const T* all = nullptr;
-    for (T* lane : lanes) {
-      if (lane != nullptr && all != nullptr) *lane = join(*all, *lane);
-      if (lane != nullptr) all = lane;
-    }
-    for (T* lane : lanes) {
-      if (lane != nullptr) *lane = *all;
-    }
+    for (size_t i = 1; i < lanes.size(); ++i) *lanes[i] = join(*lanes[i - 1], *lanes[i]);
+    for (T* lane : lanes) *lane = *lanes.back();
   });
 }
 
-inline uint32_t ballot(Mask mask, bool mine) {
-  return reduce("ballot", mask, uint32_t{mine} << host::lane(), std::bit_or());
-}
+inline uint32_t ballot(Mask mask, bool mine) { return reduce("ballot", mask, uint32_t{mine} << lane(), std::bit_or()); }
 
 inline bool vote_any(Mask mask, bool mine) { return reduce("vote_any", mask, mine, std::logical_or()); }
 
@@ -223,16 +198,14 @@ inline unsigned cluster_rank() { return host::machine->launch->cooperative ? 0 :
 
 inline void cluster_barrier(Where where = Where::current()) { host::barrier_together("cluster_barrier", false, where); }
 
-template <class T>
-T load_remote(const T* shared, unsigned rank, Where where = Where::current()) {
-  static_assert(sizeof(T) == 4);
-  return load(static_cast<const T*>(host::in_block(shared, rank, where)), where);
+auto load_remote(const auto* shared, unsigned rank, Where where = Where::current()) {
+  static_assert(sizeof *shared == 4);
+  return load(static_cast<decltype(shared)>(host::in_block(shared, rank, where)), where);
 }
 
-template <class T>
-void store_remote(T* shared, unsigned rank, std::type_identity_t<T> value, Where where = Where::current()) {
-  static_assert(sizeof(T) == 4);
-  store(static_cast<T*>(host::in_block(shared, rank, where)), value, where);
+void store_remote(auto* shared, unsigned rank, auto value, Where where = Where::current()) {
+  static_assert(sizeof *shared == 4);
+  store(static_cast<decltype(shared)>(host::in_block(shared, rank, where)), value, where);
 }
 
 inline void dependents_start() {}
@@ -265,15 +238,12 @@ inline int popcount(uint32_t word) { return std::popcount(word); }
 
 inline int highest_bit(uint32_t word) { return 31 - std::countl_zero(word); }
 
-template <class T, class Sum>
-Sum dot_bytes(Sum a, Sum b, Sum sum) {
-  for (int i = 0; i < 32; i += 8) sum = wrapping_sum(sum, Sum{static_cast<T>(a >> i)} * Sum{static_cast<T>(b >> i)});
+template <Integer T>
+T dp4a(T a, T b, T sum) {
+  using Byte = std::conditional_t<std::is_signed_v<T>, int8_t, uint8_t>;
+  for (int i = 0; i < 32; i += 8) sum = wrapping_sum(sum, T{static_cast<Byte>(a >> i)} * T{static_cast<Byte>(b >> i)});
   return sum;
 }
-
-inline int32_t dp4a(int32_t a, int32_t b, int32_t sum) { return dot_bytes<int8_t>(a, b, sum); }
-
-inline uint32_t dp4a(uint32_t a, uint32_t b, uint32_t sum) { return dot_bytes<uint8_t>(a, b, sum); }
 
 template <class T>
 uint32_t pack(float low, float high) {

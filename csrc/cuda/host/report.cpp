@@ -4,6 +4,7 @@
 #include <elf.h>
 
 #include <cstdlib>
+#include <filesystem>
 #include <fstream>
 #include <stdexcept>
 
@@ -27,17 +28,14 @@ std::string ranges(const char* name, const std::vector<unsigned>& numbers) {
 std::string warps_and_lanes(const std::vector<unsigned>& threads) {
   std::map<unsigned, std::vector<unsigned>> lanes;
   for (const unsigned thread : threads) lanes[thread / kWarp].push_back(thread % kWarp);
-  std::vector<unsigned> whole;
-  std::string parts;
+  std::map<std::string, std::vector<unsigned>> warps;  // by which lanes of theirs
   for (const auto& [warp, some] : lanes) {
-    if (some.size() == std::min(kWarp, machine->block_threads - warp * kWarp)) {
-      whole.push_back(warp);
-    } else {
-      parts += say(", warp ", warp, ranges(" lane", some));
-    }
+    const bool whole = some.size() == std::min(kWarp, machine->block_threads - warp * kWarp);
+    warps[whole ? "" : ranges(" lane", some)].push_back(warp);
   }
-  if (!whole.empty()) parts = ranges(", warp", whole) + parts;
-  return parts.substr(2);
+  std::string text;
+  for (const auto& [part, same] : warps) text += ranges(", warp", same) + part;
+  return text.substr(2);
 }
 
 // A function's mangled name, from the symbol table of the library that holds it: dladdr alone knows exported ones.
@@ -73,15 +71,13 @@ std::string title() {
 std::string text(const uint3& at) { return say("(", at.x, ", ", at.y, ", ", at.z, ")"); }
 
 std::string text(Where where) {
-  const std::string file = where.file_name();
-  return say(file.substr(file.find_last_of('/') + 1), ":", where.line());
+  return say(std::filesystem::path(where.file_name()).filename().string(), ":", where.line());
 }
 
 // Without namespaces, return type and parameters: "int8_linear_fwd_kernel<1, 1, 6>".
 std::string kernel_name(const void* kernel) {
   const std::string mangled = symbol(kernel);
-  int status = 0;
-  char* demangled = abi::__cxa_demangle(mangled.c_str(), nullptr, nullptr, &status);
+  char* demangled = abi::__cxa_demangle(mangled.c_str(), nullptr, nullptr, nullptr);
   std::string name = demangled != nullptr ? demangled : mangled;
   std::free(demangled);
   for (const std::string noise : {"(anonymous namespace)::", "burnish::", "void "}) {
@@ -95,8 +91,7 @@ void stop_deadlock() {
   std::map<std::pair<unsigned, std::string>, std::vector<unsigned>> fates;
   for (const Thread& thread : machine->threads) {
     const Wait& wait = thread.wait;
-    std::string fate = "returned";
-    if (wait.name != nullptr) fate = say("wait in ", wait.name, " at ", text(wait.where));
+    std::string fate = wait.name == nullptr ? "returned" : say("wait in ", wait.name, " at ", text(wait.where));
     const auto& barriers = machine->blocks[thread.block].barriers;
     for (unsigned id = 1; id < kBarriers; ++id) {
       if (wait.barrier == &barriers[id]) fate += say(", barrier ", id);
@@ -106,9 +101,9 @@ void stop_deadlock() {
   }
   std::string report = "deadlock";
   for (const auto& [fate, threads] : fates) {
-    const bool one = machine->blocks.size() == 1;
-    report += say("; ", one ? "" : say("block ", text(machine->blocks[fate.first].index), " "),
-                  warps_and_lanes(threads), ": ", fate.second);
+    const std::string at = text(machine->blocks[fate.first].index);
+    const std::string block = machine->blocks.size() == 1 ? "" : say("block ", at, " ");
+    report += say("; ", block, warps_and_lanes(threads), ": ", fate.second);
   }
   stop_launch(report);
 }
