@@ -4,6 +4,18 @@
 // __syncthreads, ...) and runs the same kernels on a CPU.
 #pragma once
 
+namespace burnish {
+
+// What a device has and can do.
+struct DeviceLimits {
+  int multiprocessors;
+  int shared_memory;  // bytes a multiprocessor
+  bool dependent_launch;
+  bool clusters;
+};
+
+}  // namespace burnish
+
 #ifndef __CUDACC__
 #include "cuda/host/launch.cuh"
 #else
@@ -52,13 +64,6 @@ inline bool is_capturing(cudaStream_t stream) {
   check(cudaStreamIsCapturing(stream, &status), "asking for a capture");
   return status != cudaStreamCaptureStatusNone;
 }
-
-struct DeviceLimits {
-  int multiprocessors;
-  int shared_memory;  // bytes a multiprocessor
-  bool dependent_launch;
-  bool clusters;
-};
 
 inline DeviceLimits device_limits(int32_t device) {
   const auto attribute = [device](cudaDeviceAttr name) {

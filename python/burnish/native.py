@@ -29,8 +29,8 @@ def emulating() -> bool:
 #: the library with the CUDA C++ kernels that this process may load
 CUDA_LIBRARY = "_emulated.so" if emulating() else "_cuda.so"
 if emulating():
-    _probes.define("emulation_seed(int seed) -> int")
-    _probes.define("emulation_count(bool on) -> bool")
+    _probes.define("emulation_seed(int seed) -> ()")
+    _probes.define("emulation_count(bool on) -> ()")
     _probes.define("emulation_counters() -> str")
 
 #: why a library is not loaded, by file name; empty where all that can load is loaded

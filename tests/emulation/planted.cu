@@ -73,17 +73,19 @@ __global__ void reverse_kernel(const int32_t* x, int32_t* y, Bug bug) {
 }
 
 // y = x, 16 bytes a thread and round, by way of two stages of asynchronous copies, the last of zeros, from an address
-// that is not read and may lie anywhere.
+// that is not read and may lie anywhere. A block ends without a wait for that one.
 __global__ void copy_kernel(const Bytes16* x, Bytes16* y, Bug bug) {
   Bytes16* stages = shared_memory<Bytes16>();
-  const int i = static_cast<int>(threadIdx.x);
+  const int i = static_cast<int>(threadIdx.x), rounds = kRounds / static_cast<int>(gridDim.x);
+  x += static_cast<int>(blockIdx.x) * rounds * kThreads;
+  y += static_cast<int>(blockIdx.x) * rounds * kThreads;
   const auto fetch = [&](int r) {
-    const bool inside = r < kRounds;
+    const bool inside = r < rounds;
     copy_async16(stages + r % 2 * kThreads + i, inside ? x + r * kThreads + i : stages + i, inside);
     copy_async_commit();
   };
   fetch(0);
-  for (int r = 0; r < kRounds; ++r) {
+  for (int r = 0; r < rounds; ++r) {
     fetch(r + 1);
     if (bug != Bug::kNoCopyWait) copy_async_wait<1>();
     store(y + r * kThreads + i, load(stages + r % 2 * kThreads + i));
@@ -256,7 +258,7 @@ void run(const char* name, const Call& c) {
     launch(reverse_kernel, dim3(1), dim3(kThreads), kThreads * sizeof(int32_t), nullptr, c.in<int32_t>(c.a),
            c.out<int32_t>(c.y), c.bug);
   } else if (is("copy")) {
-    launch(copy_kernel, dim3(1), dim3(kThreads), 2 * kThreads * sizeof(Bytes16), nullptr, c.in<Bytes16>(c.a),
+    launch(copy_kernel, dim3(2), dim3(kThreads), 2 * kThreads * sizeof(Bytes16), nullptr, c.in<Bytes16>(c.a),
            c.out<Bytes16>(c.y), c.bug);
   } else if (is("largest")) {
     launch(largest_kernel, dim3(1), dim3(kThreads), kThreads * sizeof(uint32_t), nullptr, c.in<uint32_t>(c.a),

@@ -1,9 +1,6 @@
 // The CPU's side of launch.cuh: CUDA's words, and launches that run the kernel at once.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
-
 #include "cuda/host/machine.h"
 
 #define BURNISH_DEVICE_KEY CPU
@@ -19,14 +16,14 @@ inline void __syncthreads(burnish::host::Where where = burnish::host::Where::cur
 }
 
 inline void __syncwarp(uint32_t mask = 0xffffffffu, burnish::host::Where where = burnish::host::Where::current()) {
-  burnish::host::sync_warp(mask, where);
+  // it alone of the warp's collectives orders accesses to memory
+  burnish::host::meet("__syncwarp", {mask, where}, nullptr, false, [](auto& lanes) { burnish::host::share(lanes); });
 }
 
 // Intrinsics that have a wrapper in ptx.cuh, or none yet, stop the launch with their name.
 #define BURNISH_STOP(name)                                                                                   \
-  template <class... Arguments>                                                                              \
-  int name(Arguments...) {                                                                                   \
-    burnish::host::stop(#name " is not modelled: see ptx.cuh for what is", burnish::host::Where::current()); \
+  int name(auto...) {                                                                                        \
+    burnish::host::stop(burnish::host::Where::current(), #name " is not modelled: see ptx.cuh for what is"); \
   }
 // clang-format off
 #define BURNISH_NOT_MODELLED(X)                                                                              \
@@ -54,62 +51,36 @@ inline cudaStream_t current_stream(int32_t) { return nullptr; }
 
 inline bool is_capturing(cudaStream_t) { return false; }
 
-struct DeviceLimits {
-  int multiprocessors;
-  int shared_memory;
-  bool dependent_launch;
-  bool clusters;
-};
-
 // An H100's.
 inline DeviceLimits device_limits(int32_t) { return {132, 228 << 10, true, true}; }
 
-// A grid, and the line that launches it.
-struct Grid {
-  dim3 size;
-  host::Where where;
-  Grid(dim3 size, host::Where where = host::Where::current()) : size(size), where(where) {}
-};
+using Grid = host::At<dim3>;
 
-namespace detail {
-
-template <class... Parameters, class... Arguments>
-void run(void (*kernel)(Parameters...), const Grid& grid, dim3 block, size_t shared_bytes, uint64_t together,
-         bool cooperative, bool dependent, Arguments... arguments) {
-  host::run({grid.size, block, shared_bytes, [&] { kernel(static_cast<Parameters>(arguments)...); },
-             reinterpret_cast<const void*>(kernel), grid.where, together, cooperative, dependent});
-}
-
-}  // namespace detail
-
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_bytes, cudaStream_t,
-            Arguments... arguments) {
-  detail::run(kernel, grid, block, shared_bytes, 1, false, false, arguments...);
-}
-
-template <class... Parameters, class... Arguments>
-void launch_dependent(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_bytes, cudaStream_t,
-                      Arguments... arguments) {
-  detail::run(kernel, grid, block, shared_bytes, 1, false, true, arguments...);
-}
-
-template <class... Parameters, class... Arguments>
-void launch_cooperative(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_bytes, cudaStream_t,
-                        Arguments... arguments) {
-  detail::run(kernel, grid, block, shared_bytes, uint64_t{grid.size.x} * grid.size.y * grid.size.z, true, false,
-              arguments...);
-}
-
-template <class... Parameters, class... Arguments>
-void launch_cluster(void (*kernel)(Parameters...), Grid grid, dim3 block, unsigned cluster, size_t shared_bytes,
-                    cudaStream_t, Arguments... arguments) {
-  detail::run(kernel, grid, block, shared_bytes, cluster, false, false, arguments...);
-}
-
+// What all launches are; their arguments are converted to the kernel's parameter types.
 template <class... Parameters>
-int resident_blocks(void (*)(Parameters...), dim3 block, size_t shared_bytes, int32_t) {
-  return static_cast<int>(host::resident_blocks(block, shared_bytes));
+void launch_as(host::Special how, void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_bytes,
+               cudaStream_t, auto... arguments) {
+  host::run({how, grid.value, block, shared_bytes, [&] { kernel(static_cast<Parameters>(arguments)...); },
+             reinterpret_cast<const void*>(kernel), grid.where});
+}
+
+void launch(auto kernel, Grid grid, auto... rest) { launch_as({}, kernel, grid, rest...); }
+
+void launch_dependent(auto kernel, Grid grid, auto... rest) { launch_as({.dependent = true}, kernel, grid, rest...); }
+
+void launch_cooperative(auto kernel, Grid grid, auto... rest) {
+  launch_as({.cooperative = true}, kernel, grid, rest...);
+}
+
+void launch_cluster(auto kernel, Grid grid, dim3 block, unsigned cluster, auto... rest) {
+  launch_as({.cluster = cluster}, kernel, grid, block, rest...);
+}
+
+int resident_blocks(auto /*kernel*/, dim3 block, size_t shared_bytes, int32_t device) {
+  const auto [multiprocessors, shared_memory, dependent, clusters] = device_limits(device);
+  const uint64_t threads = host::volume(block);
+  const uint64_t each = std::min<uint64_t>({32, 2048 / threads, shared_memory / (shared_bytes + 1024)});
+  return static_cast<int>(std::min(each * multiprocessors, host::kMaxTogether / threads));
 }
 
 }  // namespace burnish

@@ -1,71 +1,61 @@
 // The CPU's side of ptx.cuh: every wrapper by the same name, computed from what the ISA says of it.
 #pragma once
 
-#include <algorithm>
 #include <bit>
-#include <cfloat>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "cuda/host/machine.h"
 #include "cuda/host/matrix.h"
-#include "math/half.h"
 
 namespace burnish {
 
+using host::Access;
+using host::lane;
+using host::Mask;
 using host::Where;
 
 // The types that ptx.cuh names; what nvcc would refuse is refused here too.
 template <class T, class... Allowed>
-constexpr bool kOneOf = (std::is_same_v<T, Allowed> || ...);
+concept OneOf = (std::is_same_v<T, Allowed> || ...);
 template <class T>
-constexpr bool kAtomicInteger = kOneOf<T, int32_t, uint32_t, unsigned long long>;
+concept Integer = OneOf<T, int32_t, uint32_t>;
+template <class T>
+concept AtomicInteger = Integer<T> || OneOf<T, unsigned long long>;
+template <class T>
+concept Accessed = sizeof(T) <= 16 && sizeof(T) == alignof(T);  // by a single access
 
-template <class T>
-T load(const T* address, Where where = Where::current(), host::Access kind = host::Access::kLoad) {
-  static_assert(sizeof(T) <= 16 && sizeof(T) == alignof(T), "no single access of this size");
+// --- memory
+
+template <Accessed T>
+T load(const T* address, Where where = Where::current(), Access kind = Access::kLoad) {
   host::access(kind, address, sizeof(T), where);
   return *address;
 }
 
-template <class T>
+template <Accessed T>
 void store(T* address, const std::type_identity_t<T>& value, Where where = Where::current()) {
-  static_assert(sizeof(T) <= 16 && sizeof(T) == alignof(T), "no single access of this size");
-  host::access(host::Access::kStore, address, sizeof(T), where);
+  host::access(Access::kStore, address, sizeof(T), where);
   *address = value;
 }
 
-template <class T>
-T load_global(const T* address, Where where = Where::current()) {
-  return load(address, where);
-}
+auto load_global(const auto* address, Where where = Where::current()) { return load(address, where); }
 
-template <class T>
-void store_global(T* address, const std::type_identity_t<T>& value, Where where = Where::current()) {
-  store(address, value, where);
-}
+void store_global(auto* address, const auto& value, Where where = Where::current()) { store(address, value, where); }
 
 inline Bytes16 load_streaming(const void* address, Where where = Where::current()) {
-  host::access(host::Access::kStreamingLoad, address, 16, where);
-  return *static_cast<const Bytes16*>(address);
+  return load(static_cast<const Bytes16*>(address), where, Access::kStreamingLoad);
 }
 
-template <class T>
+template <OneOf<Bytes16, int32_t, float> T>
 T load_coherent(const T* address, Where where = Where::current()) {
-  static_assert(kOneOf<T, Bytes16, int32_t, float>, "load_coherent has no such type");
   host::pause(where);
-  return load(address, where, host::Access::kCoherentLoad);
+  return load(address, where, Access::kCoherentLoad);
 }
 
 inline uint64_t evict_first_policy() { return 0; }
 
-inline void copy_async16(void* shared, const void* global, bool valid, Where where = Where::current()) {
-  host::copy_async(shared, global, 16, valid, where);
-}
-
-inline void copy_async16(void* shared, const void* global, bool valid, uint64_t, Where where = Where::current()) {
+inline void copy_async16(void* shared, const void* global, bool valid, uint64_t = 0, Where where = Where::current()) {
   host::copy_async(shared, global, 16, valid, where);
 }
 
@@ -75,170 +65,120 @@ void copy_async(void* shared, const void* global, bool valid, Where where = Wher
   host::copy_async(shared, global, Bytes, valid, where);
 }
 
-inline void copy_async_commit() { host::copy_commit(); }
+inline void copy_async_commit() { ++host::here().group; }
 
 template <int Pending>
 void copy_async_wait(Where where = Where::current()) {
   host::copy_wait(Pending, where);
 }
 
-// One update of an atomic: update(old) is stored, old returned. Other threads may come before.
-template <class T, class Update>
-T atomic_update(T* address, Where where, const Update& update, host::Access kind = host::Access::kAtomic) {
+// What atomics and reductions make of two values.
+constexpr auto least = [](auto a, auto b) { return std::min(a, b); };
+constexpr auto largest = [](auto a, auto b) { return std::max(a, b); };
+constexpr auto later = [](auto, auto b) { return b; };
+constexpr auto wrapping_sum = [](auto a, auto b) {
+  using Unsigned = std::make_unsigned_t<decltype(a)>;
+  return static_cast<decltype(a)>(static_cast<Unsigned>(a) + static_cast<Unsigned>(b));
+};
+
+// join(old, value) is stored, old returned. Other threads may come before.
+template <class T>
+T update(T* address, std::type_identity_t<T> value, Where where, const auto& join, Access kind = Access::kAtomic) {
   host::pause(where);
   host::access(kind, address, sizeof(T), where);
-  const T old = *address, now = update(old);
-  if (std::memcmp(&old, &now, sizeof(T)) != 0) host::progress();
-  *address = now;
+  const T old = std::exchange(*address, join(*address, value));
+  if (std::memcmp(&old, address, sizeof(T)) != 0) host::machine->idle = 0;
   return old;
 }
 
-// In global memory subnormal floats count as zeros of their sign, before and after.
-inline float add_floats(float a, float b, bool subnormals) {
-  const auto kept = [=](float x) {
-    return subnormals || std::fabs(x) >= FLT_MIN || x != x ? x : std::copysign(0.f, x);
-  };
-  return kept(kept(a) + kept(b));
+auto atomic_add(AtomicInteger auto* address, auto value, Where where = Where::current()) {
+  return update(address, value, where, wrapping_sum);
 }
 
-template <class T>
-T atomic_add(T* address, std::type_identity_t<T> value, Where where = Where::current()) {
-  static_assert(kAtomicInteger<T> || kOneOf<T, float>, "atomic_add has no such type");
-  return atomic_update(address, where, [=](T old) {
-    if constexpr (std::is_same_v<T, float>) {
-      return add_floats(old, value, host::in_shared(address));
-    } else {
-      return static_cast<T>(std::make_unsigned_t<T>(old) + std::make_unsigned_t<T>(value));
-    }
-  });
+// In global memory subnormals count as zeros of their sign, before and after.
+inline float atomic_add(float* address, float value, Where where = Where::current()) {
+  const bool shared = host::in_shared(address);
+  const auto kept = [=](float x) { return shared || std::fpclassify(x) != FP_SUBNORMAL ? x : std::copysign(0.f, x); };
+  return update(address, value, where, [=](float a, float b) { return kept(kept(a) + kept(b)); });
 }
 
-template <class T>
-T atomic_max(T* address, std::type_identity_t<T> value, Where where = Where::current()) {
-  static_assert(kAtomicInteger<T>, "atomic_max has no such type");
-  return atomic_update(address, where, [=](T old) { return std::max(old, value); });
+auto atomic_max(AtomicInteger auto* address, auto value, Where where = Where::current()) {
+  return update(address, value, where, largest);
 }
 
-template <class T>
-T atomic_min(T* address, std::type_identity_t<T> value, Where where = Where::current()) {
-  static_assert(kAtomicInteger<T>, "atomic_min has no such type");
-  return atomic_update(address, where, [=](T old) { return std::min(old, value); });
+auto atomic_min(AtomicInteger auto* address, auto value, Where where = Where::current()) {
+  return update(address, value, where, least);
 }
 
-template <class T>
-T atomic_exchange(T* address, std::type_identity_t<T> value, Where where = Where::current()) {
-  static_assert(kAtomicInteger<T>, "atomic_exchange has no such type");
-  return atomic_update(address, where, [=](T) { return value; });
+auto atomic_exchange(AtomicInteger auto* address, auto value, Where where = Where::current()) {
+  return update(address, value, where, later);
 }
 
-template <class T>
-T atomic_compare_exchange(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> value,
-                          Where where = Where::current()) {
-  static_assert(kAtomicInteger<T>, "atomic_compare_exchange has no such type");
-  return atomic_update(address, where, [=](T old) { return old == expected ? value : old; });
+template <AtomicInteger T>
+T atomic_compare_exchange(T* address, T expected, T value, Where where = Where::current()) {
+  return update(address, value, where, [=](T old, T other) { return old == expected ? other : old; });
 }
 
 inline uint32_t draw_ticket(uint32_t* counter, Where where = Where::current()) {
-  return atomic_update(counter, where, [](uint32_t old) { return old + 1; }, host::Access::kTicket);
+  return update(counter, 1, where, wrapping_sum, Access::kTicket);
 }
 
-// The lane that `source(lane)` names gives its value; a lane outside the warp is the own one.
-template <class T, class Source>
-T shuffle_from(const char* name, uint32_t mask, T value, unsigned by, Where where, const Source& source) {
+// --- warps
+
+// Lane `wanted` gives its value, to a lane that wants one outside the warp its own; `by` is what the call asked for.
+template <class T>
+T take(const char* name, Mask mask, T value, int64_t by, unsigned wanted) {
   static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "shuffles take 4 or 8 bytes");
-  struct In {
-    T value;
-    int from;
+  const unsigned from = wanted < 32 ? wanted : lane();
+  if (by < 0 || by > 31) host::stop(mask.where, name, " by ", by, ": only 0 to 31 mean something");
+  if ((mask.value >> from & 1) == 0) host::stop(mask.where, name, ": lane ", from, " is not in the mask");
+  struct Lane {
+    T value, got;
+    int from;  // of the lanes in the mask
   };
-  if (by > 31) host::stop(std::string(name) + " by " + std::to_string(by) + ": only 0 to 31 mean something", where);
-  const int lane = static_cast<int>(host::lane()), wanted = source(lane, static_cast<int>(by));
-  const In in{value, wanted < 0 || wanted >= 32 ? lane : wanted};
-  if ((mask >> in.from & 1) == 0) {
-    host::stop(std::string(name) + ": lane " + std::to_string(in.from) + " is not in the mask", where);
-  }
-  return host::collective<T>(name, mask, in, where, [](const In* const* ins, T* const* outs) {
-    for (int i = 0; i < 32; ++i) {
-      if (outs[i] != nullptr) *outs[i] = ins[ins[i]->from]->value;
-    }
-  });
+  const Lane mine{value, {}, std::popcount(mask.value & ((1u << from) - 1))};
+  const auto exchange = [](const auto& lanes) {
+    for (Lane* lane : lanes) lane->got = lanes[lane->from]->value;
+  };
+  return host::collective(name, mask, mine, exchange).got;
 }
 
-template <class T>
-T shuffle(uint32_t mask, T value, int lane, Where where = Where::current()) {
-  return shuffle_from("shuffle", mask, value, lane, where, [](int, int from) { return from; });
-}
+auto shuffle(Mask mask, auto value, int lane) { return take("shuffle", mask, value, lane, lane); }
 
-template <class T>
-T shuffle_xor(uint32_t mask, T value, int bits, Where where = Where::current()) {
-  return shuffle_from("shuffle_xor", mask, value, bits, where, [](int lane, int by) { return lane ^ by; });
-}
+auto shuffle_xor(Mask mask, auto value, int bits) { return take("shuffle_xor", mask, value, bits, lane() ^ bits); }
 
-template <class T>
-T shuffle_up(uint32_t mask, T value, unsigned distance, Where where = Where::current()) {
-  return shuffle_from("shuffle_up", mask, value, distance, where, [](int lane, int by) { return lane - by; });
-}
+auto shuffle_up(Mask mask, auto value, unsigned by) { return take("shuffle_up", mask, value, by, lane() - by); }
 
-template <class T>
-T shuffle_down(uint32_t mask, T value, unsigned distance, Where where = Where::current()) {
-  return shuffle_from("shuffle_down", mask, value, distance, where, [](int lane, int by) { return lane + by; });
-}
+auto shuffle_down(Mask mask, auto value, unsigned by) { return take("shuffle_down", mask, value, by, lane() + by); }
 
 // The values of all lanes, the lower ones first, joined by join(a, b); the same result for each.
-template <class T, class Join>
-T reduce(const char* name, uint32_t mask, T value, Where where, const Join& join) {
-  return host::collective<T>(name, mask, value, where, [&](const T* const* ins, T* const* outs) {
-    const T* first = *std::find_if(ins, ins + 32, [](const T* in) { return in != nullptr; });
-    T all = *first;
-    for (int i = 0; i < 32; ++i) {
-      if (ins[i] != nullptr && ins[i] != first) all = join(all, *ins[i]);
-    }
-    for (int i = 0; i < 32; ++i) {
-      if (outs[i] != nullptr) *outs[i] = all;
-    }
+template <class T>
+T reduce(const char* name, Mask mask, T value, const auto& join) {
+  return host::collective(name, mask, value, [&join](const auto& lanes) {
+    for (size_t i = 1; i < lanes.size(); ++i) *lanes[i] = join(*lanes[i - 1], *lanes[i]);
+    for (T* lane : lanes) *lane = *lanes.back();
   });
 }
 
-inline uint32_t ballot(uint32_t mask, bool mine, Where where = Where::current()) {
-  return reduce("ballot", mask, uint32_t{mine} << host::lane(), where, std::bit_or<uint32_t>());
-}
+inline uint32_t ballot(Mask mask, bool mine) { return reduce("ballot", mask, uint32_t{mine} << lane(), std::bit_or()); }
 
-inline bool vote_any(uint32_t mask, bool mine, Where where = Where::current()) {
-  return reduce("vote_any", mask, uint32_t{mine}, where, std::bit_or<uint32_t>()) != 0;
-}
+inline bool vote_any(Mask mask, bool mine) { return reduce("vote_any", mask, mine, std::logical_or()); }
 
-inline bool vote_all(uint32_t mask, bool mine, Where where = Where::current()) {
-  return reduce("vote_all", mask, uint32_t{mine}, where, std::bit_and<uint32_t>()) != 0;
-}
+inline bool vote_all(Mask mask, bool mine) { return reduce("vote_all", mask, mine, std::logical_and()); }
 
-template <class T>
-T reduce_add(uint32_t mask, T value, Where where = Where::current()) {
-  static_assert(kOneOf<T, int32_t, uint32_t>, "reduce_add has no such type");
-  return static_cast<T>(reduce("reduce_add", mask, static_cast<uint32_t>(value), where, std::plus<uint32_t>()));
-}
+auto reduce_add(Mask mask, Integer auto value) { return reduce("reduce_add", mask, value, wrapping_sum); }
 
-template <class T>
-T reduce_min(uint32_t mask, T value, Where where = Where::current()) {
-  static_assert(kOneOf<T, int32_t, uint32_t>, "reduce_min has no such type");
-  return reduce("reduce_min", mask, value, where, [](T a, T b) { return std::min(a, b); });
-}
+auto reduce_min(Mask mask, Integer auto value) { return reduce("reduce_min", mask, value, least); }
 
-template <class T>
-T reduce_max(uint32_t mask, T value, Where where = Where::current()) {
-  static_assert(kOneOf<T, int32_t, uint32_t>, "reduce_max has no such type");
-  return reduce("reduce_max", mask, value, where, [](T a, T b) { return std::max(a, b); });
-}
+auto reduce_max(Mask mask, Integer auto value) { return reduce("reduce_max", mask, value, largest); }
 
-inline uint32_t reduce_and(uint32_t mask, uint32_t value, Where where = Where::current()) {
-  return reduce("reduce_and", mask, value, where, std::bit_and<uint32_t>());
-}
+inline uint32_t reduce_and(Mask mask, uint32_t value) { return reduce("reduce_and", mask, value, std::bit_and()); }
 
-inline uint32_t reduce_or(uint32_t mask, uint32_t value, Where where = Where::current()) {
-  return reduce("reduce_or", mask, value, where, std::bit_or<uint32_t>());
-}
+inline uint32_t reduce_or(Mask mask, uint32_t value) { return reduce("reduce_or", mask, value, std::bit_or()); }
 
-inline uint32_t reduce_xor(uint32_t mask, uint32_t value, Where where = Where::current()) {
-  return reduce("reduce_xor", mask, value, where, std::bit_xor<uint32_t>());
-}
+inline uint32_t reduce_xor(Mask mask, uint32_t value) { return reduce("reduce_xor", mask, value, std::bit_xor()); }
+
+// --- blocks
 
 inline void barrier_sync(unsigned barrier, unsigned threads, Where where = Where::current()) {
   host::barrier(barrier, threads, true, "barrier_sync", where);
@@ -249,30 +189,30 @@ inline void barrier_arrive(unsigned barrier, unsigned threads, Where where = Whe
 }
 
 inline void grid_barrier(uint32_t* counter, Where where = Where::current()) {
-  host::access(host::Access::kAtomic, counter, sizeof *counter, where);
-  if (*counter << 1 != 0) host::stop("grid_barrier: its counter was not zero before the launch", where);
+  host::access(Access::kAtomic, counter, sizeof *counter, where);
+  if (*counter << 1 != 0) host::stop(where, "grid_barrier: its counter was not zero before the launch");
   host::barrier_together("grid_barrier", true, where);
 }
 
-inline unsigned cluster_rank() { return host::cluster_rank(); }
+inline unsigned cluster_rank() { return host::machine->launch->cooperative ? 0 : host::here().block; }
 
 inline void cluster_barrier(Where where = Where::current()) { host::barrier_together("cluster_barrier", false, where); }
 
-template <class T>
-T load_remote(const T* shared, unsigned rank, Where where = Where::current()) {
-  static_assert(sizeof(T) == 4);
-  return load(static_cast<const T*>(host::in_block(shared, rank, where)), where);
+auto load_remote(const auto* shared, unsigned rank, Where where = Where::current()) {
+  static_assert(sizeof *shared == 4);
+  return load(static_cast<decltype(shared)>(host::in_block(shared, rank, where)), where);
 }
 
-template <class T>
-void store_remote(T* shared, unsigned rank, std::type_identity_t<T> value, Where where = Where::current()) {
-  static_assert(sizeof(T) == 4);
-  store(static_cast<T*>(host::in_block(shared, rank, where)), value, where);
+void store_remote(auto* shared, unsigned rank, auto value, Where where = Where::current()) {
+  static_assert(sizeof *shared == 4);
+  store(static_cast<decltype(shared)>(host::in_block(shared, rank, where)), value, where);
 }
 
 inline void dependents_start() {}
 
-inline void dependency_wait() { host::dependency_wait(); }
+using host::dependency_wait;
+
+// --- words
 
 template <int Table>
 uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
@@ -298,18 +238,12 @@ inline int popcount(uint32_t word) { return std::popcount(word); }
 
 inline int highest_bit(uint32_t word) { return 31 - std::countl_zero(word); }
 
-template <class T>
-uint32_t dot_bytes(uint32_t a, uint32_t b, uint32_t sum) {
-  for (int i = 0; i < 32; i += 8) sum += static_cast<uint32_t>(static_cast<T>(a >> i) * static_cast<T>(b >> i));
+template <Integer T>
+T dp4a(T a, T b, T sum) {
+  using Byte = std::conditional_t<std::is_signed_v<T>, int8_t, uint8_t>;
+  for (int i = 0; i < 32; i += 8) sum = wrapping_sum(sum, T{static_cast<Byte>(a >> i)} * T{static_cast<Byte>(b >> i)});
   return sum;
 }
-
-inline int32_t dp4a(int32_t a, int32_t b, int32_t sum) {
-  return static_cast<int32_t>(
-      dot_bytes<int8_t>(static_cast<uint32_t>(a), static_cast<uint32_t>(b), static_cast<uint32_t>(sum)));
-}
-
-inline uint32_t dp4a(uint32_t a, uint32_t b, uint32_t sum) { return dot_bytes<uint8_t>(a, b, sum); }
 
 template <class T>
 uint32_t pack(float low, float high) {

@@ -3,93 +3,81 @@
 #include <dlfcn.h>
 #include <elf.h>
 
-#include <algorithm>
 #include <cstdlib>
+#include <filesystem>
 #include <fstream>
-#include <map>
-#include <sstream>
 #include <stdexcept>
-#include <utility>
 
 #include "cuda/host/machine.h"
-#include "cuda/host/state.h"
 
 namespace burnish::host {
 namespace {
 
-// Threads as ranges: "0-31, 40".
-std::string ranges(const std::vector<unsigned>& numbers) {
-  std::ostringstream out;
-  for (size_t i = 0; i < numbers.size();) {
-    size_t last = i;
-    while (last + 1 < numbers.size() && numbers[last + 1] == numbers[last] + 1) ++last;
-    out << (i == 0 ? "" : ", ") << numbers[i];
-    if (last > i) out << "-" << numbers[last];
-    i = last + 1;
+// "lane 7" or "lanes 0-6, 8-31".
+std::string ranges(const char* name, const std::vector<unsigned>& numbers) {
+  std::string text = say(name, numbers.size() > 1 ? "s " : " ");
+  for (size_t i = 0, last; i < numbers.size(); i = last + 1) {
+    for (last = i; last + 1 < numbers.size() && numbers[last + 1] == numbers[last] + 1;) ++last;
+    text += say(i == 0 ? "" : ", ", numbers[i]);
+    if (last > i) text += say("-", numbers[last]);
   }
-  return out.str();
+  return text;
 }
 
 // Threads of a block as "warps 1-2, warp 0 lanes 0-6, 8-31".
 std::string warps_and_lanes(const std::vector<unsigned>& threads) {
   std::map<unsigned, std::vector<unsigned>> lanes;
   for (const unsigned thread : threads) lanes[thread / kWarp].push_back(thread % kWarp);
-  std::vector<unsigned> whole;
-  std::string parts;
+  std::map<std::string, std::vector<unsigned>> warps;  // by which lanes of theirs
   for (const auto& [warp, some] : lanes) {
-    if (some.size() == std::min(kWarp, machine->block_threads - warp * kWarp)) {
-      whole.push_back(warp);
-    } else {
-      parts += ", warp " + std::to_string(warp) + (some.size() > 1 ? " lanes " : " lane ") + ranges(some);
-    }
+    const bool whole = some.size() == std::min(kWarp, machine->block_threads - warp * kWarp);
+    warps[whole ? "" : ranges(" lane", some)].push_back(warp);
   }
-  if (!whole.empty()) parts = (whole.size() > 1 ? ", warps " : ", warp ") + ranges(whole) + parts;
-  return parts.substr(2);
-}
-
-template <class T>
-std::vector<T> read_table(std::ifstream& file, uint64_t offset, uint64_t bytes) {
-  std::vector<T> table(bytes / sizeof(T));
-  file.seekg(static_cast<std::streamoff>(offset));
-  file.read(reinterpret_cast<char*>(table.data()), static_cast<std::streamsize>(table.size() * sizeof(T)));
-  return table;
+  std::string text;
+  for (const auto& [part, same] : warps) text += ranges(", warp", same) + part;
+  return text.substr(2);
 }
 
 // A function's mangled name, from the symbol table of the library that holds it: dladdr alone knows exported ones.
 std::string symbol(const void* function) {
   Dl_info info;
   if (dladdr(function, &info) == 0) return "";
-  std::ifstream file(info.dli_fname, std::ios::binary);
-  const auto header = read_table<Elf64_Ehdr>(file, 0, sizeof(Elf64_Ehdr));
-  const auto sections = read_table<Elf64_Shdr>(file, header[0].e_shoff, header[0].e_shnum * sizeof(Elf64_Shdr));
+  const std::string file = say(std::ifstream(info.dli_fname, std::ios::binary).rdbuf());
+  if (file.size() < sizeof(Elf64_Ehdr)) return "";
+  const auto table = [&file]<class T>(T, uint64_t offset, uint64_t count) {
+    return std::span(reinterpret_cast<const T*>(file.data() + offset), count);
+  };
+  const auto header = table(Elf64_Ehdr(), 0, 1)[0];
+  const auto sections = table(Elf64_Shdr(), header.e_shoff, header.e_shnum);
   const auto value = static_cast<uint64_t>(static_cast<const char*>(function) - static_cast<char*>(info.dli_fbase));
   for (const Elf64_Shdr& section : sections) {
-    if (section.sh_type != SHT_SYMTAB || !file) continue;
-    const Elf64_Shdr& names = sections[section.sh_link];
-    const auto text = read_table<char>(file, names.sh_offset, names.sh_size);
-    for (const auto& entry : read_table<Elf64_Sym>(file, section.sh_offset, section.sh_size)) {
-      if (entry.st_value == value && ELF64_ST_TYPE(entry.st_info) == STT_FUNC) return text.data() + entry.st_name;
+    if (section.sh_type != SHT_SYMTAB) continue;
+    for (const auto& entry : table(Elf64_Sym(), section.sh_offset, section.sh_size / sizeof(Elf64_Sym))) {
+      if (entry.st_value != value || ELF64_ST_TYPE(entry.st_info) != STT_FUNC) continue;
+      return file.data() + sections[section.sh_link].sh_offset + entry.st_name;
     }
   }
   return "";
 }
 
-}  // namespace
-
-std::string text(const uint3& at) {
-  return std::string("(") + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + std::to_string(at.z) + ")";
+std::string title() {
+  const Launch& launch = *machine->launch;
+  return say("CUDA on the CPU: ", kernel_name(launch.kernel), ", launched at ", text(launch.where), ", block ",
+             text(blockIdx));
 }
 
+}  // namespace
+
+std::string text(const uint3& at) { return say("(", at.x, ", ", at.y, ", ", at.z, ")"); }
+
 std::string text(Where where) {
-  const std::string file = where.file_name();
-  return file.substr(file.find_last_of('/') + 1) + ":" + std::to_string(where.line());
+  return say(std::filesystem::path(where.file_name()).filename().string(), ":", where.line());
 }
 
 // Without namespaces, return type and parameters: "int8_linear_fwd_kernel<1, 1, 6>".
 std::string kernel_name(const void* kernel) {
   const std::string mangled = symbol(kernel);
-  int status = 0;
-  char* demangled = abi::__cxa_demangle(mangled.c_str(), nullptr, nullptr, &status);
+  char* demangled = abi::__cxa_demangle(mangled.c_str(), nullptr, nullptr, nullptr);
   std::string name = demangled != nullptr ? demangled : mangled;
   std::free(demangled);
   for (const std::string noise : {"(anonymous namespace)::", "burnish::", "void "}) {
@@ -98,40 +86,33 @@ std::string kernel_name(const void* kernel) {
   return name.empty() ? "a kernel" : name.substr(0, name.find('('));
 }
 
-std::string title() {
-  const Launch& launch = *machine->launch;
-  return "CUDA on the CPU: " + kernel_name(launch.kernel) + ", launched at " + text(launch.where) + ", block " +
-         text(blockIdx);
-}
-
 // What each thread waits for, a block's threads of the same fate together.
-std::string deadlock() {
+void stop_deadlock() {
   std::map<std::pair<unsigned, std::string>, std::vector<unsigned>> fates;
-  for (unsigned i = 0; i < machine->threads.size(); ++i) {
-    const Thread& thread = machine->threads[i];
-    std::ostringstream fate;
-    if (thread.state == State::kDone) {
-      fate << "returned";
-    } else {
-      fate << "wait in " << thread.name << " at " << text(thread.where);
-      if (thread.state == State::kBarrier && thread.barrier != 0) fate << ", barrier " << thread.barrier;
-      if (thread.state == State::kCollective) fate << ", mask 0x" << std::hex << thread.mask;
+  for (const Thread& thread : machine->threads) {
+    const Wait& wait = thread.wait;
+    std::string fate = wait.name == nullptr ? "returned" : say("wait in ", wait.name, " at ", text(wait.where));
+    const auto& barriers = machine->blocks[thread.block].barriers;
+    for (unsigned id = 1; id < kBarriers; ++id) {
+      if (wait.barrier == &barriers[id]) fate += say(", barrier ", id);
     }
-    fates[{thread.block, fate.str()}].push_back(i % machine->block_threads);
+    if (wait.mask != 0) fate += say(", mask 0x", std::hex, wait.mask);
+    fates[{thread.block, fate}].push_back(thread.in_block);
   }
-  std::string report = title() + ": deadlock";
+  std::string report = "deadlock";
   for (const auto& [fate, threads] : fates) {
-    const bool one = machine->blocks.size() == 1;
-    report += (one ? "; " : "; block " + text(machine->blocks[fate.first].index) + " ") + warps_and_lanes(threads) +
-              ": " + fate.second;
+    const std::string at = text(machine->blocks[fate.first].index);
+    const std::string block = machine->blocks.size() == 1 ? "" : say("block ", at, " ");
+    report += say("; ", block, warps_and_lanes(threads), ": ", fate.second);
   }
-  return report;
+  stop_launch(report);
 }
 
-void stop(const std::string& what, Where where) {
-  throw std::runtime_error(title() + ", thread " + text(threadIdx) + ", warp " +
-                           std::to_string(in_own_block() / kWarp) + " lane " + std::to_string(in_own_block() % kWarp) +
-                           ", " + text(where) + ": " + what);
+void stop_launch(const std::string& what) { throw std::runtime_error(title() + ": " + what); }
+
+void stop_thread(Where where, const std::string& what) {
+  throw std::runtime_error(say(title(), ", thread ", text(threadIdx), ", warp ", here().in_block / kWarp, " lane ",
+                               lane(), ", ", text(where), ": ", what));
 }
 
 }  // namespace burnish::host
