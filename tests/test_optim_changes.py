@@ -75,10 +75,11 @@ def test_what_an_option_leaves_behind_is_saved_loads_and_is_taken_up_again(
 def test_a_step_without_masters_makes_them_anew(kind: str) -> None:
     params = parameters(torch.bfloat16)
     optimizer = optim.AdamW(params, lr=0.1)
-    for step, masters in enumerate([kind, None, kind]):
+    for masters in (kind, None, None, None, None, kind):
         optimizer.param_groups[0]["master_weights"] = masters
         before = [parameter.detach().clone() for parameter in params]
-        push(params, step)
+        for parameter in params:
+            parameter.grad = torch.ones_like(parameter)
         optimizer.step()
         assert ("master" in optimizer.state[params[0]]) == (masters is not None)
         for one, two in zip(before, params, strict=True):  # no further than a step, not back to where masters once were

@@ -38,7 +38,7 @@ Tensor lamb_squares(const Tensors& params, const Tensors& grads, const Tensors& 
                     .seed = seed});
   std::vector<LambScalars> scalars;
   for (const TensorView& count : steps) {
-    scalars.push_back(numbers.scalars(step.factor, *count.const_data_ptr<float>() + 1));
+    scalars.push_back(numbers.scalars(step.factor, *static_cast<const float*>(count.const_data_ptr()) + 1));
   }
   Tensor squares = torch::stable::new_empty(lr, {static_cast<int64_t>(params.size()), 2}, ScalarType::Double);
   std::vector<double> sums(2 * params.size());
