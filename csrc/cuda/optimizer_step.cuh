@@ -188,69 +188,10 @@ __device__ void step_chunk(const StepCall<Numbers>& call) {
   });
 }
 
-<<<<<<< HEAD
 template <class Numbers>
 void start_step(const StepArguments& given, const Numbers& numbers, void (*mixed)(StepCall<Numbers>),
                 void (*halves)(StepCall<Numbers>)) {
   with_step(given, numbers, [&](const StepLaunch<Numbers>& launch) { launch.start(mixed, halves, kStepShared); });
-=======
-// --- on the host
-
-inline StepTensor describe(const OptimizerTensor& from, const TensorView& step) {
-  StepTensor to{};
-  to.parameter = from.parameter;
-  to.gradient = from.gradient;
-  std::copy_n(from.moments, kMostMoments, to.moments);
-  to.scales = from.scales;
-  to.master = from.master;
-  to.average = from.average;
-  to.mask = from.mask;
-  to.step = step.mutable_data_ptr<float>();
-  to.count = from.count;
-  to.format = static_cast<uint16_t>(from.format);
-  to.gradient_format = static_cast<uint16_t>(from.gradient_format);
-  uintptr_t addresses = 0;
-  for (const void* one : {from.parameter, const_cast<void*>(from.gradient), from.moments[0], from.moments[1],
-                          from.moments[2], from.master, static_cast<void*>(from.average)}) {
-    addresses |= reinterpret_cast<uintptr_t>(one);
-  }
-  to.aligned = (addresses | reinterpret_cast<uintptr_t>(from.mask)) % kWidest == 0;
-  return to;
-}
-
-// Checks a call and starts the kernel for its arrays: `mixed` where one of them is fp32, else `halves`.
-template <class Numbers>
-void start_step(const StepArguments& given, const Numbers& numbers, void (*mixed)(StepCall<Numbers>),
-                void (*halves)(StepCall<Numbers>)) {
-  const CheckedStep step = check_step(given);
-  if (step.tensors.empty()) return;
-  const Tensor first = given.params.front();
-  const int32_t device = first.get_device_index();
-  const DeviceGuard guard(device);
-  const cudaStream_t stream = current_stream(device);
-  BURNISH_CHECK(!(step.rule.random && is_capturing(stream)), given.op,
-                ": seed is a number that a CUDA graph would repeat at every replay, expected none while capturing");
-  bool fp32 = step.rule.master == Master::kFloat || !given.emas.empty();
-  std::vector<int64_t> counts;
-  for (const OptimizerTensor& one : step.tensors) {
-    counts.push_back(one.count);
-    fp32 |= one.format == Format::kFloat || one.gradient_format == Format::kFloat ||
-            (one.moments[0] != nullptr && !step.rule.coded && step.rule.moments == Format::kFloat);
-  }
-  TableWriter<StepTensor> table(counts);
-  for (size_t i = 0; i < counts.size(); ++i) table.set(i, describe(step.tensors[i], given.steps[i]));
-  const StepCall<Numbers> call{table.upload(first),
-                               step.rule,
-                               device_scalar(given.lr),
-                               device_scalar(given.grad_norm),
-                               device_scalar(given.grad_scale),
-                               device_scalar(given.found_inf),
-                               given.max_grad_norm,
-                               given.maximize,
-                               numbers};
-  launch(fp32 ? mixed : halves, dim3(static_cast<unsigned>(table.blocks())), dim3(kStepThreads), kStepShared, stream,
-         call);
->>>>>>> small6
 }
 
 }  // namespace burnish

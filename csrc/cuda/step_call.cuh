@@ -153,7 +153,7 @@ __device__ void each_share(const StepTensor& tensor, uint32_t number, const F& f
 
 // --- on the host
 
-inline StepTensor describe(const OptimizerTensor& from, const Tensor& step) {
+inline StepTensor describe(const OptimizerTensor& from, const TensorView& step) {
   StepTensor to{};
   to.parameter = from.parameter;
   to.gradient = from.gradient;
@@ -196,7 +196,7 @@ template <class Numbers, class Run>
 void with_step(const StepArguments& given, const Numbers& numbers, const Run& run) {
   const CheckedStep step = check_step(given);
   if (step.tensors.empty()) return;
-  const Tensor& first = given.params.front();
+  const Tensor first = given.params.front();
   const int32_t device = first.get_device_index();
   const DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
