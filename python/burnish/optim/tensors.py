@@ -75,8 +75,8 @@ class References:
     """References of C++ to lists of small tensors that only Python refers to.
 
     A call of an op takes and drops a reference to each tensor. Where it is the only one of C++, PyTorch takes and drops
-    the tensor's Python object with it, and for that the interpreter's lock: some 50 ns a tensor and call. A large tensor
-    is worth that, and its memory should go when its owner lets go of it.
+    the tensor's Python object with it, and for that the interpreter's lock: some 50 ns a tensor and call. A large
+    tensor is worth that, and its memory should go when its owner lets go of it.
     """
 
     _MOST_ELEMENTS: ClassVar[int] = 4096
