@@ -97,7 +97,7 @@ def _relative(results: Outputs, exacts: Outputs, starts: Sequence[torch.Tensor |
         whole += float(size.square().sum())
     judged = torch.cat(errors)
     if spared:
-        judged = judged.sort().values[: judged.numel() - int(spared * judged.numel())]
+        judged = judged[judged <= judged.kthvalue(judged.numel() - int(spared * judged.numel())).values]
     return float(judged.norm()) / max(math.sqrt(whole), 1e-30)
 
 
