@@ -95,7 +95,7 @@ def _relative(results: Outputs, exacts: Outputs, starts: Sequence[torch.Tensor |
             error, size = (error - numerics.ulp(size, result.dtype)).clamp_min(0), size - start.double()
         errors.append(error.flatten())
         whole += float(size.square().sum())
-    judged = torch.cat(errors)
+    judged = torch.cat(errors).nan_to_num_(nan=math.inf, posinf=math.inf)  # NaN is as far off as can be
     if spared:
         judged = judged[judged <= judged.kthvalue(judged.numel() - int(spared * judged.numel())).values]
     return float(judged.norm()) / max(math.sqrt(whole), 1e-30)

@@ -289,9 +289,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if name == "scales":
                 held = [len(self.held_moments(batch.group, state)) for state in states]
                 rows = zip(batch.origin, column, held, strict=True)
-                columns[name] = [
-                    local_scales(parameter, scales, len(moments), kept) for parameter, scales, kept in rows
-                ]
+                columns[name] = [local_scales(one, scales, len(moments), kept) for one, scales, kept in rows]
             elif tensors.is_sharded(batch.origin[0]):
                 columns[name] = list(map(tensors.local, column))
         return columns
