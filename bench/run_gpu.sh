@@ -1,20 +1,24 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in one command: build, GPU tests, sanitizers, benchmarks, one Markdown report.
 #
-#   bench/run_gpu.sh OUTDIR
+#   bench/run_gpu.sh OUTDIR [STEP...]
 #
+# The steps are build, tests, sanitizers, bench and tables, all of them if none is named; without build, the burnish that
+# PYTHON imports is used. BUDGET: seconds for tests to begin in (150), WORKERS: their processes.
 # Needs no network: Python with torch (CUDA), Triton, setuptools, wheel, ninja, pybind11, safetensors and pytest, and nvcc
 # (on PATH, under CUDA_HOME, /usr/local/cuda* or in NVIDIA's Python packages). PYTHON names another python3.
 # Steps have time limits that add up to less than 10 minutes; one that fails is reported and the next one runs. Writes
-# OUTDIR/report.md, logs.txt, bench.json, bench.png and the result table; the exit status is the number of failed steps.
+# OUTDIR/report.md, logs.txt, JSON files, charts and the result table; the exit status is the number of failed steps.
 set -uo pipefail
 
-if [[ $# -ne 1 ]]; then
-  sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+STEPS=(build tests sanitizers bench tables)
+if [[ $# -lt 1 ]]; then
+  sed -n '2,13s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 mkdir -p "$1"
 OUTDIR=$(cd "$1" && pwd)
+[[ $# -gt 1 ]] && STEPS=("${@:2}")
 cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python3}
 LOGS=$(mktemp -d)
@@ -69,44 +73,76 @@ build() {
   "$PYTHON" -m burnish.cli doctor
 }
 
-# sanitize: the four tools at once, on a small run of every op and CUDA implementation; each allocation is cudaMalloc's
-# own, so that a byte past its end is an error
+# tests: what needs a GPU, and the conformance kit on every GPU backend, in a random order for as long as there is time
+# shellcheck disable=SC2329
+tests() {
+  local -a parallel=()
+  "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n "${WORKERS:-$(nproc)}")
+  "$PYTHON" -m pytest "${parallel[@]}" --budget "${BUDGET:-150}" --tb=short \
+    -m "not gate" -k "native or triton or gpu" \
+    tests/test_gpu.py tests/test_optim_gpu.py tests/test_instructions.py tests/test_ops.py
+}
+
+# sanitize: the four tools at once, on a small run of every op and CUDA implementation, in shares; each allocation is
+# cudaMalloc's own, so that a byte past its end is an error
 # shellcheck disable=SC2329
 sanitize() {
-  local tool pid status=0
+  local tool share name status=0
   local -A pids=()
   cat >"$LOGS/small_run.py" <<'PYTHON_END'
+import sys
+
 import torch
 from burnish import registry
 from burnish.testing import calls
 
+share, shares = map(int, sys.argv[1:])
+implementations = [(spec, impl) for spec in registry.all_ops().values() for impl in spec.impls]
 ran = 0
-for spec in registry.all_ops().values():
-    for impl in spec.impls:
-        cases = [case for case in spec.cases.test if case.dtype is not torch.float32]
-        for case in cases[:: max(1, len(cases) // 12)]:
-            args = spec.make(case, impl.backend, 0)
-            if calls.objection(spec, impl.backend, args) is None:
-                calls.run(spec, impl.backend, args)
-                ran += 1
+for spec, impl in implementations[share::shares]:
+    cases = [case for case in spec.cases.test if case.dtype is not torch.float32]
+    for case in cases[:: max(1, len(cases) // 6)]:
+        args = spec.make(case, impl.backend, 0)
+        if calls.objection(spec, impl.backend, args) is None:
+            calls.run(spec, impl.backend, args)
+            ran += 1
+            print(f"{spec.stem} on {impl.backend}: {case.id}", flush=True)
 torch.cuda.synchronize()
 assert ran, "no implementation accepted a case"
 print(f"ran {ran} calls")
 PYTHON_END
   for tool in memcheck racecheck initcheck synccheck; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$SANITIZER" --tool "$tool" --error-exitcode 9 \
-      "$PYTHON" "$LOGS/small_run.py" >"$LOGS/$tool.log" 2>&1 &
-    pids[$tool]=$!
+    for share in 0 1 2 3; do
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 85 "$SANITIZER" --tool "$tool" --error-exitcode 9 --print-limit 5 \
+        "$PYTHON" "$LOGS/small_run.py" "$share" 4 >"$LOGS/$tool-$share.log" 2>&1 &
+      pids[$tool-$share]=$!
+    done
   done
-  for tool in "${!pids[@]}"; do
-    pid=${pids[$tool]}
-    wait "$pid" || { status=1 && printf '%s: exit status not 0\n' "$tool"; }
-    printf '%s: %s\n' "$tool" "$(grep 'ERROR SUMMARY\|RACECHECK SUMMARY' "$LOGS/$tool.log" || tail -n 3 "$LOGS/$tool.log")"
+  for name in "${!pids[@]}"; do
+    wait "${pids[$name]}" || { status=1 && printf '%s: exit status not 0\n' "$name"; }
+    printf '%s: %s; %s\n' "$name" "$(grep 'ERROR SUMMARY\|RACECHECK SUMMARY' "$LOGS/$name.log" || echo 'not at its end')" \
+      "$(grep '^ran ' "$LOGS/$name.log")"
   done
-  for tool in "${!pids[@]}"; do
-    printf '\n--- %s\n' "$tool"
-    tail -n 60 "$LOGS/$tool.log"
+  for name in "${!pids[@]}"; do
+    printf '\n--- %s\n' "$name"
+    tail -n 80 "$LOGS/$name.log"
   done >>"$LOGS/sanitizer_logs"
+  return "$status"
+}
+
+# bench: every family, each into a file of its own
+# shellcheck disable=SC2329
+bench() {
+  local -a run=("$PYTHON" -m burnish.cli bench --device cuda --peers --rounds 10)
+  local status=0
+  "${run[@]}" int8_linear lowrank_linear lora_linear lora_linear_backward lowrank_linear_backward --dtype bf16 \
+    --json "$OUTDIR/linear.json" --plot "$OUTDIR/linear.png" || status=1
+  "${run[@]}" adam_step grad_norm --case '*[2cp]-t*' --json "$OUTDIR/adam.json" --plot "$OUTDIR/adam.png" || status=1
+  "${run[@]}" adam_step --case '*-bf16-int8-*' --json "$OUTDIR/adam8.json" || status=1
+  "${run[@]}" bsr_linear sparse24_linear sparse_linear --dtype bf16 --case '*-no_bias*' \
+    --json "$OUTDIR/sparse.json" --plot "$OUTDIR/sparse.png" || status=1
+  "${run[@]}" sgd_step adagrad_step rmsprop_step lion_step lamb_squares lamb_step --case 'N768-fp32*-transformer' \
+    --json "$OUTDIR/optim.json" --plot "$OUTDIR/optim.png" || status=1
   return "$status"
 }
 
@@ -114,7 +150,7 @@ PYTHON_END
 tables() {
   local gpu
   gpu=$("$PYTHON" -c 'import re, torch; print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))') || return
-  "$PYTHON" bench/report.py --name "$gpu" "$OUTDIR/bench.json" || return
+  "$PYTHON" bench/report.py --name "$gpu" "$OUTDIR"/*.json || return
   cp "bench/results/$gpu.md" "$OUTDIR/$gpu.md"
 }
 
@@ -151,24 +187,29 @@ if [[ -n $NVCC ]]; then
   export CUDA_HOME
   PATH=$(dirname "$NVCC"):$PATH
 fi
-export PYTHON SANITIZER LOGS BURNISH_BUILD_CUDA=1
-export -f build sanitize tables
-export OUTDIR
+export PYTHON SANITIZER LOGS OUTDIR BURNISH_BUILD_CUDA=1
+export -f build tests sanitize bench tables
 
-PARALLEL=()
-"$PYTHON" -c 'import xdist' 2>/dev/null && PARALLEL=(-n 6)
-
-step build 150 bash -c build
-step gpu-tests 90 "$PYTHON" -m pytest "${PARALLEL[@]}" -m gpu tests/test_gpu.py tests/test_instructions.py
-step op-tests 120 "$PYTHON" -m pytest "${PARALLEL[@]}" tests/test_ops.py -k "native or triton"
-if [[ -n $SANITIZER ]]; then
-  step sanitizers 90 bash -c sanitize
-else
-  echo "compute-sanitizer was not found" >"$LOGS/sanitizers"
-  record sanitizers 127 0 0
-fi
-step bench 120 "$PYTHON" -m burnish.cli bench --device cuda --json "$OUTDIR/bench.json" --plot "$OUTDIR/bench.png"
-step tables 15 bash -c tables
+for name in "${STEPS[@]}"; do
+  case $name in
+    build) step build 150 bash -c build ;;
+    tests) step tests 180 bash -c tests ;;
+    sanitizers)
+      if [[ -n $SANITIZER ]]; then
+        step sanitizers 90 bash -c sanitize
+      else
+        echo "compute-sanitizer was not found" >"$LOGS/sanitizers"
+        record sanitizers 127 0 0
+      fi
+      ;;
+    bench) step bench 150 bash -c bench ;;
+    tables) step tables 15 bash -c tables ;;
+    *)
+      echo "no step '$name'" >&2
+      exit 2
+      ;;
+  esac
+done
 write_report
 printf '%s step(s) failed; the report is %s\n' "$FAILED" "$OUTDIR/report.md"
 exit "$FAILED"

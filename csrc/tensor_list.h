@@ -4,6 +4,7 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -26,12 +27,12 @@ class TensorView {
   // `like`, or null: a tensor whose dtype it may have.
   TensorView(AtenTensorHandle handle, const TensorView* like) : handle_(handle) {
     int64_t* sizes;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim_));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle, &contiguous_));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype_));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type_));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle, &contiguous_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index_));
     sizes_ = sizes;
     using torch::stable::detail::from, torch::stable::detail::to;
     type_ = like != nullptr && like->dtype_ == dtype_ ? like->type_ : to<ScalarType>(from(dtype_));
@@ -39,7 +40,7 @@ class TensorView {
 
   operator Tensor() const {
     AtenTensorHandle owned;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle_, &owned));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle_, &owned));
     return Tensor(owned);
   }
 
@@ -52,7 +53,7 @@ class TensorView {
   IntHeaderOnlyArrayRef sizes() const { return {sizes_, static_cast<size_t>(dim_)}; }
   IntHeaderOnlyArrayRef strides() const {
     int64_t* strides;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle_, &strides));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle_, &strides));
     return {strides, static_cast<size_t>(dim_)};
   }
   bool is_contiguous() const { return contiguous_; }
@@ -67,7 +68,7 @@ class TensorView {
 
   void* mutable_data_ptr() const {
     void* data;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_, &data));
+    TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_, &data));
     return data;
   }
 
@@ -78,7 +79,7 @@ class TensorView {
 
   const void* const_data_ptr() const {
     const void* data;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle_, &data));
+    TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle_, &data));
     return data;
   }
 
@@ -97,12 +98,12 @@ class Tensors {
   explicit Tensors(StableListHandle list) {
     const std::unique_ptr<StableListOpaque, DeleteList> owned_list(list);
     size_t size;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
     owned_.reserve(size);
     views_.reserve(size);
     for (size_t i = 0; i < size; ++i) {
       StableIValue item;
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+      TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
       owned_.emplace_back(torch::stable::detail::to<AtenTensorHandle>(item));
     }
     for (const auto& tensor : owned_) views_.emplace_back(tensor.get(), views_.empty() ? nullptr : &views_.back());

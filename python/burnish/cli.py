@@ -168,6 +168,7 @@ def _bench(options: argparse.Namespace) -> int:
             pattern=options.case,
             dtype=_DTYPES[options.dtype] if options.dtype else None,
             shapes=options.shape,
+            device=options.device,
         )
         found, absent = peers.load(peers.find_folder(options.peers_dir)) if options.peers else ([], {})
     except (KeyError, ValueError, FileNotFoundError) as error:

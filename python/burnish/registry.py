@@ -88,11 +88,13 @@ class Invalid:
 
 @dataclass(frozen=True)
 class Cases:
-    """``test`` is small and full of edges, ``bench`` is what people run, ``invalid`` must raise."""
+    """``test`` is small and full of edges, ``bench`` is what people run, ``wide`` what they run on a GPU alone,
+    ``invalid`` must raise."""
 
     test: tuple[Case, ...]
     bench: tuple[Case, ...]
     invalid: tuple[Invalid, ...] = ()
+    wide: tuple[Case, ...] = ()
 
 
 @dataclass(frozen=True)

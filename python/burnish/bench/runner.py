@@ -42,6 +42,7 @@ def select_cases(
     pattern: str = "*",
     dtype: torch.dtype | None = None,
     shapes: Sequence[Sequence[int]] = (),
+    device: str = "cpu",
 ) -> tuple[tuple[OpSpec, Case], ...]:
     """The bench cases of ``ops`` (of all ops if empty) whose id matches ``pattern``.
 
@@ -50,6 +51,7 @@ def select_cases(
         pattern: a glob over case ids, ``M1-*``.
         dtype: time the cases with a floating dtype in this one.
         shapes: instead of the record's own cases, its first one at these dims, in the record's order.
+        device: ``cuda`` adds the cases that are too wide for a CPU.
 
     Raises:
         KeyError: no such op; the message lists the ops.
@@ -58,7 +60,7 @@ def select_cases(
     specs = [get(name) for name in dict.fromkeys(ops)] if ops else list(all_ops().values())
     found, ids = [], []
     for spec in specs:
-        cases = spec.cases.bench
+        cases = spec.cases.bench + (spec.cases.wide if device == "cuda" else ())
         if shapes:
             fitting = [shape for shape in shapes if cases and len(shape) == len(cases[0].dims)]
             if ops and len(fitting) < len(shapes):

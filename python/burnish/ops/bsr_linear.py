@@ -216,6 +216,9 @@ _BENCH_CASES = (
     *(case_of(m, *_SQUARE, 32, 0.1, bias=False, weight="int8") for m in (1, 128)),
     case_of(128, *_SQUARE, 32, 0.1, _FP32, bias=False),
 )
+_WIDE_CASES = tuple(
+    case_of(4096, *_SQUARE, block, density, bias=False) for block in (64, 128) for density in (0.1, 0.5)
+)
 _INVALID = (
     Invalid("x int32", lambda x, *r: (x.int(), *r), "x is int32, expected fp32, bf16 or fp16"),
     Invalid("x scalar", lambda x, *r: (x.new_zeros(()), *r), "x is a scalar, expected"),
@@ -253,7 +256,7 @@ SPEC = register(
         fake=fake,
         autograd=Autograd(setup_context, backward, surrogate),
         impls=(Impl("triton", f"{_KERNELS}:bsr_linear", f"{_KERNELS}:supports"),),
-        cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_INVALID),
+        cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_INVALID, wide=_WIDE_CASES),
         make=make,
         cost=cost,
         baseline=baseline,

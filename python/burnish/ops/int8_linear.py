@@ -245,7 +245,7 @@ SPEC = register(
             Impl("native", "torch.ops:burnish.int8_linear.native", f"{__name__}:supports_native"),
             Impl("triton", f"{_KERNELS}:int8_linear", f"{_KERNELS}:supports"),
         ),
-        cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_INVALID),
+        cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_INVALID, wide=(_case(4096, 4096, 4096),)),
         make=make,
         cost=cost,
         baseline=baseline,

@@ -198,6 +198,10 @@ _BENCH_CASES = (
     *(case_of(m, 4096, 4096, 16, bias=False, base="int8") for m in (1, 16, 128, 512)),
     *(case_of(m, 4096, 4096, 16, bias=False) for m in (1, 16)),
 )
+_WIDE_CASES = (
+    *(case_of(4096, 4096, 4096, 16, bias=False, p=p) for p in (False, True)),
+    case_of(4096, 4096, 4096, 16, bias=False, base="int8"),
+)
 
 _INVALID = (
     *INVALID_FACTORS,
@@ -234,7 +238,7 @@ SPEC = register(
             Impl("native", "torch.ops:burnish.lora_linear.native", f"{__name__}:supports_native"),
             Impl("triton", f"{_KERNELS}:lora_linear", f"{_KERNELS}:supports"),
         ),
-        cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_INVALID),
+        cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_INVALID, wide=_WIDE_CASES),
         make=make,
         cost=cost,
         baseline=baseline,
@@ -343,6 +347,7 @@ BACKWARD = register(
                 Invalid("p above 1", lambda *a: (*a[:8], 1.5, *a[9:]), "p is 1.5, expected 0 to 1"),
                 Invalid("no seed", lambda *a: (*a[:8], 0.5, *a[9:]), "seed is None, expected int64"),
             ),
+            wide=tuple(case_of(4096, 4096, 4096, 16, bias=False, p=p) for p in (False, True)),
         ),
         make=backward_make,
         cost=backward_cost,

@@ -173,6 +173,7 @@ _BENCH_CASES = tuple(
     for r in (16, 64, 128)
     for m in (1, 16, 128, 512)
 )
+_WIDE_CASES = tuple(case_of(4096, 4096, 4096, r, bias=False) for r in (16, 64, 128))
 
 #: what csrc/cuda/lowrank_host.cuh takes: rows of x, bytes of s
 NATIVE_ROWS, NATIVE_LOW_BYTES = 64, 16 << 10
@@ -213,7 +214,7 @@ SPEC = register(
             Impl("native", "torch.ops:burnish.lowrank_linear.native", f"{__name__}:supports_native"),
             Impl("triton", f"{_KERNELS}:lowrank_linear", f"{_KERNELS}:supports"),
         ),
-        cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_INVALID),
+        cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_INVALID, wide=_WIDE_CASES),
         make=make,
         cost=cost,
         baseline=baseline,

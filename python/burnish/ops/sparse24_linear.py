@@ -182,6 +182,10 @@ _BENCH_CASES = (
     *(_case(m, 4096, 4096, bias=False, density=0.5, weight="int8") for m in _BENCH_ROWS),
     *(_case(m, 4096, 4096, torch.float32, bias=False, density=0.5) for m in (1, 16, 128)),
 )
+_WIDE_CASES = (
+    _case(4096, 4096, 4096, bias=False, density=0.5),
+    _case(4096, 4096, 4096, bias=False, density=0.5, weight="int8"),
+)
 
 _INVALID = (
     Invalid("x int32", lambda x, *r: (x.to(torch.int32), *r), "x is int32, expected fp32, bf16 or fp16"),
@@ -215,7 +219,7 @@ SPEC = register(
             Impl("native", "torch.ops:burnish.sparse24_linear.native", f"{__name__}:supports_native"),
             Impl("triton", f"{_KERNELS}:sparse24_linear", f"{_KERNELS}:supports"),
         ),
-        cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_INVALID),
+        cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_INVALID, wide=_WIDE_CASES),
         make=make,
         cost=cost,
         baseline=baseline,
