@@ -49,8 +49,8 @@ def expanded_product(
     product = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if x_ptr.dtype.element_ty == tl.int8 else tl.float32)
     for start in range(0, K, BLOCK_K):
         x = tl.load(x_ptr + start + offsets, mask=(k < K - start)[None, :], other=0)
-        # what lies beyond K counts for nothing, NaN too; and Triton 3.9 transposes no tile as it was woven, 3.6 multiplies
-        # by none
+        # what lies beyond K counts for nothing, NaN too; and no tile can stay as it was woven: Triton 3.9 would not
+        # transpose it, and 3.6 would not multiply by it
         w = tl.where((k < K - start)[None, :], tile(weight, first_n, start, BLOCK_N, BLOCK_K), 0)
         product = weight_dot(x, tl.trans(w), product, x_ptr, k, k < K, 0)
     return product

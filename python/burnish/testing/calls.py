@@ -63,9 +63,12 @@ def backends(spec: OpSpec) -> tuple[tuple[Backend, ...], dict[str, str]]:
 
 
 def objection(spec: OpSpec, backend: Backend, args: Args) -> str | None:
-    """Why ``backend`` declines these arguments, in words; None if it runs them."""
+    """Why ``backend`` declines these arguments, in words; None if it runs them. It is asked of tensors that have no
+    values yet, as it must not wait for any: a plan asks thousands of times."""
     impls = [impl for impl in spec.impls if impl.backend == backend]
-    return dispatch.objection(impls[0], to_device(backend, args)) if impls else None
+    if not impls:
+        return None
+    return dispatch.objection(impls[0], map_tensors(_like_on_cuda, args) if runs_on_gpu(backend) else args)
 
 
 def runs_on_gpu(backend: Backend) -> bool:
@@ -79,9 +82,20 @@ def to_device(backend: Backend, args: Args) -> Args:
 
 
 def _to_cuda(tensor: torch.Tensor) -> torch.Tensor:
-    storage = torch.as_strided(tensor, (tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0).cuda()
+    storage = torch.as_strided(tensor, (_stored(tensor),), (1,), 0).cuda()
     moved = storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
     return moved.requires_grad_(tensor.requires_grad)
+
+
+def _like_on_cuda(tensor: torch.Tensor) -> torch.Tensor:
+    """An empty tensor on the GPU with the layout that :func:`_to_cuda` gives."""
+    storage = torch.empty(_stored(tensor), dtype=tensor.dtype, device="cuda")
+    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _stored(tensor: torch.Tensor) -> int:
+    """Elements of the storage."""
+    return tensor.untyped_storage().nbytes() // tensor.itemsize
 
 
 def as_outputs(result: Any) -> Outputs:

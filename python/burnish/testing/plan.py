@@ -73,9 +73,14 @@ def plan(specs: Iterable[OpSpec], only: Iterable[Backend] | None = None) -> Plan
 
 def plan_backend(made: Plan, spec: OpSpec, backend: Backend) -> None:
     """Add the checks of one backend, without the cases that it declines or that are too large to interpret."""
+    asked: dict[str, str | None] = {}  # of a case, the same for every rule
     for rule, case, label, body in _on_cases(spec, backend):
         check = Check(spec, backend, rule, label, body)
-        reason = _spared(spec, rule, case) or _objection(spec, backend, case)
+        reason = _spared(spec, rule, case)
+        if reason is None:
+            if case.id not in asked:
+                asked[case.id] = _objection(spec, backend, case)
+            reason = asked[case.id]
         if reason is None:
             made.checks.append(check)
         else:
