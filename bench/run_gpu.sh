@@ -4,16 +4,17 @@
 #   bench/run_gpu.sh OUTDIR [STEP...]
 #
 # The steps are build, tests, sanitizers, bench and tables, all of them if none is named; without build, the burnish that
-# PYTHON imports is used. BUDGET: seconds for tests to begin in (150), WORKERS: their processes.
+# PYTHON imports is used. BUDGET: seconds for tests to begin in (150), WORKERS: their processes,
+# BENCH_SECONDS: for cases to begin in (130).
 # Needs no network: Python with torch (CUDA), Triton, setuptools, wheel, ninja, pybind11, safetensors and pytest, and nvcc
 # (on PATH, under CUDA_HOME, /usr/local/cuda* or in NVIDIA's Python packages). PYTHON names another python3.
 # Steps have time limits that add up to less than 10 minutes; one that fails is reported and the next one runs. Writes
-# OUTDIR/report.md, logs.txt, JSON files, charts and the result table; the exit status is the number of failed steps.
+# OUTDIR/report.md, logs.txt, bench.json and the result table; the exit status is the number of failed steps.
 set -uo pipefail
 
 STEPS=(build tests sanitizers bench tables)
 if [[ $# -lt 1 ]]; then
-  sed -n '2,13s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 mkdir -p "$1"
@@ -101,7 +102,8 @@ implementations = [(spec, impl) for spec in registry.all_ops().values() for impl
 ran = 0
 for spec, impl in implementations[share::shares]:
     cases = [case for case in spec.cases.test if case.dtype is not torch.float32]
-    for case in cases[:: max(1, len(cases) // 6)]:
+    # what Triton makes of each case is compiled first
+    for case in cases[:: max(1, len(cases) // (8 if impl.backend == "native" else 3))]:
         args = spec.make(case, impl.backend, 0)
         if calls.objection(spec, impl.backend, args) is None:
             calls.run(spec, impl.backend, args)
@@ -130,27 +132,16 @@ PYTHON_END
   return "$status"
 }
 
-# bench: every family, each into a file of its own
 # shellcheck disable=SC2329
 bench() {
-  local -a run=("$PYTHON" -m burnish.cli bench --device cuda --peers --rounds 10)
-  local status=0
-  "${run[@]}" int8_linear lowrank_linear lora_linear lora_linear_backward lowrank_linear_backward --dtype bf16 \
-    --json "$OUTDIR/linear.json" --plot "$OUTDIR/linear.png" || status=1
-  "${run[@]}" adam_step grad_norm --case '*[2cp]-t*' --json "$OUTDIR/adam.json" --plot "$OUTDIR/adam.png" || status=1
-  "${run[@]}" adam_step --case '*-bf16-int8-*' --json "$OUTDIR/adam8.json" || status=1
-  "${run[@]}" bsr_linear sparse24_linear sparse_linear --dtype bf16 --case '*-no_bias*' \
-    --json "$OUTDIR/sparse.json" --plot "$OUTDIR/sparse.png" || status=1
-  "${run[@]}" sgd_step adagrad_step rmsprop_step lion_step lamb_squares lamb_step --case 'N768-fp32*-transformer' \
-    --json "$OUTDIR/optim.json" --plot "$OUTDIR/optim.png" || status=1
-  return "$status"
+  "$PYTHON" bench/on_gpu.py --seconds "${BENCH_SECONDS:-130}" --json "$OUTDIR/bench.json"
 }
 
 # shellcheck disable=SC2329
 tables() {
   local gpu
   gpu=$("$PYTHON" -c 'import re, torch; print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))') || return
-  "$PYTHON" bench/report.py --name "$gpu" "$OUTDIR"/*.json || return
+  "$PYTHON" bench/report.py --name "$gpu" "$OUTDIR/bench.json" || return
   cp "bench/results/$gpu.md" "$OUTDIR/$gpu.md"
 }
 

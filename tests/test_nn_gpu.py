@@ -49,7 +49,8 @@ def gradients(layer: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     x = x.clone().requires_grad_()
     layer.zero_grad()
     (layer(x).float() * torch.linspace(-1, 1, 37, device=x.device).view(-1, *[1] * (x.dim() - 2))).sum().backward()
-    return {name: p.grad for name, p in layer.named_parameters() if p.grad is not None} | {"x": x.grad}
+    # copies: what moves a layer moves its gradients
+    return {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None} | {"x": x.grad}
 
 
 def assert_near(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:

@@ -49,8 +49,7 @@ def expanded_product(
     product = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if x_ptr.dtype.element_ty == tl.int8 else tl.float32)
     for start in range(0, K, BLOCK_K):
         x = tl.load(x_ptr + start + offsets, mask=(k < K - start)[None, :], other=0)
-        # what lies beyond K counts for nothing, NaN too; and no tile can stay as it was woven: Triton 3.9 would not
-        # transpose it, and 3.6 would not multiply by it
+        # what lies beyond K counts for nothing, NaN too; and Triton 3.9 transposes no tile as it was woven
         w = tl.where((k < K - start)[None, :], tile(weight, first_n, start, BLOCK_N, BLOCK_K), 0)
         product = weight_dot(x, tl.trans(w), product, x_ptr, k, k < K, 0)
     return product
@@ -78,7 +77,8 @@ def expanded_pull(
     for start in range(0, N, BLOCK_K):
         inside = n < N - start
         dy = tl.load(dy_ptr + start + offsets, mask=inside[None, :], other=0.0)
-        w = tl.where(inside[:, None], tile(weight, start, first_k, BLOCK_K, BLOCK_N), 0)
+        # always true, and no instruction; but Triton 3.6 multiplies by no tile as it was woven
+        w = tl.where(start < N, tile(weight, start, first_k, BLOCK_K, BLOCK_N), 0)
         product = weight_dot(dy, w, product, scale_ptr, start + n, inside, PARTS)
     return product
 

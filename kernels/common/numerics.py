@@ -21,6 +21,10 @@ _INF_BITS = tl.constexpr(0x7F800000)
 _AMAX_FLOOR_BITS = tl.constexpr((127 - 100) << 23)  # 2**-100
 _ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves the nearest even integer in the low mantissa bits
 _ROUNDER_BITS = tl.constexpr(0x4B400000)
+# the same, 128 higher: else an int8 code would be the low byte of the sum as it stands, and what ptxas 12.8 stores as
+# the low byte of a float is the float, converted
+_CODE_ROUNDER = tl.constexpr(12583040.0)
+_CODE_ROUNDER_BITS = tl.constexpr(0x4B400080)
 
 _LOG2E = tl.constexpr(1.44269504088896341)
 _HALF_LOG2E = tl.constexpr(0.5 * 1.44269504088896341)
@@ -52,7 +56,7 @@ def quantize_int8(x, amax, inverse):
     """round_half_even(x * inverse) in int8; +-127 at infinities, 0 in a row whose amax is NaN."""
     scaled = tl.where(magnitude_bits(x) == _INF_BITS, tl.where(x > 0, 127.0, -127.0), x * inverse)
     scaled = tl.where(amax == amax, scaled, 0.0)
-    return ((scaled + _ROUNDER).to(tl.int32, bitcast=True) - _ROUNDER_BITS).to(tl.int8)
+    return ((scaled + _CODE_ROUNDER).to(tl.int32, bitcast=True) - _CODE_ROUNDER_BITS).to(tl.int8)
 
 
 @triton.jit

@@ -28,6 +28,7 @@ from burnish.kernels.lowrank.lowrank_linear_sums import (
     rank_block,
 )
 from burnish.kernels.quant.int8_linear import gradient_parts
+from burnish.kernels.quant.int8_linear import gradient_tiles as int8_tiles
 from burnish.kernels.quant.int8_quantize_rows import quantize
 
 #: where int8_linear's tiles leave no registers for fp32 parts and a mask: more warps, or less tile
@@ -180,7 +181,7 @@ def input_gradient(
 
 def gradient_tiles(arch: str, itemsize: int) -> tuple[Tile, ...]:
     """int8_linear's, or :data:`FP32_GRADIENT`'s."""
-    return FP32_GRADIENT.get(arch, SPLIT_GEMM[arch]) if itemsize == 4 else SPLIT_GEMM[arch]
+    return FP32_GRADIENT.get(arch) or int8_tiles(arch, 3) if itemsize == 4 else SPLIT_GEMM[arch]
 
 
 def pull_back(dy, weight, scale, sums, A, dropout, dx, tile):  # type: ignore[no-untyped-def]

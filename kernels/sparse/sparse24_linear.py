@@ -202,12 +202,9 @@ def tiles(arch: str, dtype: torch.dtype) -> tuple[Tile, ...]:
 
 def gradient_tiles(arch: str, dtype: torch.dtype) -> tuple[Tile, ...]:
     """Those of dx, by the type of values. On sm_100 four warps put two registers of the square one on the stack."""
-    if dtype == torch.int8:
-        return expanded_tiles(SPLIT_GEMM[arch])
+    table = expanded_tiles(SPLIT_GEMM[arch]) if dtype == torch.int8 else tiles(arch, dtype)
     warps = {(64, 64): 8} if arch == "sm_100" else {}
-    return tuple(
-        replace(tile, num_warps=warps.get((tile.block_m, tile.block_n), tile.num_warps)) for tile in tiles(arch, dtype)
-    )
+    return tuple(replace(tile, num_warps=warps.get((tile.block_m, tile.block_n), tile.num_warps)) for tile in table)
 
 
 def forward(x, row_scales, values, metadata, scale, bias, y, tile=None):  # type: ignore[no-untyped-def]

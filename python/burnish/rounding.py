@@ -30,9 +30,9 @@ GROUP = 8
 ROUNDS = 7
 
 
-def random_bits(seed: int, tensor: int, stream: int, count: int) -> torch.Tensor:
+def random_bits(seed: int, tensor: int, stream: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """16 bits for each of ``count`` elements: int32 ``[count]``, in [0, 65536)."""
-    group = torch.arange((count + GROUP - 1) // GROUP)
+    group = torch.arange((count + GROUP - 1) // GROUP, device=device)
     fixed = (torch.full_like(group, tensor), torch.ones_like(group))
     key = (torch.tensor(seed & _LOW), torch.tensor(seed >> 32 & _LOW))
     words = philox((group & _LOW, group >> 32, *fixed), key, ROUNDS)

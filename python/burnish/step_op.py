@@ -278,7 +278,7 @@ def _moment(stored: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
 
 
 def _random(value: torch.Tensor, like: torch.Tensor, seed: int, index: int, stream: int) -> torch.Tensor:
-    random = rounding.random_bits(seed, index, stream, value.numel())
+    random = rounding.random_bits(seed, index, stream, value.numel(), value.device)
     return rounding.round_random(value, like.dtype, _like(random, like))
 
 

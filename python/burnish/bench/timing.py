@@ -33,8 +33,8 @@ MAX_SETS = 512
 MAX_BATCH = {"cpu": 256, "cuda": 64}
 #: a set that takes longer to make is copied where the same values are wanted elsewhere in memory
 MAKE_SECONDS = 0.25
-#: different sets, of which a GPU needs one where they are slow to make: its time does not hang on the values; the
-#: others are made of the same values, elsewhere in memory
+#: different sets; the others are made of the same values, elsewhere in memory. On a GPU, whose time does not hang on
+#: the values, they are copies of one
 SEEDS = 2
 #: calls that show how long launching takes, and how much longer the GPU sleeps at its fastest clock: a batch is queued
 #: before its first kernel starts
@@ -49,16 +49,16 @@ def argument_sets(spec: OpSpec, case: Case, backend: Backend, device: str, conte
 
     start = time.perf_counter()
     first = make(0)
-    slow = time.perf_counter() - start > MAKE_SECONDS
+    copied = device == "cuda" or time.perf_counter() - start > MAKE_SECONDS
     size = max(1, sum(tensor.nbytes for tensor in places(first).values()))
     wanted = sets_wanted(size, device)
     # a contestant may keep its weights in fp32: four times the bytes
     affordable = machine.free_memory(device) // 2 // (4 * size * max(1, contestants))
     count = max(SEEDS, min(wanted, affordable, MAX_SETS))
-    different = 1 if slow and device == "cuda" else SEEDS
+    different = 1 if device == "cuda" else SEEDS
     sets = [first, *(make(seed) for seed in range(1, different))]
     for index in range(different, count):
-        sets.append(map_tensors(torch.clone, sets[index % different]) if slow else make(index % SEEDS))
+        sets.append(map_tensors(torch.clone, sets[index % different]) if copied else make(index % SEEDS))
     return sets
 
 

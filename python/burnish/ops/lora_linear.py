@@ -307,7 +307,7 @@ def backward_baseline(
     """What torch's autograd runs for that composition, which kept the mask, the dropped-out x and s."""
     W = BASES[format].dense(weight, weight_scale, x)
     c = scale / (1 - p)
-    keep = torch.rand(x.shape) >= p if p else None
+    keep = torch.rand(x.shape, device=x.device) >= p if p else None
     h = x if keep is None else x * keep
     s = h @ A.T
 

@@ -151,7 +151,7 @@ def _on_op(spec: OpSpec, backend: Backend) -> Iterator[tuple[str, str, Callable[
     if stand_in():
         return
     for dtype in contract.dtypes(spec):
-        for name in contract.input_sets(spec, dtype):
+        for name in contract.input_sets(spec, backend, dtype):
             body = partial(contract.opcheck, spec, backend, dtype, name)
             yield "opcheck", f"{dtype_name(dtype)}-{name}", body
         for grad in (False, True) if spec.autograd else (False,):
@@ -162,6 +162,6 @@ def _on_op(spec: OpSpec, backend: Backend) -> Iterator[tuple[str, str, Callable[
 def _compile(
     spec: OpSpec, backend: Backend, dtype: torch.dtype, compiler: str, grad: bool
 ) -> tuple[str, str, Callable[[], None]]:
-    case = contract.compile_case(spec, dtype)
+    case = contract.compile_case(spec, backend, dtype)
     body = partial(contract.compiled, spec, backend, case, compiler, grad)
     return "compile", f"{compiler}-{dtype_name(dtype)}{'-grad' if grad else ''}", body
