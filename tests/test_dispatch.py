@@ -258,6 +258,21 @@ def test_the_first_willing_implementation_runs(spec: OpSpec) -> None:
     assert dispatch.select(spec, (many,))(many) == "general"
 
 
+def _is_odd(x: torch.Tensor) -> bool:
+    return x.shape[0] % 2 == 1
+
+
+def test_one_that_yields_runs_where_it_is_forced_or_alone(spec: OpSpec) -> None:
+    first, second = spec.impls
+    spec = replace(spec, impls=(replace(first, yields=f"{__name__}:_is_odd"), second))
+    even, odd = torch.ones(4, 3), torch.ones(3, 3)
+    assert dispatch.select(spec, (even,))(even) == "fast"
+    assert dispatch.select(spec, (odd,))(odd) == "general"
+    assert dispatch.select(spec, (odd.long(),))(odd) == "fast"
+    with burnish.use_backend("native"):
+        assert dispatch.select(spec, (odd,))(odd) == "fast"
+
+
 def test_a_forced_implementation_runs_or_says_why(spec: OpSpec) -> None:
     few, many = torch.ones(4, 3), torch.ones(5, 3)
     with burnish.use_backend("triton"):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.ao.nn.quantized.dynamic  # registers the packed weight's type
 from burnish.bench import Peer
+from burnish.errors import BackendError
 from burnish.ops import int8_linear_unpack
 from burnish.registry import Case
 from torch.nn.functional import gelu, silu
@@ -22,6 +23,8 @@ def supports(op: str, case: Case) -> str | None:
 
 def make(op: str, args: tuple) -> Callable[[], torch.Tensor]:
     x, weight, scale, bias, activation, out_dtype = args
+    if x.is_cuda:
+        raise BackendError("FBGEMM is for CPUs")
     channels = scale.shape[0]
     canonical = int8_linear_unpack(weight, channels, x.shape[-1])
     quantized = torch._make_per_channel_quantized_tensor(

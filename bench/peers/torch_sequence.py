@@ -26,7 +26,7 @@ def make(op: str, args: tuple) -> Callable[[], None]:
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad
         inverse, again = 1 / given["grad_scale"], torch.full_like(given["grad_scale"], 1 / coefficient)
-        found = torch.zeros(())
+        found = torch.zeros_like(given["grad_scale"])
     moments = [given[name] for name in ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps")]
 
     def run() -> None:

@@ -80,7 +80,7 @@ __device__ double sum_chunk(const NormTensor& tensor, uint32_t number) {
   }
 }
 
-// `sums` has a double for each block, and is even in number.
+// `sums` has a double for each block, and is even in number: the last block fills what is left.
 __global__ void __launch_bounds__(kNormThreads, 4)
     grad_norm_fwd_kernel(TensorTable<NormTensor> table, DeviceScalar grad_scale, double* sums, float* norm,
                          float* found) {
@@ -89,6 +89,7 @@ __global__ void __launch_bounds__(kNormThreads, 4)
   uint32_t* last = shared_memory<uint32_t>();
   if (threadIdx.x == 0) {
     store(sums + blockIdx.x, own);
+    if (blockIdx.x == gridDim.x - 1 && gridDim.x % 2 != 0) store(sums + gridDim.x, 0.0);
     store(last, draw_ticket(table.tickets) == gridDim.x - 1 ? 1u : 0u);
   }
   __syncthreads();
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(kNormThreads, 4)
     double pair[2];
     memcpy(pair, &bytes, sizeof bytes);
     total += pair[0];
-    if (i + 1 < gridDim.x) total += pair[1];
+    total += pair[1];
   }
   total = sum_block(total);
   if (threadIdx.x != 0) return;

@@ -137,6 +137,14 @@ def pick(tiles: tuple[Tile, ...], m: int, n: int, sm_count: int) -> Tile:
     return fitting[max(range(len(counts)), key=counts.__getitem__)]
 
 
+def split_tiles(arch: str, parts: int) -> tuple[Tile, ...]:
+    """:data:`SPLIT_GEMM`'s; on sm_90 and sm_100 the largest leaves no registers for the sum that three parts have of
+    their own."""
+    if parts < 3 or arch not in ("sm_90", "sm_100"):
+        return SPLIT_GEMM[arch]
+    return tuple(replace(tile, block_n=64) for tile in SPLIT_GEMM[arch])
+
+
 def narrowed(tiles: tuple[Tile, ...], columns: int) -> tuple[Tile, ...]:
     """The tiles of a product whose output comes in stripes of ``columns`` columns, a power of two: no tile is wider,
     and a large one that was takes more rows instead, up to :data:`MAX_ROWS`."""

@@ -16,7 +16,7 @@ from burnish.kernels.common import target
 from burnish.kernels.common.epilogues import preactivation, store_rows
 from burnish.kernels.common.operands import pointer_of
 from burnish.kernels.common.products import column_slices, int8_product, scaled_product
-from burnish.kernels.common.tiles import INT8_GEMM, SPLIT_GEMM, Tile, pick, swizzle
+from burnish.kernels.common.tiles import INT8_GEMM, SPLIT_GEMM, Tile, pick, split_tiles, swizzle
 from burnish.kernels.common.variants import Variant, of_tile
 from burnish.kernels.lowrank.lowrank_linear_sums import (
     TILE_RANK_BLOCK,
@@ -28,7 +28,6 @@ from burnish.kernels.lowrank.lowrank_linear_sums import (
     rank_block,
 )
 from burnish.kernels.quant.int8_linear import gradient_parts
-from burnish.kernels.quant.int8_linear import gradient_tiles as int8_tiles
 from burnish.kernels.quant.int8_quantize_rows import quantize
 
 #: where int8_linear's tiles leave no registers for fp32 parts and a mask: more warps, or less tile
@@ -181,7 +180,7 @@ def input_gradient(
 
 def gradient_tiles(arch: str, itemsize: int) -> tuple[Tile, ...]:
     """int8_linear's, or :data:`FP32_GRADIENT`'s."""
-    return FP32_GRADIENT.get(arch) or int8_tiles(arch, 3) if itemsize == 4 else SPLIT_GEMM[arch]
+    return FP32_GRADIENT.get(arch) or split_tiles(arch, 3) if itemsize == 4 else SPLIT_GEMM[arch]
 
 
 def pull_back(dy, weight, scale, sums, A, dropout, dx, tile):  # type: ignore[no-untyped-def]

@@ -236,6 +236,8 @@ def up_tile(m: int, rank: int, itemsize: int) -> Tile:
     whole = rank <= MAX_FUSED_RANK[itemsize]
     block_r = rank_block(rank, (MAX_FUSED_RANK if whole else TILE_RANK_BLOCK)[itemsize])
     block_m = 16 if m <= 32 else row_blocks(block_r, itemsize)[0]
+    if itemsize == 4 and not whole:
+        block_m = min(block_m, 64)
     return Tile(
         block_m, COLUMNS, block_r, 8 if block_m == 128 or (itemsize == 4 and block_m > 16) else 4, 2 if whole else 1
     )

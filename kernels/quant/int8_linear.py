@@ -23,7 +23,6 @@ fixed order, in fp32.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from burnish.kernels.common import target
 from burnish.kernels.common.epilogues import preactivation
 from burnish.kernels.common.numerics import activate, activation_slope, magnitude_bits, quantize_int8, row_scale
 from burnish.kernels.common.products import column_slices, int8_product, scaled_product
-from burnish.kernels.common.tiles import INT8_GEMM, LAUNCH_BYTES, SPLIT_GEMM, Tile, pick, swizzle
+from burnish.kernels.common.tiles import INT8_GEMM, LAUNCH_BYTES, Tile, pick, split_tiles, swizzle
 from burnish.kernels.common.variants import Variant, of_tile
 from burnish.kernels.quant.int8_quantize_rows import POINTERS, quantize
 
@@ -283,7 +282,7 @@ def int8_linear_backward(
             forward_split(_matrix(x), weight, scale, bias, activation, slopes, tile, dz)
             dz = slopes
         if m and K:
-            tiles = gradient_tiles(arch, gradient_parts(dx.dtype, n))
+            tiles = split_tiles(arch, gradient_parts(dx.dtype, n))
             input_gradient(dz, weight, scale, dx, pick(tiles, m, K, sm_count))
         dbias = column_sums(dz) if bias_grad else torch.empty(0, dtype=torch.float32, device=dy.device)
     return dx, dbias
@@ -302,13 +301,6 @@ def input_gradient(dz: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, 
         **tile.constants,
         **tile.options,
     )
-
-
-def gradient_tiles(arch: str, parts: int) -> tuple[Tile, ...]:
-    """Those of dx. On sm_90 the largest leaves no registers for the sum that three parts have of their own."""
-    if parts < 3 or arch != "sm_90":
-        return SPLIT_GEMM[arch]
-    return tuple(replace(tile, block_n=64) for tile in SPLIT_GEMM[arch])
 
 
 def gradient_parts(dtype: torch.dtype, n: int) -> int:
@@ -372,7 +364,7 @@ def variants(arch: str) -> Iterator[Variant]:
                 "int8", stride_xk=1, ACTIVATION=index + 2, HAS_BIAS=True,
             )  # fmt: skip
     for dz, dx, parts in (("*bf16", "*bf16", 2), ("*fp32", "*fp16", 2), ("*fp32", "*fp32", 3)):
-        for tile in gradient_tiles(arch, parts):
+        for tile in split_tiles(arch, parts):
             pointers = f"dz_ptr:{dz} weight_ptr:*i8 scale_ptr:*fp32 dx_ptr:{dx} {sizes} K:i32 stride_dzm:i32"
             label = f"{dz[1:]}-{dx[1:]}-parts{parts}"
             yield of_tile(int8_linear_bwd_dx_kernel, tile, label, pointers, "bf16", stride_dzn=1, PARTS=parts)

@@ -28,7 +28,7 @@ from burnish.kernels.common import target
 from burnish.kernels.common.epilogues import store_linear
 from burnish.kernels.common.operands import UNITS, matrix, objection
 from burnish.kernels.common.products import weight_dot
-from burnish.kernels.common.tiles import FULL_GEMM, HALF_GEMM, INT8_GEMM, SPLIT_GEMM, Tile, narrowed, pick, swizzle
+from burnish.kernels.common.tiles import FULL_GEMM, HALF_GEMM, INT8_GEMM, Tile, narrowed, pick, split_tiles, swizzle
 from burnish.kernels.common.variants import Variant
 from burnish.kernels.quant.int8_linear import column_sums, gradient_parts
 from burnish.kernels.quant.int8_quantize_rows import quantize
@@ -244,7 +244,10 @@ def tiles(arch: str, dtype: torch.dtype, out: int) -> tuple[Tile, ...]:
     """Those of a product of this type in stripes of ``out`` columns."""
     table = narrowed({1: INT8_GEMM, 2: HALF_GEMM, 4: FULL_GEMM}[dtype.itemsize][arch], out)
     if dtype == torch.float32:
-        return tuple(replace(tile, block_k=min(tile.block_k, FP32_DEPTH[arch])) for tile in table)
+        depth, stages = FP32_DEPTH[arch], 2 if arch == "sm_80" else 3
+        return tuple(
+            replace(tile, block_k=min(tile.block_k, depth), num_stages=min(tile.num_stages, stages)) for tile in table
+        )
     if table[-1].block_n <= NARROWEST:
         return table
     return *table, replace(table[-1], block_n=NARROWEST)
@@ -320,7 +323,7 @@ def input_gradient(dy, values, transposed, scale, dx, tile=None):  # type: ignor
 def gradient_tiles(arch: str, dtype: torch.dtype, out: int, depth: int, parts: int) -> tuple[Tile, ...]:
     """Those of dx; ``parts`` unless the values are floats. Taller ones put the parts, or the columns that are gathered
     for shallow blocks, on the stack."""
-    table = narrowed(SPLIT_GEMM[arch], out) if parts else tiles(arch, dtype, out)
+    table = narrowed(split_tiles(arch, 3), out) if parts else tiles(arch, dtype, out)
     tallest = 64 if parts and depth <= 4 else 128 if parts or out == NARROW_STRIPE else 256
     return tuple(dict.fromkeys(replace(tile, block_m=min(tile.block_m, tallest)) for tile in table))
 

@@ -25,7 +25,7 @@ from burnish.kernels.common.epilogues import store_linear
 from burnish.kernels.common.expanded import expanded_product, expanded_pull, expanded_tiles, narrow, outer_product
 from burnish.kernels.common.operands import UNITS, matrix, objection, parts_like, pointer_of, row_parts
 from burnish.kernels.common.planes import unweave, unweave_pair, weave
-from burnish.kernels.common.tiles import FULL_GEMM, HALF_GEMM, INT8_GEMM, SPLIT_GEMM, Tile, pick, swizzle
+from burnish.kernels.common.tiles import FULL_GEMM, HALF_GEMM, INT8_GEMM, Tile, pick, split_tiles, swizzle
 from burnish.kernels.common.variants import Variant
 from burnish.kernels.lowrank.lowrank_linear_sums import add_parts
 from burnish.kernels.quant.int8_linear import column_sums, gradient_parts
@@ -202,7 +202,7 @@ def tiles(arch: str, dtype: torch.dtype) -> tuple[Tile, ...]:
 
 def gradient_tiles(arch: str, dtype: torch.dtype) -> tuple[Tile, ...]:
     """Those of dx, by the type of values. On sm_100 four warps put two registers of the square one on the stack."""
-    table = expanded_tiles(SPLIT_GEMM[arch]) if dtype == torch.int8 else tiles(arch, dtype)
+    table = expanded_tiles(split_tiles(arch, 3)) if dtype == torch.int8 else tiles(arch, dtype)
     warps = {(64, 64): 8} if arch == "sm_100" else {}
     return tuple(replace(tile, num_warps=warps.get((tile.block_m, tile.block_n), tile.num_warps)) for tile in table)
 

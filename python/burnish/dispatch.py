@@ -106,8 +106,15 @@ def _asked(spec: OpSpec) -> Backend | None:
     return backend
 
 
+def in_turn(spec: OpSpec, backend: Backend | None, args: tuple[Any, ...]) -> list[Impl]:
+    """The implementations to ask: the forced one, or all, those that yield to others last."""
+    if backend is not None:
+        return [impl for impl in spec.impls if impl.backend == backend]
+    return sorted(spec.impls, key=lambda impl: bool(impl.yields) and resolve(impl.yields)(*args))
+
+
 def select(spec: OpSpec, args: tuple[Any, ...]) -> Callable[..., Any]:
-    """The function that runs ``args`` on a GPU: forced, or the first of ``spec.impls`` without an objection.
+    """The function that runs ``args`` on a GPU: forced, or the first :func:`in_turn` without an objection.
 
     Raises:
         BackendError: none can; the message has a line for each candidate.
@@ -116,9 +123,7 @@ def select(spec: OpSpec, args: tuple[Any, ...]) -> Callable[..., Any]:
     if backend == "reference":
         return spec.reference
     reasons = []
-    for impl in spec.impls:
-        if backend is not None and impl.backend != backend:
-            continue
+    for impl in in_turn(spec, backend, args):
         reason = objection(impl, args)
         if reason is None:
             return resolve(impl.target)
@@ -132,7 +137,7 @@ def select(spec: OpSpec, args: tuple[Any, ...]) -> Callable[..., Any]:
 def unchecked(spec: OpSpec, args: tuple[Any, ...]) -> Callable[..., Any] | None:
     """The function that runs ``args`` on a GPU, if it is the first to be asked and makes the checks itself."""
     backend = _asked(spec)
-    impl = next((impl for impl in spec.impls if backend in (None, impl.backend)), None)
+    impl = next(iter(in_turn(spec, backend, args)), None)
     if impl is None or not impl.checks or objection(impl, args) is not None:
         return None
     return resolve(impl.target)
@@ -273,7 +278,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     captured = _capture(getattr(ops, spec.stem, spec.entry), args, kwargs) if args or kwargs else None
     table = candidates(spec, captured)
     wanted = forced()
-    order = (wanted,) if wanted else ("cpu", *(impl.backend for impl in spec.impls))
+    impls = spec.impls if captured is None else in_turn(spec, None, captured)
+    order = (wanted,) if wanted else ("cpu", *(impl.backend for impl in impls))
     chosen = next((name for name in order if table.get(name, "").startswith("yes")), None)
     lines = [f"{op}: {chosen + ' runs' if chosen else 'nothing can run this'}"]
     lines += [f"  {'->' if name == chosen else '  '} {name:<10} {reason}" for name, reason in table.items()]

@@ -38,13 +38,15 @@ class Impl:
     ``target`` takes the op's positional arguments and returns its result; ``supports`` takes the same and returns
     None, or in words why the implementation cannot run them. ``checks`` says that ``target`` refuses what the record's
     ``fake`` does, in the same words and before it writes: then nothing else looks at the arguments first, and
-    ``supports`` gets them unchecked.
+    ``supports`` gets them unchecked, as ``yields`` always does. That one says whether another implementation that runs
+    the arguments was measured to be faster, for this one to be asked last.
     """
 
     backend: Literal["triton", "native"]
     target: str
     supports: str
     checks: bool = False
+    yields: str = ""
 
 
 @dataclass(frozen=True)
