@@ -203,8 +203,8 @@ def gpu_impls(op: str) -> tuple[Impl, ...]:
 
 
 def rounds_at_random(*args: Any) -> bool:
-    """Whether the step has a seed, which is its last argument: on an H200 Triton's kernel then takes 0.56 of the time of
-    the one in CUDA C++, which draws anew for each of a parameter's tensors."""
+    """Whether the step has a seed, its last argument: on an H200 Triton's kernel took 0.56 of the time of the one in
+    CUDA C++, which then drew the generator's words three times."""
     return args[-1] is not None
 
 
