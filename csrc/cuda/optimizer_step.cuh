@@ -2,7 +2,8 @@
 //
 //   step_call.cuh    what a kernel is given and reads, and its launch
 //   encode           moments as 8-bit codes, whose scale a warp finds by one maximum
-//   draw             the randomness of put_random
+//   group_words      the generator's words for a lane, drawn once for all that is rounded at random
+//   draw             the randomness of put_random, of them
 //   step_elements    a warp's 256 elements: everything is read once and written once
 //   start_step       the host's side
 //
@@ -44,21 +45,28 @@ __device__ inline Philox turned(const Philox& words, uint32_t stream) {
   return turned;
 }
 
-// Sixteen random bits for each element, two in a word. A call of the generator decides 8 neighbours: with runs of 4, a
-// lane calls it for one of its two runs, and trades halves with the lane that has the others.
+// A call of the generator decides 8 neighbours: with runs of 4, a lane calls it for one of its two runs. Zeros where
+// nothing of the tensor is rounded at random.
 template <int kRun>
-__device__ void draw(const Share<kRun>& share, const OptimizerRule& rule, uint32_t tensor, uint32_t stream,
-                     uint32_t (&random)[kShare / 2]) {
+__device__ Philox group_words(const Share<kRun>& share, const StepTensor& tensor, const OptimizerRule& rule,
+                              uint32_t index) {
+  static_assert(kRun == kRoundingGroup || (2 * kRun == kRoundingGroup && Share<kRun>::kRuns == 2));
+  const bool parameter = rule.master == Master::kNone && static_cast<Format>(tensor.format) != Format::kFloat;
+  if (!rule.random || !(parameter || rule.moments == Format::kBf16)) return {};
+  const int run = kRun < kRoundingGroup && threadIdx.x % 2 != 0 ? 1 : 0;
+  return rounding_words(rule.seed, index, static_cast<uint64_t>(share.start(run)) / kRoundingGroup);
+}
+
+// Sixteen random bits for each element, two in a word. With runs of 4, a lane trades halves of its words with the lane
+// that has the others.
+template <int kRun>
+__device__ void draw(const Philox& drawn, uint32_t stream, uint32_t (&random)[kShare / 2]) {
+  const Philox words = turned(drawn, stream);
   if constexpr (kRun == kRoundingGroup) {
-    const Philox words =
-        turned(rounding_words(rule.seed, tensor, static_cast<uint64_t>(share.first) / kRoundingGroup), stream);
 #pragma unroll
     for (int i = 0; i < kShare / 2; ++i) random[i] = words.word[i];
   } else {
-    static_assert(2 * kRun == kRoundingGroup && Share<kRun>::kRuns == 2);
     const bool odd = threadIdx.x % 2 != 0;
-    const auto group = static_cast<uint64_t>(share.start(odd ? 1 : 0)) / kRoundingGroup;
-    const Philox words = turned(rounding_words(rule.seed, tensor, group), stream);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t kept = odd ? words.word[2 + i] : words.word[i];
@@ -85,7 +93,7 @@ __device__ void put_random(const Share<kRun>& share, const float (&values)[kShar
 
 template <int kRun>
 __device__ void put_parameter(const Share<kRun>& share, const float (&values)[kShare], const StepTensor& tensor,
-                              const OptimizerRule& rule, uint32_t index) {
+                              const OptimizerRule& rule, const Philox& words) {
   const auto format = static_cast<Format>(tensor.format);
   if (rule.master == Master::kSplit) {
     const auto halved = [&]<class T>(T) {
@@ -105,7 +113,7 @@ __device__ void put_parameter(const Share<kRun>& share, const float (&values)[kS
   if (rule.master == Master::kFloat) put(share, values, tensor.master, Format::kFloat);
   if (rule.master == Master::kNone && rule.random && format != Format::kFloat) {
     uint32_t random[kShare / 2];
-    draw(share, rule, index, 1, random);
+    draw<kRun>(words, 1, random);
     put_random(share, values, tensor.parameter, format, random);
   } else {
     put(share, values, tensor.parameter, format);
@@ -115,7 +123,7 @@ __device__ void put_parameter(const Share<kRun>& share, const float (&values)[kS
 // The parameter to where it belongs, with what follows it: mask, average, master.
 template <int kRun>
 __device__ void finish_parameter(const Share<kRun>& share, float (&values)[kShare], const StepTensor& tensor,
-                                 const OptimizerRule& rule, uint32_t index) {
+                                 const OptimizerRule& rule, const Philox& words) {
   uint8_t mask[kShare];
   if (tensor.mask != nullptr) {
     share.load(tensor.mask, mask);
@@ -132,7 +140,7 @@ __device__ void finish_parameter(const Share<kRun>& share, float (&values)[kShar
     }
     share.store(tensor.average, average);
   }
-  put_parameter(share, values, tensor, rule, index);
+  put_parameter(share, values, tensor, rule, words);
 }
 
 template <class Element, int kRun>
@@ -149,19 +157,20 @@ __device__ void step_elements(const Share<kRun>& share, const StepTensor& tensor
 #pragma unroll
     for (int k = 0; k < Element::kMoments; ++k) moments[k][i] = held[k];
   }
+  const Philox words = group_words(share, tensor, rule, index);
 #pragma unroll
   for (int k = 0; k < Element::kMoments; ++k) {
     if (rule.coded) {
       encode(share, moments[k], tensor, k, Element::signed_moment(k));
     } else if (rule.random && rule.moments == Format::kBf16) {
       uint32_t random[kShare / 2];
-      draw(share, rule, index, static_cast<uint32_t>(2 + k), random);
+      draw<kRun>(words, static_cast<uint32_t>(2 + k), random);
       put_random(share, moments[k], tensor.moments[k], rule.moments, random);
     } else {
       put(share, moments[k], tensor.moments[k], rule.moments);
     }
   }
-  finish_parameter(share, parameter, tensor, rule, index);
+  finish_parameter(share, parameter, tensor, rule, words);
 }
 
 // The step that this is, of which the tensor's last block keeps count.
