@@ -244,7 +244,7 @@ def tiles(arch: str, dtype: torch.dtype, out: int) -> tuple[Tile, ...]:
     """Those of a product of this type in stripes of ``out`` columns."""
     table = narrowed({1: INT8_GEMM, 2: HALF_GEMM, 4: FULL_GEMM}[dtype.itemsize][arch], out)
     if dtype == torch.float32:
-        depth, stages = FP32_DEPTH[arch], 2 if arch == "sm_80" else 3
+        depth, stages = FP32_DEPTH[arch], 2 if arch == "sm_80" and out == 128 else 3
         return tuple(
             replace(tile, block_k=min(tile.block_k, depth), num_stages=min(tile.num_stages, stages)) for tile in table
         )
