@@ -241,7 +241,8 @@ def quantized(x: torch.Tensor, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def tiles(arch: str, dtype: torch.dtype, out: int) -> tuple[Tile, ...]:
-    """Those of a product of this type in stripes of ``out`` columns."""
+    """Those of a product of this type in stripes of ``out`` columns. On sm_80 a third stage of the widest fp32 one puts
+    two registers on the stack."""
     table = narrowed({1: INT8_GEMM, 2: HALF_GEMM, 4: FULL_GEMM}[dtype.itemsize][arch], out)
     if dtype == torch.float32:
         depth, stages = FP32_DEPTH[arch], 2 if arch == "sm_80" and out == 128 else 3
