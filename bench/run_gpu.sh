@@ -68,7 +68,7 @@ last_line() {
   grep -v '^[[:space:]]*$' "$1" | tail -n 1 | cut -c1-160 | sed 's/|/\\|/g'
 }
 
-# shellcheck disable=SC2329  # this function and the next two run under step's time limit, by way of bash -c
+# shellcheck disable=SC2329  # this function and those to tables run under step's time limit, by way of bash -c
 build() {
   BURNISH_BUILD_CUDA=1 "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps --no-index --editable . || return
   "$PYTHON" -m burnish.cli doctor
