@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from fnmatch import fnmatchcase
 from pathlib import Path
 
+import torch
 from burnish import bench
 from burnish.bench import peers, table
 from burnish.bench.rows import Results
@@ -64,12 +64,7 @@ WANTED = (
 
 def wanted_cases() -> list[tuple[OpSpec, Case]]:
     """The cases of :data:`WANTED`, in its order."""
-    return [
-        pair
-        for op, pattern in WANTED
-        for pair in bench.select_cases([op], device="cuda")
-        if fnmatchcase(pair[1].id, pattern)
-    ]
+    return [pair for op, pattern in WANTED for pair in bench.select_cases([op], pattern=pattern, device="cuda")]
 
 
 def main() -> None:
@@ -78,6 +73,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     parser.add_argument("--rounds", type=int, default=7, help="samples a row (default: 7)")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no GPU is visible to torch")
+    if options.seconds <= 0:
+        parser.error(f"--seconds is {options.seconds:g}, expected more than 0")
     began = time.monotonic()
     found, absent = peers.load(Path(__file__).parent / "peers")
     found = [peer for peer in found if peer.name in PEERS]

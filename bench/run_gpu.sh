@@ -13,6 +13,12 @@
 set -uo pipefail
 
 STEPS=(build tests sanitizers bench tables)
+for name in "${@:2}"; do
+  if [[ " ${STEPS[*]} " != *" $name "* ]]; then
+    echo "no step '$name', expected some of: ${STEPS[*]}" >&2
+    exit 2
+  fi
+done
 if [[ $# -lt 1 ]]; then
   sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
   exit 2
@@ -195,10 +201,6 @@ for name in "${STEPS[@]}"; do
       ;;
     bench) step bench 150 bash -c bench ;;
     tables) step tables 15 bash -c tables ;;
-    *)
-      echo "no step '$name'" >&2
-      exit 2
-      ;;
   esac
 done
 write_report

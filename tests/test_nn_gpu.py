@@ -7,7 +7,7 @@ from collections.abc import Callable
 import burnish
 import pytest
 import torch
-from burnish import Int8, LoRA, LowRank, Report
+from burnish import Int8, LoRA, LowRank
 from burnish.nn import Int8Linear, LoRALinear, LowRankConv2d, LowRankLinear
 from sparse_models import KINDS, conv, pruned
 from swap_models import IDS, Model
@@ -90,8 +90,7 @@ def test_a_layer_made_on_a_gpu_is_the_one_made_before_and_moved(name: str) -> No
 def test_a_model_on_a_gpu_is_swapped_saved_and_loaded(config: object, autocast: torch.dtype | None, tmp_path) -> None:
     model = Model().cuda().eval()
     dense = model(IDS.cuda())
-    report = burnish.swap_(model, config)
-    assert isinstance(report, Report)
+    burnish.swap_(model, config)
     with torch.no_grad(), torch.autocast("cuda", autocast or torch.bfloat16, enabled=autocast is not None):
         out = model(IDS.cuda())
     assert out.is_cuda
@@ -100,4 +99,4 @@ def test_a_model_on_a_gpu_is_swapped_saved_and_loaded(config: object, autocast: 
     burnish.save(model, tmp_path / "saved")
     again = burnish.load(Model().cuda().eval(), tmp_path / "saved")
     with torch.no_grad(), torch.autocast("cuda", autocast or torch.bfloat16, enabled=autocast is not None):
-        assert torch.equal((again if isinstance(again, nn.Module) else model)(IDS.cuda()), out)
+        assert torch.equal(again(IDS.cuda()), out)

@@ -88,9 +88,10 @@ def float_dot(a, b, product):
     """product + a @ b in fp32, on the tensor cores: a and b are bf16, fp16 or fp32, of one type.
 
     Two fp32 operands multiply as three bf16 parts each. The three smallest of the nine products are left out: at most
-    2**-23 |a| |b|, two fp32 roundings, and in the mean a tenth of one. The others are summed from small to large, so
-    that one rounding is of the sum's size, and apart from ``product``, so that a long sum is one of blocks. An infinity
-    multiplies only the other operand's first part, which has the sign of the whole.
+    2**-23 |a| |b|, two fp32 roundings, and in the mean a tenth of one. The small ones of the others are summed from
+    small to large; the largest starts from zero, because tensor cores would cut off what a sum of both has too much;
+    and they are apart from ``product``, so that a long sum is one of blocks. An infinity multiplies only the other
+    operand's first part, which has the sign of the whole.
     """
     if a.dtype == tl.float32:
         a0, a1, a2, a0_finite = bf16_parts(a)

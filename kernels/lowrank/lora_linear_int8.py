@@ -180,7 +180,9 @@ def input_gradient(
 
 def gradient_tiles(arch: str, itemsize: int) -> tuple[Tile, ...]:
     """int8_linear's, or :data:`FP32_GRADIENT`'s."""
-    return FP32_GRADIENT.get(arch) or split_tiles(arch, 3) if itemsize == 4 else SPLIT_GEMM[arch]
+    if itemsize == 4 and arch in FP32_GRADIENT:
+        return FP32_GRADIENT[arch]
+    return split_tiles(arch, 3 if itemsize == 4 else 2)
 
 
 def pull_back(dy, weight, scale, sums, A, dropout, dx, tile):  # type: ignore[no-untyped-def]

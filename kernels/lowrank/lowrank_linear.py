@@ -232,7 +232,8 @@ def forward_split(x, A, B, bias, y):  # type: ignore[no-untyped-def]
 
 
 def up_tile(m: int, rank: int, itemsize: int) -> Tile:
-    """``block_k`` is of the rank. Ranks that do not fit one block are read again for each tile, in small blocks."""
+    """``block_k`` is of the rank. Ranks that do not fit one block are read again for each tile, in small blocks; beside
+    the sums of fp32 ones more than 64 rows would be on the stack."""
     whole = rank <= MAX_FUSED_RANK[itemsize]
     block_r = rank_block(rank, (MAX_FUSED_RANK if whole else TILE_RANK_BLOCK)[itemsize])
     block_m = 16 if m <= 32 else row_blocks(block_r, itemsize)[0]

@@ -171,9 +171,8 @@ def down_tile(arch: str, m: int, rank: int, itemsize: int, outer: bool) -> Tile:
     block_r = rank_block(rank, MAX_RANK_BLOCK[itemsize] if outer else MAX_DOWN_RANK[itemsize])
     block_m = 16 if m <= 16 else 128 if outer and m > 64 else 64 if block_r * itemsize < 512 else 32
     depth = STAGE_BYTES[arch] // itemsize // (block_m + block_r)
-    block_k = max(16, min(1 << depth.bit_length() - 1, 32 if itemsize == 4 else 64 if outer else 128))
-    if itemsize == 4 and arch == "sm_80":
-        block_k = 16
+    deepest = (16 if arch == "sm_80" else 32) if itemsize == 4 else 64 if outer else 128
+    block_k = max(16, min(1 << depth.bit_length() - 1, deepest))
     warps = 8 if arch != "gfx942" and (block_m * block_r * itemsize > 8192 or block_m == 128) else 4
     return Tile(block_m, block_r, block_k, warps, STAGES[arch])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ BATCHES = (2, 3, 5, 8, 13, 16, 17, 31, 33, 64)
 MAX_RECOMPILES = 1
 
 
+@cache
 def input_sets(spec: OpSpec, backend: Backend, dtype: torch.dtype) -> dict[str, tuple[Case, str, bool]]:
     """What opcheck is given for a dtype, of what the backend takes: (case, layout of the first strided tensor,
     gradients wanted) by name."""
