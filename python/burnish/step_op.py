@@ -37,7 +37,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
@@ -218,14 +217,13 @@ def supports_native(tensors: Tensors, *_: Any) -> str | None:
 
 
 def caller(spec: OpSpec) -> Callable[..., None]:
-    """The op as a function of its positional arguments, any sequences as lists, that tells autograd of the change.
+    """The op as a function of its positional arguments, any sequences as lists; tells autograd that params changed.
 
     Where a kernel for a GPU makes its own checks it is called here: a way through the op's Python kernel would make
     tensors of Python out of thousands, twice.
     """
     arguments = spec.overload()._schema.arguments
     sequences = {i for i, argument in enumerate(arguments) if str(argument.type) == "List[Tensor]"}
-    written = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
     entry = spec.entry
 
     def call(*args: Any) -> None:
@@ -235,7 +233,7 @@ def caller(spec: OpSpec) -> Callable[..., None]:
         else:
             on_gpu = own[0] and own[0][0].is_cuda
             ((on_gpu and dispatch.unchecked(spec, own)) or entry)(*own)
-        torch.autograd.graph.increment_version(chain.from_iterable(own[i] for i in written))
+        torch.autograd.graph.increment_version(own[0])  # params alone: state is in no graph, and has as many tensors
 
     return call
 
