@@ -90,17 +90,15 @@ void pack(const Kernels& level, const Step& step, Range columns, char* panels, i
 // memory likes better than a panel of all rows.
 void add_product_by_rows(const Kernels& level, const Step& step, int64_t rows, Range columns, const Sink& y) {
   static thread_local Scratch scratch;
-  const int64_t P = level.panel_columns, panels = (columns.size() + P - 1) / P;
+  const int64_t panels = (columns.size() + level.panel_columns - 1) / level.panel_columns;
   const int64_t panel_bytes = packed_bytes(level, step);
   scratch.reserve(Scratch::bytes<char>(panels * panel_bytes));
   char* packed = scratch.take<char>(panels * panel_bytes);
   pack(level, step, columns, packed, panel_bytes, {});
   for (int64_t row = 0; row < rows; row += kRowsByRows) {
     const int64_t count = std::min(kRowsByRows, rows - row);
-    for (int64_t p = 0; p < panels; ++p) {
-      level.multiply(step.term->x.at(row, step.depth.begin), count, packed + p * panel_bytes,
-                     std::min(P, columns.size() - p * P), step.depth.size(), y.at(row, columns.begin + p * P), {});
-    }
+    level.multiply_panels(step.term->x.at(row, step.depth.begin), count, packed, panel_bytes, columns.size(),
+                          step.depth.size(), y.at(row, columns.begin));
   }
 }
 

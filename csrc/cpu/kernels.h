@@ -124,6 +124,9 @@ struct Kernels {
   // C = X W on one panel. X is in a product format.
   void (*multiply)(const Matrix& x, int64_t rows, const void* panel, int64_t columns, int64_t depth, const Sink& sink,
                    const Ahead& ahead);
+  // C of many columns, W packed in panels `panel_bytes` apart: a few rows of X and of C, from end to end.
+  void (*multiply_panels)(const Matrix& x, int64_t rows, const char* panels, int64_t panel_bytes, int64_t columns,
+                          int64_t depth, const Sink& sink);
   // The same for a few rows, W [columns, depth] as it lies in memory; X and W of one format, whichever.
   void (*dot)(const Matrix& x, int64_t rows, const Matrix& w, int64_t columns, int64_t depth, const Sink& sink);
   // sums [rows, columns], columns written up to a whole vector.

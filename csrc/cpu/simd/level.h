@@ -21,6 +21,8 @@ void pack_rows(const Matrix& w, int64_t columns, int64_t depth, void* panel);
 void pack_columns(const Matrix& w, int64_t columns, int64_t depth, void* panel);
 void multiply(const Matrix& x, int64_t rows, const void* panel, int64_t columns, int64_t depth, const Sink& sink,
               const Ahead& ahead);
+void multiply_panels(const Matrix& x, int64_t rows, const char* panels, int64_t panel_bytes, int64_t columns,
+                     int64_t depth, const Sink& sink);
 void dot(const Matrix& x, int64_t rows, const Matrix& w, int64_t columns, int64_t depth, const Sink& sink);
 void block_product(const BlockProduct& args, int64_t rows, int64_t columns, float* sums, int64_t stride);
 void block_dot(const BlockProduct& args, int64_t rows, int64_t columns, const Sink& sink);

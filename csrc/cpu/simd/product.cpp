@@ -226,6 +226,30 @@ void multiply(const Matrix& x, int64_t rows, const void* panel, int64_t columns,
   });
 }
 
+void multiply_panels(const Matrix& x, int64_t rows, const char* panels, int64_t panel_bytes, int64_t columns,
+                     int64_t depth, const Sink& sink) {
+  with_element(x.format, [&](auto element) {
+    using Element = decltype(element);
+    const int64_t passes = (rows + kRows - 1) / kRows, size = size_of(sink.y_format);
+    Walker nothing{{}};
+    for (int64_t n = 0; n < columns; n += kPanelColumns, panels += panel_bytes) {
+      const int64_t here = columns - n < kPanelColumns ? columns - n : kPanelColumns;
+      const int64_t next = columns - n - here < kPanelColumns ? columns - n - here : kPanelColumns;
+      for (int64_t row = 0; row < rows; ++row) {  // claims the lines of y that the next panel writes
+        const char* y = static_cast<const char*>(sink.y) + (row * sink.y_stride + n + here) * size;
+        for (int64_t at = 0; at < next * size; at += 64) __builtin_prefetch(y + at, 1, 3);
+      }
+      for (int64_t pass = 0; pass < passes; ++pass) {
+        const int64_t first = rows * pass / passes, last = rows * (pass + 1) / passes;
+        const Tile run = tile_of<Element>(last - first, padded_columns(here) / Vec::kLanes,
+                                          std::make_integer_sequence<int, kVectors>());
+        run(static_cast<const char*>(x.data) + first * x.stride, x.stride, panels, depth, nothing, 0, sink.at(first, n),
+            here);
+      }
+    }
+  });
+}
+
 void add_floats(const float* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; i += Vec::kLanes) {
     store(to + i, load(to + i, count - i) + load(from + i, count - i), count - i);

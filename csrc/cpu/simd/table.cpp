@@ -21,6 +21,7 @@ const Kernels& kernels_of<Isa::BURNISH_ISA>() {
                                   pack_rows,
                                   pack_columns,
                                   multiply,
+                                  multiply_panels,
                                   dot,
                                   block_product,
                                   block_dot,
