@@ -37,7 +37,7 @@ from burnish.ops.grad_norm import elements, shapes
 from burnish.registry import Case, Cost, Invalid, dtype_name, register
 from burnish.step_cases import BF16, FP32, WEIGHT_DECAY, changed
 from burnish.step_checks import FLAG, FRACTION, NOT_NEGATIVE, ROWS
-from burnish.step_op import Moments, StepOp, caller, divided, native_impl, power
+from burnish.step_op import Moments, StepOp, caller, divided, gpu_impls, power
 
 __all__ = ["lamb_step"]
 
@@ -208,7 +208,7 @@ SPEC = register(
         make=step_cases.maker(STEP, numbers),
         cost=cost,
         baseline=baseline,
-        impls=(native_impl("lamb_step"),),
+        impls=gpu_impls("lamb_step"),
     )
 )
 
