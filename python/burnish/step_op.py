@@ -201,7 +201,7 @@ def triton_impl(op: str) -> Impl:
 
 
 def gpu_impls(op: str) -> tuple[Impl, ...]:
-    """The implementations in CUDA C++ and in Triton of an op whose first argument is a list of tensors."""
+    """The implementations in CUDA C++ and in Triton of a step op."""
     return replace(native_impl(op), yields=f"{__name__}:rounds_at_random"), triton_impl(op)
 
 
