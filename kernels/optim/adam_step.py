@@ -81,8 +81,8 @@ def supports(*args: Any) -> str | None:
 def adam_step(*args: Any) -> None:
     given = STEP.given(args)
     decay = given.weight_decay
-    logarithms = map(step_launch.log2, (given.beta1, given.beta2))
-    own = (given.beta1, given.beta2, *logarithms, given.eps, decay if given.decoupled else 0.0)
+    betas = (given.beta1, given.beta2)
+    own = (*betas, *map(step_launch.log2, betas), given.eps, decay if given.decoupled else 0.0)
     step_launch.launch(KERNELS, STEP, given, own, joins=0.0 if given.decoupled else decay)
 
 

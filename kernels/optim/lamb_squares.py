@@ -1,7 +1,8 @@
 """lamb_squares in Triton: see :mod:`burnish.kernels.common.steps`, and ``csrc/math/lamb.h`` for the same element.
 
 After the scalars, which count no step here, a program sums the squares of a chunk of 16384 elements in fp64, and then
-a program a tensor those of its chunks. Both sums are taken in a fixed order: the same bits on every launch.
+a program a tensor those of its chunks. Both sums are taken in a fixed order, which is not the CPU's: the same bits on
+every launch.
 """
 
 from __future__ import annotations
@@ -135,10 +136,8 @@ def supports(*args: Any) -> str | None:
 
 def own_numbers(given: Any) -> tuple[float, ...]:
     """As :func:`lamb_scalars` has them."""
-    logarithms = map(step_launch.log2, (given.beta1, given.beta2))
-    return (
-        given.beta1, given.beta2, *logarithms, given.eps, given.weight_decay, float(given.bias_correction)
-    )  # fmt: skip
+    betas = (given.beta1, given.beta2)
+    return (*betas, *map(step_launch.log2, betas), given.eps, given.weight_decay, float(given.bias_correction))
 
 
 def lamb_squares(*args: Any) -> torch.Tensor:

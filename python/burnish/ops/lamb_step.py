@@ -6,9 +6,9 @@
     trust = norm(p) / norm(u)                              1 where a norm is 0 or NaN, at most 1 with trust_clip
 
 Norms are of one tensor, of the elements that its mask keeps: sums of squares in double, by chunks of 16384 elements and
-then in the order of the chunks. Without ``adapt`` trust is 1. The list of moments is exp_avgs (m) and exp_avg_sqs (v).
-What surrounds the formula, what each list holds and how results are rounded is every step op's: see
-:mod:`burnish.step_op`.
+then of the chunks, each in a fixed order, which is Triton's own there. Without ``adapt`` trust is 1. The lists of
+moments are exp_avgs (m) and exp_avg_sqs (v). What surrounds the formula, what each list holds and how results are
+rounded is every step op's: see :mod:`burnish.step_op`.
 
 squares  fp64 [parameters, 2], or None: the sums of squares of p and of u, as :func:`burnish.ops.lamb_squares` gives
          them. They are given where the parameters are shards of tensors, whose sums are more than theirs.
