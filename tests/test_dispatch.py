@@ -273,6 +273,24 @@ def test_one_that_yields_runs_where_it_is_forced_or_alone(spec: OpSpec) -> None:
         assert dispatch.select(spec, (odd,))(odd) == "fast"
 
 
+@pytest.mark.parametrize(
+    ("op", "options", "first"),
+    [
+        ("adam_step", {}, "native"),
+        ("adam_step", {"stochastic": True}, "triton"),
+        ("lamb_step", {"amp": True}, "native"),
+        ("lamb_step", {"stochastic": True}, "triton"),
+        ("lamb_squares", {"stochastic": True}, "native"),
+        ("grad_norm", {"scaled": True}, "native"),
+    ],
+)
+def test_only_a_step_that_rounds_at_random_turns_to_triton(op: str, options: dict[str, bool], first: str) -> None:
+    spec = registry.get(op)
+    args = spec.make(Case({"N": 7}, torch.bfloat16, options=options), "cpu", 0)
+    assert args[-1] is not None or not {"stochastic", "scaled"} & set(options)
+    assert next(impl.backend for impl in dispatch.in_turn(spec, None, args)) == first
+
+
 def test_a_forced_implementation_runs_or_says_why(spec: OpSpec) -> None:
     few, many = torch.ones(4, 3), torch.ones(5, 3)
     with burnish.use_backend("triton"):

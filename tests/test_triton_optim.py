@@ -1,5 +1,6 @@
 """The Triton kernels of the optimizers, interpreted: they have the reference's bits, case by case and special values
-included; the twins of csrc/math that they are made of; and the tables by which they find their tensors."""
+included, and sums to the last bits of fp64; the twins of csrc/math that they are made of; and the tables by which they
+find their tensors."""
 
 from __future__ import annotations
 
@@ -15,19 +16,21 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from burnish import dispatch, dropout, moments, registry, rounding  # noqa: E402
-from burnish.arguments import map_tensors, places  # noqa: E402
+from burnish.arguments import map_tensors, places, put  # noqa: E402
 from burnish.kernels.common import lists  # noqa: E402
 from burnish.kernels.common import moments as moment_twins  # noqa: E402
 from burnish.kernels.common import rounding as twins  # noqa: E402
+from burnish.kernels.optim import lamb_squares  # noqa: E402
 from burnish.registry import Case, OpSpec  # noqa: E402
 from burnish.testing import calls  # noqa: E402
+from optimizers import OPTIMIZERS  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy's, of NaN and infinities
 
 STEPS = [
     spec
     for name, spec in registry.all_ops().items()
-    if name.endswith("_step") and any(impl.backend == "triton" for impl in spec.impls)
+    if name.endswith(("_step", "_squares")) and any(impl.backend == "triton" for impl in spec.impls)
 ]
 CASES = [(spec, case) for spec in STEPS for case in spec.cases.test]
 IDS = [f"{spec.stem}-{case.id}" for spec, case in CASES]
@@ -51,7 +54,11 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> None:
 
 def compare(spec: OpSpec, args: calls.Args) -> None:
     for one, two in zip(calls.run(spec, "triton", args), calls.eager(spec, args), strict=True):
-        same_bits(one, two)
+        if two.dtype == torch.float64:
+            # sums, of squares alone: their order is not the reference's
+            torch.testing.assert_close(one, two, rtol=1e-14, atol=0, equal_nan=True)
+        else:
+            same_bits(one, two)
 
 
 @each_case
@@ -62,19 +69,21 @@ def test_a_step_has_the_references_bits(spec: OpSpec, case: Case) -> None:
     if case.options.get("skip") or first.numel() < 2 * len(SPECIAL):
         return
     spoilt = map_tensors(torch.clone, args)
+    generator = torch.Generator().manual_seed(len(SPECIAL))
     for (_, *item), tensor in places(spoilt).items():
         if item == [0] and tensor.is_floating_point() and tensor.shape == first.shape:
             flat = tensor.view(-1)
-            at = torch.randperm(flat.numel(), generator=torch.Generator().manual_seed(len(SPECIAL)))
+            at = torch.randperm(flat.numel(), generator=generator)
             flat[at[: len(SPECIAL)]] = torch.tensor(SPECIAL).to(flat.dtype)
     compare(spec, spoilt)
 
 
+@pytest.mark.parametrize("op", ["adam_step", "lamb_step", "lamb_squares"])
 @pytest.mark.parametrize("name", ["lr", "grad_norm", "grad_scale", "found_inf"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, -1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=registry.dtype_name)
-def test_scalars_have_the_references_effect(name: str, value: float, dtype: torch.dtype) -> None:
-    spec = registry.get("adam_step")
+def test_scalars_have_the_references_effect(op: str, name: str, value: float, dtype: torch.dtype) -> None:
+    spec = registry.get(op)
     args = spec.make(Case({"N": 33}, torch.float32, options={"amp": True}), "triton", 0)
     names = [argument.name for argument in spec.overload()._schema.arguments]
     changed = list(args)
@@ -82,8 +91,52 @@ def test_scalars_have_the_references_effect(name: str, value: float, dtype: torc
     compare(spec, tuple(changed))
 
 
-def test_an_optimizer_steps_as_on_the_cpu() -> None:
+SUMS = (0.0, 1e-300, 0.25, 1.0, 9.0, 1e300, math.inf, math.nan, -1.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"clip": True}, {"unadapted": True}], ids=str)
+def test_given_squares_have_the_references_effect(options: dict[str, bool]) -> None:
+    spec = registry.get("lamb_step")
+    args = spec.make(Case({"N": 1}, torch.float32, options={"given": True, **options}), "triton", 0)
+    pairs = torch.cartesian_prod(*[torch.tensor(SUMS, dtype=torch.float64)] * 2)
+    count = len(args[0])
+    place = [argument.name for argument in spec.overload()._schema.arguments].index("squares")
+    for squares in torch.nn.functional.pad(pairs, (0, 0, 0, -len(pairs) % count), value=1.0).split(count):
+        compare(spec, put(args, (place,), squares.contiguous()))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "masked"])
+def test_squares_are_of_every_chunk(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of no chunk and of many, whose dtypes and sizes take them to various launches, in another order."""
+    monkeypatch.setattr(lamb_squares, "CHUNK", 2048)
+    monkeypatch.setattr(lamb_squares, "SUM_BLOCK", 2)
+    generator = torch.Generator().manual_seed(3)
+    sizes = (1, 2048, 0, 2049, 10_300, 16, 6144)
+    dtypes = [(torch.float32, torch.bfloat16, torch.float16)[size % 3] for size in sizes]
+
+    def draw(spread: float) -> list[torch.Tensor]:
+        return [torch.randn(size, generator=generator) * spread for size in sizes]
+
+    params = [one.to(dtype) for one, dtype in zip(draw(2.0), dtypes, strict=True)]
+    lists = (params, draw(1.0), [torch.tensor(4.0) for _ in sizes], draw(0.1), [one.square() for one in draw(0.5)])
+    masks = [] if whole else [one > 0 for one in draw(1.0)]
+    results = []
+    for backend in ("cpu", "triton"):
+        copies = map_tensors(torch.clone, lists)
+        with burnish.use_backend(backend):
+            squares = burnish.ops.lamb_squares(*copies, masks=masks, weight_decay=0.25)
+            burnish.ops.lamb_step(*copies, masks=masks, weight_decay=0.25, lr=torch.tensor(0.5))
+        results.append((squares, [one for tensors in copies for one in tensors]))
+    (expected, stepped), (squares, interpreted) = results
+    torch.testing.assert_close(squares, expected, rtol=1e-14, atol=0)
+    for one, two in zip(interpreted, stepped, strict=True):
+        same_bits(one, two)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_steps_as_on_the_cpu(name: str) -> None:
     """What the class hands over runs on either backend, with the same bits after some steps."""
+    entry = OPTIMIZERS[name]
     results = []
     for backend in ("cpu", "triton"):
         generator = torch.Generator().manual_seed(5)
@@ -91,9 +144,9 @@ def test_an_optimizer_steps_as_on_the_cpu() -> None:
             torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
             for shape, dtype in (((33, 9), torch.bfloat16), ((7,), torch.float32), ((), torch.float32))
         ]
-        optimizer = burnish.optim.AdamW(
+        optimizer = entry.ours(
             params, lr=0.1, weight_decay=0.25, state_dtype="int8", master_weights="split", ema_decay=0.5,
-            max_grad_norm=1.0,
+            max_grad_norm=1.0, **entry.options,
         )  # fmt: skip
         with burnish.use_backend(backend):
             for _ in range(3):
@@ -196,24 +249,41 @@ def test_codes_of_moments_are_those_of_their_definition(signed: bool) -> None:
 
 
 @triton.jit
-def walk_kernel(table_ptr, found_ptr, first, count):
-    item, block = lists.item_of(table_ptr, first, count, tl.program_id(0))
+def walk_kernel(starts_ptr, found_ptr, first, count, before):
+    item, block = lists.item_of(starts_ptr, first, count, before + tl.program_id(0))
     tl.store(found_ptr + tl.program_id(0) * 2, item)
     tl.store(found_ptr + tl.program_id(0) * 2 + 1, block)
 
 
-@pytest.mark.parametrize("sizes", [[5], [0, 5], [5, 0, 0], [0, 17, 0, 8, 1, 0, 40, 0], [16] * 33])
+each_sizes = pytest.mark.parametrize("sizes", [[5], [0, 5], [5, 0, 0], [0, 17, 0, 8, 1, 0, 40, 0], [16] * 33])
+
+
+def walk(table: lists.Table, starts: torch.Tensor, launch: lists.Launch, programs: int, before: int) -> list[list[int]]:
+    """The items' places in the lists, and their blocks, that a launch of so many programs finds."""
+    found = torch.full((programs, 2), -1, dtype=torch.int32)
+    if programs:
+        walk_kernel[(programs,)](starts, found, launch.first, launch.count, before)
+    index = table.rows[2 * table.items : 3 * table.items].tolist()
+    return [[index[item], block] for item, block in found.tolist()]
+
+
+@each_sizes
 def test_every_block_is_found(sizes: list[int]) -> None:
-    tensors = [torch.zeros(size) for size in sizes]
-    table = lists.table(8, (tensors,))
+    table = lists.table(8, ([torch.zeros(size) for size in sizes],))
     assert table.blocks == sum(-(-size // 8) for size in sizes)
-    items, walked = table.rows[2 * table.items : 3 * table.items].tolist(), []
+    walked = [one for launch in table.launches for one in walk(table, table.rows, launch, launch.blocks, 0)]
+    assert sorted(walked) == [[item, block] for item, size in enumerate(sizes) for block in range(-(-size // 8))]
+
+
+@each_sizes
+def test_every_chunk_is_found(sizes: list[int]) -> None:
+    """By the table's last row, whose starts count through all launches."""
+    table = lists.table(4, ([torch.zeros(size) for size in sizes],), chunk=8)
+    walked: list[list[int]] = []
     for launch in table.launches:
-        found = torch.full((launch.blocks, 2), -1, dtype=torch.int32)
-        if launch.blocks:
-            walk_kernel[(launch.blocks,)](table.rows, found, launch.first, launch.count)
-        walked += [(items[item], block) for item, block in found.tolist()]
-    assert sorted(walked) == [(item, block) for item, size in enumerate(sizes) for block in range(-(-size // 8))]
+        walked += walk(table, table.rows[-table.items :], launch, launch.chunks, len(walked))
+    assert table.chunks == len(walked)
+    assert sorted(walked) == [[item, chunk] for item, size in enumerate(sizes) for chunk in range(-(-size // 8))]
 
 
 def test_a_table_is_kept_until_a_tensor_moves() -> None:
@@ -239,12 +309,20 @@ def test_launches_differ_in_dtype_and_alignment() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "place"), [("steps", (2, 1)), ("scales", (6, 0)), ("lr", (10,)), ("found_inf", (21,))]
+    ("op", "name", "place"),
+    [
+        ("adam_step", "steps", (2, 1)),
+        ("adam_step", "scales", (6, 0)),
+        ("adam_step", "lr", (10,)),
+        ("adam_step", "found_inf", (21,)),
+        ("lamb_step", "squares", (17,)),
+    ],
 )
-def test_tensors_elsewhere_are_declined(name: str, place: tuple[int, ...]) -> None:
-    spec = registry.get("adam_step")
-    args = spec.make(Case({"N": 7}, torch.float32, options={"state": "int8", "amp": True}), "triton", 0)
-    changed = burnish.arguments.put(args, place, places(args)[place].to("meta"))
+def test_tensors_elsewhere_are_declined(op: str, name: str, place: tuple[int, ...]) -> None:
+    spec = registry.get(op)
+    options = {"state": "int8", "amp": True, "given": True}
+    args = spec.make(Case({"N": 7}, torch.float32, options=options), "triton", 0)
+    changed = put(args, place, places(args)[place].to("meta"))
     reason = dispatch.objection(next(impl for impl in spec.impls if impl.backend == "triton"), changed)
     assert reason is not None
     assert reason.startswith(name)

@@ -2,7 +2,8 @@
 
 A table has int64 rows of ``items`` entries: :data:`START` (the first of the item's blocks, counted within its launch),
 :data:`COUNT` (its elements), :data:`INDEX` (its place in the lists), then one row of addresses a list. Items are sorted
-into launches, by the dtypes that a kernel needs at compile time and by whether it may load whole vectors.
+into launches, by the dtypes that a kernel needs at compile time and by whether it may load whole vectors. Kernels that
+divide the same items into chunks of another size find a last row: the first of the item's chunks, counted in the table.
 
 A table goes up in one copy from pinned memory, without waiting for the device, and is kept by what it holds and by the
 stream that it was copied on: a call with tensors where they were finds it there. A CUDA graph gets a table of its own,
@@ -42,13 +43,15 @@ _dtype = attrgetter("dtype")
 
 @dataclass(frozen=True)
 class Launch:
-    """Items ``first`` to ``first + count`` of a table: ``types`` of the lists that have various, in ``blocks``."""
+    """Items ``first`` to ``first + count`` of a table: ``types`` of the lists that have various, in ``blocks``, and in
+    ``chunks`` where there are such."""
 
     types: tuple[tl.dtype, ...]
     aligned: bool
     first: int
     count: int
     blocks: int
+    chunks: int
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,17 @@ class Table:
     def blocks(self) -> int:
         return sum(launch.blocks for launch in self.launches)
 
+    @property
+    def chunks(self) -> int:
+        return sum(launch.chunks for launch in self.launches)
+
 
 def table(
-    block: int, various: Sequence[Tensors], loose: Sequence[Tensors] = (), others: Sequence[Tensors] = ()
+    block: int,
+    various: Sequence[Tensors],
+    loose: Sequence[Tensors] = (),
+    others: Sequence[Tensors] = (),
+    chunk: int | None = None,
 ) -> Table:
     """The table of lists of equal length, or empty ones, whose addresses are 0. Rows are in the order of the arguments.
 
@@ -72,6 +83,7 @@ def table(
         various: lists with any dtypes, their items of equal numbers of elements; the first is not empty.
         loose: lists that are not read in whole vectors, of any numbers of elements.
         others: lists with one dtype each, of as many elements as ``various``.
+        chunk: elements of a chunk, if there shall be chunks.
     """
     device = various[0][0].device
     none = (0,) * len(various[0])
@@ -80,7 +92,7 @@ def table(
     ]
     dtypes = tuple(tuple(map(_dtype, tensors)) for tensors in various)
     counts = tuple(map(torch.Tensor.numel, various[0]))
-    return _resident(_table, device)(_place(device), block, dtypes, counts, *map(tuple, addresses))
+    return _resident(_table, device)(_place(device), (block, chunk), dtypes, counts, *map(tuple, addresses))
 
 
 def numbers(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
@@ -109,7 +121,7 @@ def _numbers(place: tuple[torch.device, int], values: tuple[float, ...]) -> torc
 @lru_cache(maxsize=_KEPT)
 def _table(
     place: tuple[torch.device, int],
-    block: int,
+    sizes: tuple[int, int | None],
     dtypes: tuple[tuple[torch.dtype, ...], ...],
     counts: tuple[int, ...],
     various: tuple[tuple[int, ...], ...],
@@ -120,18 +132,24 @@ def _table(
     groups: dict[tuple[tuple[torch.dtype, ...], bool], list[int]] = {}
     for item, key in enumerate(zip(zip(*dtypes, strict=True), aligned, strict=True)):
         groups.setdefault(key, []).append(item)
+    block, chunk = sizes
     starts: list[int] = []
+    chunk_starts = [0]
     launches = []
     for (types, whole), members in groups.items():
         first, end = len(starts), 0
         for item in members:
             starts.append(end)
             end += -(-counts[item] // block)
-        launches.append(Launch(tuple(TYPES[one] for one in types), whole, first, len(members), end))
+            chunk_starts.append(chunk_starts[-1] + (-(-counts[item] // chunk) if chunk else 0))
+        chunks = chunk_starts[-1] - chunk_starts[first]
+        launches.append(Launch(tuple(TYPES[one] for one in types), whole, first, len(members), end, chunks))
     order = [item for members in groups.values() for item in members]
     rows = [*starts, *(counts[item] for item in order), *order]
     for row in (*various, *loose, *others):
         rows += [row[item] for item in order]
+    if chunk:
+        rows += chunk_starts[:-1]
     return Table(_uploaded(rows, torch.int64, place[0]), len(order), tuple(launches))
 
 
@@ -143,16 +161,16 @@ def _uploaded(values: Sequence[float], dtype: torch.dtype, device: torch.device)
 
 
 @triton.jit
-def item_of(table_ptr, first, count, block):
-    """Which item has a block, and the block's number within it."""
+def item_of(starts_ptr, first, count, block):
+    """Which item has a block, and the block's number within it, by a row of starts, which is a table's first."""
     low = first + block * 0
     high = low + count
     while high - low > 1:
         middle = (low + high) // 2
-        before = tl.load(table_ptr + middle) <= block
+        before = tl.load(starts_ptr + middle) <= block
         low = tl.where(before, middle, low)
         high = tl.where(before, high, middle)
-    return low, block - tl.load(table_ptr + low)
+    return low, block - tl.load(starts_ptr + low)
 
 
 @triton.jit

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import triton
 import triton.language as tl
-from burnish.kernels.common import steps
+from burnish.kernels.common import step_launch
 from burnish.kernels.common.numerics import maximum
 from burnish.kernels.common.steps import OWN, make_coefficients, number, power, step_blocks
 from burnish.kernels.common.variants import Variant
@@ -76,16 +75,16 @@ KERNELS = (adam_step_fwd_kernel_scalars, adam_step_fwd_kernel)
 
 
 def supports(*args: Any) -> str | None:
-    return steps.objection(STEP, args)
+    return step_launch.objection(STEP, args)
 
 
 def adam_step(*args: Any) -> None:
     given = STEP.given(args)
     decay = given.weight_decay
-    logarithms = (math.log2(beta) if beta else -math.inf for beta in (given.beta1, given.beta2))
-    own = (given.beta1, given.beta2, *logarithms, given.eps, decay if given.decoupled else 0.0)
-    steps.launch(KERNELS, STEP, given, own, joins=0.0 if given.decoupled else decay)
+    betas = (given.beta1, given.beta2)
+    own = (*betas, *map(step_launch.log2, betas), given.eps, decay if given.decoupled else 0.0)
+    step_launch.launch(KERNELS, STEP, given, own, joins=0.0 if given.decoupled else decay)
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    yield from steps.variants(KERNELS, (((True, False), False), ((True, False, False), False)), every=True)
+    yield from step_launch.variants(KERNELS, (((True, False), False), ((True, False, False), False)), every=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from burnish.kernels.common import steps
+from burnish.kernels.common import step_launch
 from burnish.kernels.common.steps import OWN, make_coefficients, number, step_blocks
 from burnish.kernels.common.variants import Variant
 from burnish.ops.lion_step import STEP
@@ -63,13 +63,13 @@ KERNELS = (lion_step_fwd_kernel_scalars, lion_step_fwd_kernel)
 
 
 def supports(*args: Any) -> str | None:
-    return steps.objection(STEP, args)
+    return step_launch.objection(STEP, args)
 
 
 def lion_step(*args: Any) -> None:
     given = STEP.given(args)
-    steps.launch(KERNELS, STEP, given, (given.beta1, given.beta2, given.weight_decay))
+    step_launch.launch(KERNELS, STEP, given, (given.beta1, given.beta2, given.weight_decay))
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    yield from steps.variants(KERNELS, (((True,), False),))
+    yield from step_launch.variants(KERNELS, (((True,), False),))

@@ -7,7 +7,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from burnish.kernels.common import steps
+from burnish.kernels.common import step_launch
 from burnish.kernels.common.steps import OWN, make_coefficients, number, step_blocks
 from burnish.kernels.common.variants import Variant
 from burnish.ops.rmsprop_step import STEP
@@ -79,15 +79,15 @@ KERNELS = (rmsprop_step_fwd_kernel_scalars, rmsprop_step_fwd_kernel)
 
 
 def supports(*args: Any) -> str | None:
-    return steps.objection(STEP, args)
+    return step_launch.objection(STEP, args)
 
 
 def rmsprop_step(*args: Any) -> None:
     given = STEP.given(args)
     own = (given.alpha, given.eps, given.momentum)
-    steps.launch(KERNELS, STEP, given, own, joins=given.weight_decay, option=bool(given.grad_avgs))
+    step_launch.launch(KERNELS, STEP, given, own, joins=given.weight_decay, option=bool(given.grad_avgs))
 
 
 def variants(arch: str) -> Iterator[Variant]:
     plain, centered, momentum = ((False,), False), ((False, True), True), ((False, True), False)
-    yield from steps.variants(KERNELS, (plain, centered, momentum, ((False, True, True), True)))
+    yield from step_launch.variants(KERNELS, (plain, centered, momentum, ((False, True, True), True)))

@@ -7,7 +7,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from burnish.kernels.common import steps
+from burnish.kernels.common import step_launch
 from burnish.kernels.common.steps import OWN, make_coefficients, number, step_blocks
 from burnish.kernels.common.variants import Variant
 from burnish.ops.sgd_step import STEP
@@ -68,14 +68,14 @@ KERNELS = (sgd_step_fwd_kernel_scalars, sgd_step_fwd_kernel)
 
 
 def supports(*args: Any) -> str | None:
-    return steps.objection(STEP, args)
+    return step_launch.objection(STEP, args)
 
 
 def sgd_step(*args: Any) -> None:
     given = STEP.given(args)
     own = (given.momentum, given.dampening)
-    steps.launch(KERNELS, STEP, given, own, joins=given.weight_decay, option=given.nesterov)
+    step_launch.launch(KERNELS, STEP, given, own, joins=given.weight_decay, option=given.nesterov)
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    yield from steps.variants(KERNELS, (((True,), False), ((True,), True), ((), False)))
+    yield from step_launch.variants(KERNELS, (((True,), False), ((True,), True), ((), False)))

@@ -193,12 +193,15 @@ def native_impl(op: str) -> Impl:
     return Impl("native", f"torch.ops:burnish.{op}.native", f"{__name__}:supports_native", checks=True)
 
 
+def triton_impl(op: str) -> Impl:
+    """The implementation in Triton of an op of the optimizers."""
+    module = f"burnish.kernels.optim.{op}"
+    return Impl("triton", f"{module}:{op}", f"{module}:supports")
+
+
 def gpu_impls(op: str) -> tuple[Impl, ...]:
-    """The implementations in CUDA C++ and in Triton of an op whose first argument is a list of tensors."""
-    triton = f"burnish.kernels.optim.{op}"
-    return replace(native_impl(op), yields=f"{__name__}:rounds_at_random"), Impl(
-        "triton", f"{triton}:{op}", f"{triton}:supports"
-    )
+    """The implementations in CUDA C++ and in Triton of a step op."""
+    return replace(native_impl(op), yields=f"{__name__}:rounds_at_random"), triton_impl(op)
 
 
 def rounds_at_random(*args: Any) -> bool:

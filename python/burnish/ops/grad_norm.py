@@ -24,7 +24,7 @@ import torch
 from burnish import dispatch
 from burnish.checks import FLOATING, check_devices, check_floating, check_scalar
 from burnish.registry import Backend, Case, Cases, Cost, Invalid, OpSpec, register
-from burnish.step_op import gpu_impls
+from burnish.step_op import native_impl, triton_impl
 
 __all__ = ["grad_norm"]
 
@@ -99,7 +99,7 @@ SPEC = register(
         reference=reference,
         fake=fake,
         autograd=None,
-        impls=gpu_impls("grad_norm"),
+        impls=(native_impl("grad_norm"), triton_impl("grad_norm")),
         cases=Cases(
             test=(
                 *(Case({"N": size}, dtype) for dtype in FLOATING for size in _EDGES),

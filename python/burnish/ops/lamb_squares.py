@@ -27,7 +27,7 @@ from burnish.ops.lamb_step import common_numbers, cost_of_sums, square, update
 from burnish.registry import register
 from burnish.step_cases import BF16, FP32
 from burnish.step_checks import check
-from burnish.step_op import native_impl
+from burnish.step_op import native_impl, triton_impl
 
 __all__ = ["lamb_squares"]
 
@@ -91,7 +91,7 @@ make = step_cases.maker(STEP, common_numbers)
 
 SPEC = register(
     replace(
-        STEP.spec(CASES, make, cost_of_sums, baseline, (native_impl("lamb_squares"),)),
+        STEP.spec(CASES, make, cost_of_sums, baseline, (native_impl("lamb_squares"), triton_impl("lamb_squares"))),
         schema=re.sub(r"\(\w!\)", "", STEP.schema).replace("-> ()", "-> Tensor"),
         reference=STEP.function(reference),
         fake=STEP.function(fake),

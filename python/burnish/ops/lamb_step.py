@@ -6,9 +6,9 @@
     trust = norm(p) / norm(u)                              1 where a norm is 0 or NaN, at most 1 with trust_clip
 
 Norms are of one tensor, of the elements that its mask keeps: sums of squares in double, by chunks of 16384 elements and
-then in the order of the chunks. Without ``adapt`` trust is 1. The list of moments is exp_avgs (m) and exp_avg_sqs (v).
-What surrounds the formula, what each list holds and how results are rounded is every step op's: see
-:mod:`burnish.step_op`.
+then of the chunks, each in a fixed order, which is Triton's own there. Without ``adapt`` trust is 1. The lists of
+moments are exp_avgs (m) and exp_avg_sqs (v). What surrounds the formula, what each list holds and how results are
+rounded is every step op's: see :mod:`burnish.step_op`.
 
 squares  fp64 [parameters, 2], or None: the sums of squares of p and of u, as :func:`burnish.ops.lamb_squares` gives
          them. They are given where the parameters are shards of tensors, whose sums are more than theirs.
@@ -37,7 +37,7 @@ from burnish.ops.grad_norm import elements, shapes
 from burnish.registry import Case, Cost, Invalid, dtype_name, register
 from burnish.step_cases import BF16, FP32, WEIGHT_DECAY, changed
 from burnish.step_checks import FLAG, FRACTION, NOT_NEGATIVE, ROWS
-from burnish.step_op import Moments, StepOp, caller, divided, native_impl, power
+from burnish.step_op import Moments, StepOp, caller, divided, gpu_impls, power
 
 __all__ = ["lamb_step"]
 
@@ -208,7 +208,7 @@ SPEC = register(
         make=step_cases.maker(STEP, numbers),
         cost=cost,
         baseline=baseline,
-        impls=(native_impl("lamb_step"),),
+        impls=gpu_impls("lamb_step"),
     )
 )
 
