@@ -136,7 +136,7 @@ def test_a_step_past_2_to_the_31(name: str, options: dict[str, Any]) -> None:
         for end, tensor in zip(wanted, tensors, strict=True) if isinstance(wanted, list) else ():
             if end.numel() == TAIL:
                 assert torch.equal(tensor[-TAIL:], end.view(-1))
-                assert not tensor[-TAIL - 2**22 : -TAIL].any()  # and with it all that they are folded to
+                assert not tensor[-TAIL - 2**24 : -TAIL].any()  # and with it all that they are folded to
             else:
                 assert torch.equal(tensor.view(len(end), -1)[:, -2:] if end.dim() else tensor, end)
 

@@ -27,8 +27,8 @@ _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ct
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _PROT_NONE, _MAP_FIXED, _MAP_NORESERVE = 0, 0x10, 0x4000
-#: what fits a core's cache, in few enough mappings of the largest tensor
-_FOLD = 2**20
+#: what fits a cache, in few enough mappings: a process has 65530
+_FOLD = 2**22
 
 
 def _map(size: int, address: int | None = None, file: int = -1) -> int:
@@ -64,7 +64,7 @@ def lazy(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def folded(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros of any size that may be written: but for the last MiB or two, each MiB is the same memory.
+    """Zeros of any size that may be written: but for the end, each 4 MiB is the same memory.
 
     What runs over all of it takes the time of its arithmetic, and what it writes to the folded part must be one value.
     """
