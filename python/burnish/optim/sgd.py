@@ -1,9 +1,9 @@
 """SGD: torch.optim's, in one pass. The arithmetic and its sources are in :mod:`burnish.ops.sgd_step`.
 
-The state of a parameter also has the ``step``, which torch.optim.SGD does not keep and ignores. A momentum buffer is the
-first gradient that it meets, undamped, and that is what the count is for: where there is a buffer it is of the buffer's
-steps. A buffer that torch.optim saved is of one at least. Ours may be of none, of zeros, where GradScaler let through no
-step since it was made; torch.optim, which takes it for one, damps the first gradient.
+The state of a parameter also has the ``step``, which torch.optim.SGD does not keep and ignores. A momentum buffer is
+the first gradient that it meets, undamped, for which the count is there: where there is a buffer it is of the buffer's
+steps. A buffer that torch.optim saved is of one at least. Ours may be of none, of zeros, where GradScaler let through
+no step since it was made; torch.optim, which takes it for one, damps the first gradient.
 """
 
 from __future__ import annotations
