@@ -101,6 +101,69 @@ def test_an_option_that_comes_late_begins_like_a_new_one(state_dtype: str) -> No
     torch.testing.assert_close(late, never, rtol=1e-6 if state_dtype == "fp32" else 0.05, atol=1e-6)
 
 
+#: the momentum of each step; in those that are negative the GradScaler finds an infinity
+MOMENTA = {
+    "on later": (0.0, 0.0, 0.9, 0.9, 0.9),
+    "off and on": (0.9, 0.9, 0.0, 0.0, 0.9, 0.9),
+    "found first": (-0.9, -0.9, 0.9, 0.9),
+    "found where it comes": (0.0, 0.0, -0.9, 0.9, 0.9),
+    "found, off and on": (-0.9, 0.0, 0.0, 0.9, 0.9),
+    "found, on, off and on": (-0.9, 0.9, 0.0, 0.9, 0.9),
+}
+
+
+def push_momentum(optimizer: Any, scaler: Any, params: list[nn.Parameter], step: int, momentum: float) -> None:
+    """A step; the second parameter has no gradient in the first two, the last comes as a group of its own."""
+    if step == 2:
+        optimizer.add_param_group({"params": [params[-1]], "lr": 0.2})
+    for group in optimizer.param_groups:
+        group["momentum"] = abs(momentum)
+    push(params, step)
+    for parameter in params:
+        parameter.grad *= scaler.get_scale()
+    if step < 2:
+        params[1].grad = None
+    if momentum < 0:
+        params[0].grad[0, 0] = float("inf")
+    scaler.scale(torch.ones(()))  # else it has no scale yet
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@pytest.mark.parametrize("state_dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("momenta", MOMENTA.values(), ids=MOMENTA)
+def test_a_momentum_buffer_is_the_first_gradient_it_meets(momenta: tuple[float, ...], state_dtype: str) -> None:
+    """And not that of the parameter's first step, as in torch, whose dampening otherwise shows."""
+    results = []
+    for make, options in ((optim.SGD, {"state_dtype": state_dtype}), (torch.optim.SGD, {})):
+        params, scaler = parameters(), torch.amp.GradScaler("cpu", init_scale=8.0)
+        optimizer = make(params[:-1], lr=0.1, dampening=0.5, weight_decay=0.1, **options)
+        for step, momentum in enumerate(momenta):
+            push_momentum(optimizer, scaler, params, step, momentum)
+        results.append(params)
+    rough = {"rtol": 1e-5, "atol": 1e-6} if state_dtype == "fp32" else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(*results, **rough)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("begins", ["ours", "torch"])
+@pytest.mark.parametrize("momenta", MOMENTA.values(), ids=MOMENTA)
+def test_a_momentum_buffer_is_that_when_it_is_loaded(momenta: tuple[float, ...], begins: str, at: int) -> None:
+    kinds = {"ours": optim.SGD, "torch": torch.optim.SGD}
+    results = []
+    for first, second in ((kinds[begins], optim.SGD), (torch.optim.SGD, torch.optim.SGD)):
+        params, scaler = parameters(), torch.amp.GradScaler("cpu", init_scale=8.0)
+        optimizer = first(params[:-1], lr=0.1, dampening=0.5, weight_decay=0.1)
+        for step, momentum in enumerate(momenta):
+            if step == at:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = second([{"params": params[:-1]}, *([{"params": params[-1:]}] if step > 2 else [])], lr=0.3)
+                optimizer.load_state_dict(state)
+            push_momentum(optimizer, scaler, params, step, momentum)
+        results.append(params)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
 def shuffle(optimizer: torch.optim.Optimizer) -> None:
     first = next(iter(optimizer.state))
     optimizer.state[first] = optimizer.state.pop(first)

@@ -1,16 +1,15 @@
 """What the optimizers' ops promise beyond the kit's rules: trajectories (N6), rounding without bias, steps that are
-skipped, layouts, indices past 2**31."""
+skipped, layouts."""
 
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import burnish
 import pytest
 import torch
-from burnish import moments, native, ops, registry, rounding, testing
+from burnish import moments, native, ops, registry, rounding
 from burnish.registry import Case, OpSpec
 from burnish.testing.calls import on_copies
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 SPECS = {name: spec for name, spec in registry.all_ops().items() if spec.schema.startswith("(Tensor(a!)[] params")}
 STEPS = 100
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SIZES = ((257, 9), (1,), (1000,))
+SIZES = ((257, 9), (33,), (1000,))
 
 
 def gradients(step: int) -> list[torch.Tensor]:
@@ -73,8 +72,9 @@ def ours(dtype: torch.dtype, amsgrad: bool, decoupled: bool, master: str | None 
     return masters or params
 
 
-def deviation(params: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
-    return max(float((p.double() - e).abs().max()) for p, e in zip(params, exact, strict=True))
+def deviations(params: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
+    """The greatest of each parameter."""
+    return [float((p.double() - e).abs().max()) for p, e in zip(params, exact, strict=True)]
 
 
 @pytest.mark.parametrize("decoupled", [True, False], ids=["decoupled", "coupled"])
@@ -82,8 +82,9 @@ def deviation(params: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_a_hundred_steps_stay_as_close_to_float64_as_torchs(dtype: torch.dtype, amsgrad: bool, decoupled: bool) -> None:
     exact = torchs(torch.float64, dtype, amsgrad, decoupled)
-    limit = 2 * deviation(torchs(dtype, dtype, amsgrad, decoupled), exact)
-    assert 0 < deviation(ours(dtype, amsgrad, decoupled), exact) <= limit
+    theirs = deviations(torchs(dtype, dtype, amsgrad, decoupled), exact)
+    mine = deviations(ours(dtype, amsgrad, decoupled), exact)
+    assert all(0 < own <= 2 * other for own, other in zip(mine, theirs, strict=True))
 
 
 @pytest.mark.parametrize(("master", "bits"), [("fp32", 24), ("split", 16)])
@@ -92,7 +93,7 @@ def test_masters_of_bf16_parameters_follow_float64(master: str, bits: int) -> No
     exact = torchs(torch.float64, torch.bfloat16, False, True)
     got = ours(torch.bfloat16, False, True, master)
     largest = max(float(e.abs().max()) for e in exact)
-    assert deviation(got, exact) <= STEPS * largest * 2.0**-bits
+    assert max(deviations(got, exact)) <= STEPS * largest * 2.0**-bits
 
 
 each_step = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
@@ -265,22 +266,3 @@ def test_codes_of_moments_are_as_near_as_they_promise() -> None:
     assert ((got.abs().sqrt() - root).abs() <= largest / 254 * 1.001).all()
     second = moments.decode(*moments.encode(first.square() * 1e-30 + 1e-44, False))
     assert (second > 0).all()
-
-
-def test_an_index_past_2_to_the_31() -> None:
-    """bf16 with coded moments, 8 GB written; only the last element has a gradient."""
-    if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 12 * 2**30:
-        pytest.skip("less than 12 GiB of memory are free")
-    count = 2**31 + 300
-    param, grad, first, second = (
-        testing.lazy((count,), dtype) for dtype in (torch.bfloat16, torch.bfloat16, torch.int8, torch.uint8)
-    )
-    grad[-1] = 1.0
-    scales = torch.zeros(2, -(-count // moments.BLOCK))
-    norm, found = ops.grad_norm([grad])
-    assert (norm, found) == (1, 0)
-    ops.adam_step([param], [grad], [torch.zeros(())], [first], [second], scales=[scales], lr=torch.tensor(0.5))
-    assert param[-1] == -0.5
-    assert (first[-1], second[-1]) == (127, 255)
-    assert not param[-300:-1].any()
-    assert not second[2**31 - 300 : -1].any()

@@ -1,8 +1,9 @@
 """What burnish's optimizers share: a step is checked as a whole, then done by one call of an op a kind of parameter.
 
 A step reads the gradients once for their norm, if ``max_grad_norm`` is set, and then parameters, gradients and state
-once for everything else. It waits for no device. Parameters without a gradient are left alone; all else is checked
-before anything is written, and a gradient that is refused leaves parameters and state as they were, in every group.
+once for everything else. It waits for no device. Parameters without a gradient are left alone; options, gradients,
+masks and states are checked before anything is written, and what is refused leaves parameters and state as they were,
+in every group. State follows a parameter whose memory format has changed, as torch.optim's does, but for int8 moments.
 
 With torch.amp.GradScaler, ``scaler.step(optimizer)`` hands its scale and what it found to the step, which unscales, or
 changes nothing at all. The norm is of the unscaled gradients. Gradients may have been unscaled before, by
@@ -25,13 +26,11 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from burnish.checks import FLOATING
 from burnish.optim import norm, options, tensors
 from burnish.optim.masks import Masks
-from burnish.optim.state import Entry, Moment, complete, entries, loaded, local_scales
-from burnish.registry import dtype_name
+from burnish.optim.state import Entry, Moment, complete, entries, fits, loaded, local_scales, of_kind, refitted
 
-_dtype, _device, _layout, _shape, _grad = map(attrgetter, ("dtype", "device", "layout", "shape", "grad"))
+_dtype, _grad = map(attrgetter, ("dtype", "grad"))
 _GOLDEN, _WORD = 0x9E3779B97F4A7C15, 2**64 - 1
 
 Columns = dict[str, list[Tensor]]
@@ -95,6 +94,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any], extras: options.Extras) -> None:
         defaults = defaults | options.with_defaults(self._who, extras)
         self.check_group(defaults)
+        options.check_alike(defaults)
         self._built = False
         super().__init__(params, defaults)
         self._check_memory()
@@ -144,6 +144,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             TypeError, ValueError: as torch.optim; and where an option is not allowed, a parameter comes twice, shares
                 memory with another, or is of a kind that cannot be stepped. The optimizer is as it was.
         """
+        if isinstance(param_group, dict) and self.param_groups:
+            param_group.setdefault("max_grad_norm", self.param_groups[0]["max_grad_norm"])
         super().add_param_group(param_group)
         try:
             self._check_added(param_group, len(self.param_groups) - 1)
@@ -175,14 +177,30 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Do one step; returns what ``closure``, which computes the gradients anew, returns.
 
         Raises:
-            RuntimeError: a gradient that does not go with its parameter, or parameters that averages stand in for.
+            ValueError: an option that is not allowed.
+            RuntimeError: a gradient or a state that does not go with its parameter, or parameters that averages stand
+                in for.
         """
+        self._check_stand("step")
+        try:
+            return self._step(closure)
+        except BaseException:
+            for name in ("grad_scale", "found_inf"):  # GradScaler takes them back after a step alone
+                self.__dict__.pop(name, None)
+            raise
+
+    def _check_stand(self, what: str) -> None:
         if self._swapped:
-            raise RuntimeError(f"{self._who}: step inside swap_ema(), where averages stand in the parameters' place")
+            raise RuntimeError(f"{self._who}: {what} inside swap_ema(), where averages stand in the parameters' place")
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
+            self._check_stand("step")
+        for group in self.param_groups:
+            self.check_group(group)
         lone = self._lone()
         try:
             work = lone or self._all()
@@ -225,10 +243,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         if set(map(len, states)) != {len(names)}:
             return []
         try:
+            if not of_kind(self.state[params[0]], names):
+                return []
             columns = {name: list(map(itemgetter(name), states)) for name in names}
-        except KeyError:
+            self._references.hold(columns)
+        except (KeyError, AttributeError):
             return []
-        self._references.hold(columns)
         return [(Batch(group, params, params, grads, [], 0), columns)]
 
     def _all(self) -> list[tuple[Batch, Columns]]:
@@ -247,7 +267,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             grads = [parameter.grad for parameter in params]
             if group.get("capturable") and any(parameter.device.type == "cpu" for parameter in params):
                 raise RuntimeError("If capturable=True, params and state_steps must be on supported devices: ['cuda'].")
-            if not self._masks.of and _plain(params, grads):
+            if not self._masks.of and tensors.plain(params, grads):
                 batches.append(Batch(group, params, params, grads, [], number))
             else:
                 batches += self._split(number, group, params, grads)
@@ -257,7 +277,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The batches of a group whose parameters are not all of one kind, or have to be looked at one by one."""
         kinds: dict[Any, list[int]] = {}
         for i, (parameter, grad) in enumerate(zip(params, grads, strict=True)):
-            reason = tensors.objection(parameter) or _refusal(parameter, grad, self._who)
+            reason = (
+                tensors.objection(parameter)
+                or tensors.refusal(parameter, grad, self._who)
+                or self._masks.objection(parameter)
+            )
             if reason:
                 place = next(place for place, other in enumerate(group["params"]) if other is parameter)
                 raise RuntimeError(f"{self._who}: {tensors.name_of(group, number, place)} {reason}")
@@ -284,6 +308,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 state.pop("master", None)  # the step leaves it behind
             if not wanted.keys() <= state.keys():
                 complete(state, parameter, entries(parameter, batch.group, moments))
+        if not fits(states, wanted, batch.origin):
+            self._refit(batch, states)
         columns = {name: [state[name] for state in states] for name in wanted}
         for name, column in columns.items():
             if name == "scales":
@@ -294,29 +320,34 @@ class FusedOptimizer(torch.optim.Optimizer):
                 columns[name] = list(map(tensors.local, column))
         return columns
 
+    def _refit(self, batch: Batch, states: Sequence[dict[str, Tensor]]) -> None:
+        """Lay states out as their parameters are since; raise, naming the parameter, where one does not fit."""
+        names = {id(parameter): name for name, parameter in tensors.named(self.param_groups)}
+        fitting = []
+        for parameter, state in zip(batch.origin, states, strict=True):
+            who = f"{self._who}: state of {names[id(parameter)]}"
+            fitting.append(refitted(who, parameter, state, entries(parameter, batch.group, self.moments(batch.group))))
+        for state, values in zip(states, fitting, strict=True):
+            state.update(values)
+
     @contextlib.contextmanager
     def swap_ema(self) -> Iterator[None]:
         """Inside, every parameter that has an average is that average, rounded to its dtype; after, what it was before.
 
         Raises:
-            RuntimeError: no group has an ``ema_decay``, or the averages stand there already.
+            RuntimeError: no group has an ``ema_decay``, or the averages stand there already; after, a parameter has
+                changed its shape, and is not what it was.
         """
         if all(group["ema_decay"] is None for group in self.param_groups):
             raise RuntimeError(f"{self._who}: swap_ema() without averages, expected a group with ema_decay")
         if self._swapped:
             raise RuntimeError(f"{self._who}: swap_ema() inside swap_ema()")
-        averaged = [(parameter, state["ema"]) for parameter, state in self.state.items() if "ema" in state]
-        kept = [parameter.detach().clone() for parameter, _ in averaged]
+        averages = {parameter: state["ema"] for parameter, state in self.state.items() if "ema" in state}
         self._swapped = True
         try:
-            with torch.no_grad():
-                for parameter, average in averaged:
-                    parameter.copy_(average)
-            yield
+            with tensors.stand_in(self._who, averages):
+                yield
         finally:
-            with torch.no_grad():
-                for (parameter, _), values in zip(averaged, kept, strict=True):
-                    parameter.copy_(values)
             self._swapped = False
 
     @_not_compiled
@@ -326,7 +357,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: of another optimizer, of a newer version, or with entries that are missing, unknown or do not go
                 with the parameters. The optimizer is as it was.
+            RuntimeError: inside ``swap_ema()``.
         """
+        self._check_stand("load_state_dict")
         state_dict = state_dict.copy() if isinstance(state_dict, dict) else state_dict
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
@@ -337,6 +370,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._check_stand("a copy")
         made = {"_built": True, "_swapped": False, "_references": tensors.References()}
         return super().__getstate__() | {"_masks": self._masks} | made
 
@@ -359,41 +393,3 @@ def _common(batch: Batch, state: Mapping[str, list[Tensor]], scaling: norm.Scali
         "found_inf": found_inf,
         "seed": batch.seed,
     }
-
-
-def _plain(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
-    """Whether parameters are of one kind and gradients go with them, seen without a look at each; no is no answer."""
-    return (
-        {*map(type, params), *map(type, grads)} <= {torch.nn.Parameter, Tensor}
-        and len(set(map(_dtype, params))) == 1
-        and {params[0].dtype, *map(_dtype, grads)} <= set(FLOATING)
-        and {*map(_layout, params), *map(_layout, grads)} == {torch.strided}
-        and len({*map(_device, params), *map(_device, grads)}) == 1
-        and list(map(_shape, params)) == list(map(_shape, grads))
-        and (
-            (all(map(Tensor.is_contiguous, params)) and all(map(Tensor.is_contiguous, grads)))
-            or list(map(Tensor.stride, params)) == list(map(Tensor.stride, grads))
-        )
-    )
-
-
-def _refusal(parameter: Any, grad: Any, who: str) -> str | None:
-    """Why a gradient does not go with its parameter, in words, or None."""
-    if grad.layout is not torch.strided:
-        if grad.is_sparse:
-            return f"has a sparse gradient: {who} does not support sparse gradients, please consider SparseAdam instead"
-        return f"has a gradient of layout {grad.layout}, expected torch.strided"
-    if grad.dtype not in FLOATING:
-        return f"has a gradient of {dtype_name(grad.dtype)}, expected fp32, bf16 or fp16"
-    if grad.device != parameter.device:
-        return f"has a gradient on {grad.device}, expected {parameter.device}"
-    if grad.shape != parameter.shape:
-        return f"has a gradient of shape {tuple(grad.shape)}, expected {tuple(parameter.shape)}"
-    sharded = tensors.is_sharded(parameter)
-    if tensors.is_sharded(grad) != sharded:
-        return f"has a gradient that is a {type(grad).__name__}, expected a {type(parameter).__name__}"
-    if sharded and (grad.device_mesh != parameter.device_mesh or grad.placements != parameter.placements):
-        return f"has a gradient placed {grad.placements}, expected {parameter.placements} of the same mesh"
-    if not tensors.same_order(tensors.local(parameter), tensors.local(grad)):
-        return f"has a gradient of strides {tuple(grad.stride())}, expected {tuple(parameter.stride())}"
-    return None

@@ -46,6 +46,11 @@ class Masks:
                 raise ValueError(f"{who}: {label} is a second mask of one parameter")
             self.of[parameter] = _placed(mask, parameter)
 
+    def objection(self, parameter: Tensor) -> str | None:
+        """Why the mask of ``parameter`` is none, in words: both may have changed since they were given."""
+        reason = _objection(parameter, self.of[parameter]) if parameter in self.of else None
+        return reason and f"has a mask that {reason}"
+
     def local(self, parameter: Tensor) -> Tensor:
         """The mask of what this process holds of ``parameter``, in the order of its elements."""
         mask = tensors.local(self.of[parameter])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
@@ -77,6 +78,11 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _real(value: Any) -> bool:
+    """A number of Python, numpy or torch."""
+    return isinstance(value, (float, int, Tensor, Real))
+
+
 _EXTRAS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_grad_norm": (lambda v: v is None or (_number(v) and 0 < v < math.inf), "a positive number or None"),
     "state_dtype": (lambda v: v in STATE_DTYPES, "'fp32', 'bf16' or 'int8'"),
@@ -119,21 +125,27 @@ def check_not_negative(group: Mapping[str, Any], name: str, words: str) -> None:
     value = group[name]
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return
-    if not 0.0 <= value < math.inf:
+    if not _real(value) or not 0.0 <= value < math.inf:
         raise ValueError(f"Invalid {words}: {value}")
 
 
 def check_finite(group: Mapping[str, Any], name: str, words: str) -> None:
     """Raise ValueError where an option is infinite or not a number."""
-    if not math.isfinite(group[name]):
+    if not _real(group[name]) or not math.isfinite(group[name]):
         raise ValueError(f"Invalid {words}: {group[name]}")
 
 
-def check_betas(who: str, group: Mapping[str, Any]) -> None:
-    """Raise torch.optim's errors where the two betas are not both floats, or both CPU tensors, in [0, 1)."""
-    betas = group["betas"]
-    if len({isinstance(beta, Tensor) for beta in betas}) > 1:
+def check_alike(defaults: Mapping[str, Any]) -> None:
+    """Raise torch.optim's error where one of the two betas is a tensor; of groups, where schedulers put floats."""
+    if len({isinstance(beta, Tensor) for beta in defaults.get("betas", ())}) > 1:
         raise ValueError("betas must be either both floats or both Tensors")
+
+
+def check_betas(who: str, group: Mapping[str, Any]) -> None:
+    """Raise torch.optim's errors where the betas are not two numbers, or CPU tensors, in [0, 1)."""
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"{who}: betas is {betas!r}, expected two numbers or two tensors")
     for i, beta in enumerate(betas):
         if isinstance(beta, Tensor):
             if group["foreach"] and not group["capturable"]:
@@ -142,7 +154,7 @@ def check_betas(who: str, group: Mapping[str, Any]) -> None:
                 raise ValueError(f"Tensor betas[{i}] must be 1-element")
             if beta.device.type != "cpu":
                 raise ValueError(f"{who}: betas[{i}] is on {beta.device}, expected a float or a CPU tensor")
-        if not 0.0 <= beta < 1.0:
+        if not _real(beta) or not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
 
 

@@ -89,7 +89,8 @@ class RMSprop(FusedOptimizer):
         options.check_not_negative(group, "eps", "epsilon value")
         options.check_not_negative(group, "momentum", "momentum value")
         options.check_not_negative(group, "weight_decay", "weight_decay value")
-        if not 0.0 <= group["alpha"] < 1.0:
+        options.check_not_negative(group, "alpha", "alpha value")
+        if group["alpha"] >= 1.0:
             raise ValueError(f"Invalid alpha value: {group['alpha']}")
         if group["centered"] and group["state_dtype"] == "int8":
             raise ValueError(

@@ -1,7 +1,9 @@
 """SGD: torch.optim's, in one pass. The arithmetic and its sources are in :mod:`burnish.ops.sgd_step`.
 
-The state of a parameter also has the ``step``, which torch.optim.SGD does not keep and ignores: a momentum buffer that
-torch.optim saved is of one step at least.
+The state of a parameter also has the ``step``, which torch.optim.SGD does not keep and ignores. A momentum buffer is
+the first gradient that it meets, undamped, for which the count is there: where there is a buffer it is of the buffer's
+steps. A buffer that torch.optim saved is of one at least. Ours may be of none, of zeros, where GradScaler let through
+no step since it was made; torch.optim, which takes it for one, damps the first gradient.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from burnish.ops.sgd_step import sgd_step
 from burnish.optim import options
-from burnish.optim.fused import Batch, FusedOptimizer
+from burnish.optim.fused import Batch, Columns, FusedOptimizer
 from burnish.optim.state import Moment
 
 if TYPE_CHECKING:
@@ -84,6 +86,18 @@ class SGD(FusedOptimizer):
         if values.get("momentum_buffer") is None:
             return {}
         return {"step": 1.0, **values}
+
+    def _columns(self, batch: Batch) -> Columns:
+        states = [self.state[parameter] for parameter in batch.origin]
+        if batch.group["momentum"] != 0:
+            for state in states:
+                if "momentum_buffer" not in state:
+                    state.pop("step", None)
+            return super()._columns(batch)
+        columns = super()._columns(batch)
+        steps = zip(columns["step"], states, strict=True)
+        columns["step"] = [step.clone() if "momentum_buffer" in state else step for step, state in steps]
+        return columns
 
     def update(self, batch: Batch, state: Mapping[str, list[Tensor]], common: dict[str, Any]) -> None:
         group = batch.group

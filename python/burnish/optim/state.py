@@ -8,8 +8,8 @@
 
 What has the parameter's shape is a DTensor where the parameter is one, with its placements, so that
 torch.distributed.checkpoint cuts it anew for another number of processes. ``scales`` then are a DTensor ``[shards *
-moments * blocks]``, in which every shard has the room of the largest: blocks are of a shard, so int8 moments load into
-the same number of shards alone.
+moments * blocks]``, in which every shard has the room of the largest: blocks are of a shard and in the order of memory,
+so int8 moments load into the same number of shards and the same memory format alone.
 
 What an option that is switched off between steps leaves behind (``max_exp_avg_sq``, a momentum buffer) stays, is saved
 and loads, and is taken up again where the option is on, as torch.optim does; but a step without masters drops them.
@@ -23,10 +23,12 @@ device fit.
 from __future__ import annotations
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -34,9 +36,10 @@ from torch import Tensor
 
 from burnish.moments import BLOCK, encode
 from burnish.optim import options
-from burnish.optim.tensors import is_sharded, largest_shard, local, name_of, shard_dims, shards
+from burnish.optim.tensors import is_sharded, largest_shard, local, name_of, same_order, shard_dims, shards
 from burnish.registry import dtype_name
 
+_shape = attrgetter("shape")
 _MOMENT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -53,12 +56,13 @@ class Moment:
 @dataclass(frozen=True)
 class Entry:
     """A tensor of a parameter's state: ``like`` says whether it has the parameter's shape and shards, ``initial`` what
-    its elements are at first."""
+    its elements are at first, ``coded`` whether those are codes, in blocks as they lie in memory."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     like: bool
     initial: float = 0.0
+    coded: bool = False
 
 
 def entries(parameter: Tensor, group: Mapping[str, Any], moments: Sequence[Moment]) -> dict[str, Entry]:
@@ -68,7 +72,7 @@ def entries(parameter: Tensor, group: Mapping[str, Any], moments: Sequence[Momen
     coded = group["state_dtype"] == "int8"
     for moment in moments:
         dtype = moment.codes if coded else _MOMENT_DTYPES[group["state_dtype"]]
-        found[moment.name] = Entry(dtype, shape, True, _code(moment) if coded else moment.initial)
+        found[moment.name] = Entry(dtype, shape, True, _code(moment) if coded else moment.initial, coded)
     if coded and moments:
         scale = max(_scale(moment) for moment in moments)
         found["scales"] = Entry(torch.float32, _scales_shape(parameter, len(moments)), False, scale)
@@ -105,6 +109,7 @@ def local_scales(parameter: Tensor, scales: Tensor, moments: int, held: int) -> 
     return local(scales)[: moments * blocks].view(moments, blocks)
 
 
+@torch.inference_mode(False)
 def complete(state: dict[str, Tensor], parameter: Tensor, wanted: Mapping[str, Entry]) -> None:
     """Make what ``state`` lacks: moments as they begin, master and average from the parameter."""
     for name, entry in wanted.items():
@@ -120,6 +125,40 @@ def complete(state: dict[str, Tensor], parameter: Tensor, wanted: Mapping[str, E
             state[name] = _sharded_scales(parameter, entry)
         else:
             state[name] = torch.full(entry.shape, entry.initial, dtype=entry.dtype, device=parameter.device)
+
+
+def of_kind(state: Mapping[str, Any], wanted: Mapping[str, Entry]) -> bool:
+    """Whether the entries of a state have the dtypes that the options ask for."""
+    return all(getattr(state[name], "dtype", None) is entry.dtype for name, entry in wanted.items())
+
+
+def fits(states: Sequence[Mapping[str, Any]], wanted: Mapping[str, Entry], parameters: Sequence[Tensor]) -> bool:
+    """Whether states go with what parameters and options are since, by the dtypes of one and the layout of an entry."""
+    if not of_kind(states[0], wanted):
+        return False
+    like = next((name for name, entry in wanted.items() if entry.like), None)
+    if like is None:
+        return True
+    column = [state[like] for state in states]
+    if list(map(_shape, column)) != list(map(_shape, parameters)):
+        return False
+    contiguous = all(map(Tensor.is_contiguous, column)) and all(map(Tensor.is_contiguous, parameters))
+    return contiguous or list(map(Tensor.stride, column)) == list(map(Tensor.stride, parameters))
+
+
+def refitted(
+    who: str, parameter: Tensor, state: Mapping[str, Tensor], wanted: Mapping[str, Entry]
+) -> dict[str, Tensor]:
+    """A state laid out as its parameter is since.
+
+    Raises:
+        RuntimeError: it is of another dtype, shape or kind, or codes whose blocks were of the other layout.
+    """
+    like = {name: entry for name, entry in wanted.items() if entry.like or name == "step"}
+    try:
+        return {name: _value(f"{who}: {name}", parameter, state[name], entry, False) for name, entry in like.items()}
+    except ValueError as error:
+        raise RuntimeError(str(error)) from None
 
 
 def _lacks_rows(shape: Sequence[int], wanted: Sequence[int]) -> bool:
@@ -158,9 +197,7 @@ def loaded(
     Raises:
         ValueError: of another optimizer, a newer version, other groups, or with missing, unknown or wrong entries.
     """
-    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
-        raise ValueError(f"{who}: expected a state dict with 'state' and 'param_groups'")
-    saved = list(state_dict["param_groups"])
+    saved = _checked_groups(who, state_dict)
     if len(groups) != len(saved):
         raise ValueError("loaded state dict has a different number of parameter groups")
     if any(len(mine["params"]) != len(theirs["params"]) for mine, theirs in zip(groups, saved, strict=True)):
@@ -179,6 +216,8 @@ def loaded(
         if key not in of_id:
             raise ValueError(f"{who}: the state dict has state of a parameter {key!r} that none of its groups lists")
         parameter, group, name, ours = of_id[key]
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{who}: state of {name} is a {type(values).__name__}, expected a dict")
         values = values if ours else optimizer.adopted(values)
         if values:
             wanted = entries(parameter, _with_left(group, values), optimizer.held_moments(group, values))
@@ -186,12 +225,29 @@ def loaded(
     return new, state
 
 
+def _checked_groups(who: str, state_dict: Any) -> list[Mapping[str, Any]]:
+    """The groups of what is built like a state dict."""
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError(f"{who}: expected a state dict with 'state' and 'param_groups'")
+    if not isinstance(state_dict["state"], Mapping):
+        raise ValueError(f"{who}: the state dict's state is a {type(state_dict['state']).__name__}, expected a dict")
+    saved = state_dict["param_groups"]
+    if not isinstance(saved, (list, tuple)):
+        raise ValueError(f"{who}: the state dict's param_groups is a {type(saved).__name__}, expected a list")
+    for number, group in enumerate(saved):
+        keys = group.get("params") if isinstance(group, Mapping) else None
+        if not isinstance(keys, (list, tuple)) or not all(isinstance(key, (int, str)) for key in keys):
+            raise ValueError(f"{who}: group {number} of the state dict has no params, expected a list of their numbers")
+    return list(saved)
+
+
 def _group(who: str, number: int, mine: Mapping[str, Any], theirs: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
     """A saved group with our parameters, and with our options where torch.optim saved it."""
     version = theirs.get("burnish_version")
-    if version is not None and (not isinstance(version, int) or version > options.VERSION):
+    if version is not None and (type(version) is not int or not 1 <= version <= options.VERSION):
+        newer = ", of a newer burnish" if type(version) is int and version > 0 else ""
         raise ValueError(
-            f"{who}: the state dict is of format {version}, of a newer burnish; this one reads up to {options.VERSION}"
+            f"{who}: the state dict is of format {version!r}{newer}; this one reads up to {options.VERSION}"
         )
     required = optimizer.defaults if version is not None else optimizer.required
     missing = [name for name in required if name not in theirs]
@@ -247,6 +303,8 @@ def _value(who: str, parameter: Any, value: Any, entry: Entry, converts: bool) -
         if entry.shape != () or not isinstance(value, (int, float)):
             raise ValueError(f"{who} is a {type(value).__name__}, expected a tensor")
         value = torch.tensor(float(value))
+    if value.layout is not torch.strided or value.is_meta != parameter.is_meta:
+        raise ValueError(f"{who} is {value.layout} on {value.device}, expected torch.strided on {parameter.device}")
     if tuple(value.shape) != entry.shape:
         raise ValueError(f"{who} has the shape {tuple(value.shape)}, expected {entry.shape}{_count(parameter, entry)}")
     converts = converts and value.is_floating_point() and entry.dtype.is_floating_point
@@ -258,8 +316,15 @@ def _value(who: str, parameter: Any, value: Any, entry: Entry, converts: bool) -
             raise ValueError(f"{who} is a {type(value).__name__}, expected {words}, as the parameter is")
         if entry.like and is_sharded(value) and value.placements != parameter.placements:
             raise ValueError(f"{who} is placed {value.placements}, expected {parameter.placements}, as the parameter")
+    if entry.shape == () and not entry.like and value.device.type == "cpu" and not 0 <= float(value) < math.inf:
+        raise ValueError(f"{who} is {float(value)}, expected a count")
     value = value.detach().to(device=parameter.device, dtype=entry.dtype)
-    if entry.like and local(value).stride() != local(parameter).stride():
+    if entry.like and not same_order(local(value), local(parameter)):
+        if entry.coded:
+            raise ValueError(
+                f"{who} has strides {tuple(value.stride())}, expected {tuple(parameter.stride())}: the blocks of its "
+                "codes are of the elements in the order of memory"
+            )
         value = torch.empty_like(parameter, dtype=entry.dtype, requires_grad=False).copy_(value)
     return value
 

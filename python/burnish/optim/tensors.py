@@ -1,11 +1,12 @@
-"""What an optimizer needs to know of parameters as tensors: names, shards, memory."""
+"""What an optimizer needs to know of parameters and gradients as tensors: names, shards, memory."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from burnish.checks import FLOATING
 from burnish.registry import dtype_name
+
+_dtype, _device, _layout, _shape = map(attrgetter, ("dtype", "device", "layout", "shape"))
 
 
 def named(groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:
@@ -120,6 +123,44 @@ def objection(parameter: Tensor) -> str | None:
     return None
 
 
+def plain(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+    """Whether parameters are of one kind and gradients go with them, seen without a look at each; no is no answer."""
+    return (
+        {*map(type, params), *map(type, grads)} <= {torch.nn.Parameter, Tensor}
+        and len(set(map(_dtype, params))) == 1
+        and {params[0].dtype, *map(_dtype, grads)} <= set(FLOATING)
+        and {*map(_layout, params), *map(_layout, grads)} == {torch.strided}
+        and len({*map(_device, params), *map(_device, grads)}) == 1
+        and list(map(_shape, params)) == list(map(_shape, grads))
+        and (
+            (all(map(Tensor.is_contiguous, params)) and all(map(Tensor.is_contiguous, grads)))
+            or list(map(Tensor.stride, params)) == list(map(Tensor.stride, grads))
+        )
+    )
+
+
+def refusal(parameter: Any, grad: Any, who: str) -> str | None:
+    """Why a gradient does not go with its parameter, in words, or None."""
+    if grad.layout is not torch.strided:
+        if grad.is_sparse:
+            return f"has a sparse gradient: {who} does not support sparse gradients, please consider SparseAdam instead"
+        return f"has a gradient of layout {grad.layout}, expected torch.strided"
+    if grad.dtype not in FLOATING:
+        return f"has a gradient of {dtype_name(grad.dtype)}, expected fp32, bf16 or fp16"
+    if grad.device != parameter.device:
+        return f"has a gradient on {grad.device}, expected {parameter.device}"
+    if grad.shape != parameter.shape:
+        return f"has a gradient of shape {tuple(grad.shape)}, expected {tuple(parameter.shape)}"
+    sharded = is_sharded(parameter)
+    if is_sharded(grad) != sharded:
+        return f"has a gradient that is a {type(grad).__name__}, expected a {type(parameter).__name__}"
+    if sharded and (grad.device_mesh != parameter.device_mesh or grad.placements != parameter.placements):
+        return f"has a gradient placed {grad.placements}, expected {parameter.placements} of the same mesh"
+    if not same_order(local(parameter), local(grad)):
+        return f"has a gradient of strides {tuple(grad.stride())}, expected {tuple(parameter.stride())}"
+    return None
+
+
 def overlapping(parameters: Iterable[tuple[str, Tensor]]) -> str | None:
     """The name of a parameter that shares memory with one of the others, or None."""
     spans = []
@@ -152,3 +193,24 @@ def _meets(cluster: list[Any]) -> bool:
     for view in views[:-1]:
         view.fill_(True)
     return bool(views[-1].any())
+
+
+@contextlib.contextmanager
+def stand_in(who: str, averages: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Inside, parameters have the values of their ``averages``; after, those of before."""
+    kept = {parameter: parameter.detach().clone() for parameter in averages}
+    try:
+        with torch.no_grad():
+            for parameter, average in averages.items():
+                parameter.copy_(average)
+        yield
+    finally:
+        changed = 0
+        with torch.no_grad():
+            for parameter, values in kept.items():
+                if parameter.shape == values.shape:
+                    parameter.copy_(values)
+                else:
+                    changed += 1
+        if changed:
+            raise RuntimeError(f"{who}: {changed} parameters changed their shape inside swap_ema(), and are lost")

@@ -35,7 +35,7 @@ An op with an integer result must be bit-exact. Tolerances are in :mod:`.numeric
 
 from burnish.testing.calls import EMULATED, SCHEDULES, Violation, backends, eager, interpreting, oracle, run, stand_in
 from burnish.testing.fuzz import EXAMPLES, LONG_EXAMPLES, fuzz
-from burnish.testing.memory import guarded, lazy, poisoned
+from burnish.testing.memory import folded, guarded, lazy, poisoned
 from burnish.testing.plan import Check, Plan, plan
 from burnish.testing.values import digest
 
@@ -50,6 +50,7 @@ __all__ = [
     "backends",
     "digest",
     "eager",
+    "folded",
     "fuzz",
     "guarded",
     "interpreting",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,15 +26,19 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_PROT_NONE, _MAP_NORESERVE = 0, 0x4000
+_PROT_NONE, _MAP_FIXED, _MAP_NORESERVE = 0, 0x10, 0x4000
+#: what fits a cache, in few enough mappings: a process has 65530
+_FOLD = 2**22
 
 
-def _map(size: int) -> int:
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-    address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
-    if address in (None, ctypes.c_void_p(-1).value):
+def _map(size: int, address: int | None = None, file: int = -1) -> int:
+    """The address of new pages, or of those of ``file`` in place of what is mapped at ``address``."""
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    flags = private if address is None else mmap.MAP_SHARED | _MAP_FIXED
+    mapped = _libc.mmap(address, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, file, 0)
+    if mapped in (None, ctypes.c_void_p(-1).value):
         raise OSError(ctypes.get_errno(), f"cannot map {size} bytes")
-    return int(address)
+    return int(mapped)
 
 
 def _protect(address: int, size: int, protection: int) -> None:
@@ -56,6 +61,22 @@ def lazy(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     nbytes = max(elements * dtype.itemsize, 1)
     base = _map(nbytes)
     return _storage(base, nbytes, base, nbytes)[: elements * dtype.itemsize].view(dtype).view(shape)
+
+
+def folded(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros of any size that may be written: but for the end, each 4 MiB is the same memory.
+
+    What runs over all of it takes the time of its arithmetic, and what it writes to the folded part must be one value.
+    """
+    nbytes = elements * dtype.itemsize
+    base, file = _map(nbytes), os.memfd_create("folded")
+    try:
+        os.ftruncate(file, _FOLD)
+        for offset in range(0, nbytes - 2 * _FOLD, _FOLD):
+            _map(_FOLD, base + offset, file)
+    finally:
+        os.close(file)
+    return _storage(base, nbytes, base, nbytes).view(dtype)
 
 
 def guarded(tensor: torch.Tensor, side: Literal["end", "start"] = "end", writable: bool = False) -> torch.Tensor:
