@@ -10,6 +10,7 @@
 
 #include <algorithm>
 
+#include "cuda/counters.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
 
@@ -44,7 +45,7 @@ struct TileCursor {
 template <class Sum>
 struct Splits {
   Sum* partial;       // [tiles, count, outputs of a tile]; not used by one split
-  uint32_t* tickets;  // [tiles], zero
+  uint32_t* tickets;  // [tiles], zero between launches
   int count;
 };
 
@@ -52,12 +53,13 @@ struct Splits {
 struct TilePlan {
   dim3 grid;
   int splits;
-  torch::stable::Tensor partial, tickets;
+  torch::stable::Tensor partial;
+  Counters counters;
 
   template <class Sum>
   Splits<Sum> meet() const {
     if (splits == 1) return {nullptr, nullptr, 1};
-    return {static_cast<Sum*>(partial.mutable_data_ptr()), static_cast<uint32_t*>(tickets.mutable_data_ptr()), splits};
+    return {static_cast<Sum*>(partial.mutable_data_ptr()), counters.tickets(), splits};
   }
 };
 
@@ -71,14 +73,15 @@ inline TilePlan plan_tiles(const torch::stable::Tensor& like, const DeviceLimits
   constexpr int kReserved = 1024;  // what the system takes of a multiprocessor's shared memory for each block
   const int64_t places =
       int64_t{limits.multiprocessors} * std::max(1, limits.shared_memory / (static_cast<int>(shared) + kReserved));
-  const int64_t splits = std::max<int64_t>(1, std::min(places / tiles, tile_bytes / kSplitBytes));
+  const int64_t most = tiles <= Counters::kTickets ? places / tiles : 1;
+  const int64_t splits = std::max<int64_t>(1, std::min(most, tile_bytes / kSplitBytes));
   TilePlan plan{{static_cast<unsigned>(std::min(tiles, places / splits)), static_cast<unsigned>(splits)},
                 static_cast<int>(splits),
                 {},
                 {}};
   if (splits > 1) {
     plan.partial = torch::stable::new_empty(like, {tiles * splits * tile_outputs}, ScalarType::Int);
-    plan.tickets = torch::stable::new_zeros(like, {tiles}, ScalarType::Int);
+    plan.counters = counters_of(like);
   }
   return plan;
 }
@@ -137,6 +140,7 @@ struct Gather {
     if (threadIdx.x == 0) store(ticket, draw_ticket(splits.tickets + tile));
     __syncthreads();
     if (load(ticket) != static_cast<uint32_t>(splits.count - 1)) return false;
+    if (threadIdx.x == 0) store(splits.tickets + tile, 0u);
 #pragma unroll
     for (int o = 0; o < kOutputs; ++o) {
       total[o] = 0;

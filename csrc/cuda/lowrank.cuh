@@ -35,7 +35,7 @@ struct LowRankProblem {
   const void* bias;        // [channels], or null
   void* y;                 // [rows, channels]
   float* parts;            // [parts, rows, padded_rank]
-  uint32_t* counter;       // of the grid's barrier, zero
+  uint32_t* counter;       // of the grid's barrier
   const int64_t* seed;     // of the dropout, null without
   uint32_t threshold;
   float factor;

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "cuda/counters.cuh"
 #include "cuda/lowrank.cuh"
 #include "math/pack.h"
 #include "rows.h"
@@ -124,9 +125,9 @@ void start_lowrank(void (*kernel)(LowRankProblem), LowRankProblem p, const Tenso
   p.parts_count = static_cast<int>(ceil_div(turns, each));
   p.part_bytes = static_cast<int>(std::min<int64_t>(each * S::kTurn, kMaxLowRankWidth * 4));
   const Tensor parts = torch::stable::new_empty(x, {p.parts_count * part}, ScalarType::Char);
-  const Tensor counter = torch::stable::new_zeros(x, {1}, ScalarType::Int);
+  const Counters counters = counters_of(x);
   p.parts = static_cast<float*>(parts.mutable_data_ptr());
-  p.counter = static_cast<uint32_t*>(counter.mutable_data_ptr());
+  p.counter = counters.barrier();
 
   const int64_t downs = int64_t{p.rank_tiles} * p.parts_count;
   const int64_t even = ceil_div(p.tiles, ceil_div(p.tiles, places));  // as many as share the tiles evenly

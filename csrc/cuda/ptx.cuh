@@ -262,8 +262,8 @@ __device__ inline void barrier_arrive(unsigned barrier, unsigned threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// Waits for all threads of a grid that launch_cooperative started. `counter` is zero before the kernel; the upper bit
-// turns with every round, so it needs no reset.
+// Waits for all threads of a grid that launch_cooperative started. `counter` is zero but for its upper bit, which turns
+// with every round: it needs no reset, in a kernel or after it.
 __device__ inline void grid_barrier(uint32_t* counter) {
   __syncthreads();
   if (threadIdx.x + threadIdx.y + threadIdx.z == 0) {

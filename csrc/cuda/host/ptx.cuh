@@ -191,6 +191,8 @@ inline void barrier_arrive(unsigned barrier, unsigned threads, Where where = Whe
 inline void grid_barrier(uint32_t* counter, Where where = Where::current()) {
   host::access(Access::kAtomic, counter, sizeof *counter, where);
   if (*counter << 1 != 0) host::stop(where, "grid_barrier: its counter was not zero before the launch");
+  const unsigned thread = threadIdx.x + threadIdx.y + threadIdx.z, block = blockIdx.x + blockIdx.y + blockIdx.z;
+  if (thread + block == 0) *counter ^= 0x80000000u;
   host::barrier_together("grid_barrier", true, where);
 }
 
