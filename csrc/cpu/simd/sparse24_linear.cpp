@@ -40,6 +40,7 @@ struct Words {
   using Sum = Vec;
   using Out = float;
   static constexpr int64_t kMetadata = 8;  // bytes of a block
+  static constexpr int kOffset = 0;        // of x
   struct Lanes {
     uint16_t offset[32], group[32];
     constexpr Lanes() : offset(), group() {
@@ -77,6 +78,7 @@ struct Bytes {
   using Sum = __m512i;
   using Out = int32_t;
   static constexpr int64_t kMetadata = 16;
+  static constexpr int kOffset = 128;
   struct Lanes {
     uint8_t offset[64], group[64];
     constexpr Lanes() : offset(), group() {
@@ -121,14 +123,18 @@ struct Quad {
   const uint8_t* next;
 };
 
-// out[m][n] += row m of x times row n of the quad, rows of `width` elements.
-template <class Kind, int MR>
-void tile(const Quad& quad, const char* x, int64_t x_stride, int64_t width, typename Kind::Out* out) {
+// out[m][n] += row m of x times row n of the quad, rows of `width` elements; with kExcess, excess[n] += Kind::kOffset
+// times the values of row n.
+template <class Kind, int MR, bool kExcess>
+void tile(const Quad& quad, const char* x, int64_t x_stride, int64_t width, typename Kind::Out* out,
+          typename Kind::Out* excess) {
   alignas(64) static constexpr typename Kind::Lanes kLanes;
   const __m512i offset = _mm512_load_si512(kLanes.offset), group = _mm512_load_si512(kLanes.group);
-  typename Kind::Sum sum[MR][kWeights];
-  BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
-    BURNISH_UNROLL for (int n = 0; n < kWeights; ++n) sum[m][n] = Kind::zero();
+  const __m512i shift = _mm512_set1_epi8(static_cast<char>(Kind::kOffset));
+  typename Kind::Sum sum[MR][kWeights], total[kWeights];
+  BURNISH_UNROLL for (int n = 0; n < kWeights; ++n) {
+    total[n] = Kind::zero();
+    BURNISH_UNROLL for (int m = 0; m < MR; ++m) sum[m][n] = Kind::zero();
   }
   constexpr int64_t kBlock = Kind::kMetadata * kStep24;
   const int64_t blocks = width / kBlock, left = width % kBlock;
@@ -140,6 +146,7 @@ void tile(const Quad& quad, const char* x, int64_t x_stride, int64_t width, type
       index[n] = _mm512_ternarylogic_epi64(fields, Kind::low_bits(), group, 0xea);  // fields & 3 | group
       value[n] = _mm512_loadu_si512(values[n]);
       if constexpr (decltype(last)::value) value[n] = Kind::below(value[n], index[n], left);
+      if constexpr (kExcess) Kind::multiply_add(total[n], shift, value[n]);
     }
     BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
       const char* from = x + m * x_stride + block * 128;
@@ -174,20 +181,31 @@ void tile(const Quad& quad, const char* x, int64_t x_stride, int64_t width, type
     step(blocks, metadata, values, std::true_type());
   }
   BURNISH_UNROLL for (int m = 0; m < MR; ++m) Kind::add_all(sum[m], out + m * kFinished);
+  if constexpr (kExcess) Kind::add_all(total, excess);
+}
+
+template <class Kind>
+using Tile = void (*)(const Quad&, const char*, int64_t, int64_t, typename Kind::Out*, typename Kind::Out*);
+
+template <class Kind, bool kExcess>
+Tile<Kind> tile_of(int64_t rows) {
+  static constexpr Tile<Kind> kTable[kMaxRows] = {tile<Kind, 1, kExcess>, tile<Kind, 2, kExcess>,
+                                                  tile<Kind, 3, kExcess>, tile<Kind, 4, kExcess>};
+  return kTable[rows - 1];
 }
 
 // finish(row, column, count, sums) for the product of `rows` rows of x and rows [begin, end) of the weight.
 template <class Kind, class Finish>
 void multiply(const Sparse24Weight& weight, const char* x, int64_t x_stride, int64_t rows, int64_t begin, int64_t end,
               const Finish& finish) {
-  using Tile = void (*)(const Quad&, const char*, int64_t, int64_t, typename Kind::Out*);
-  static constexpr Tile kTiles[kMaxRows] = {tile<Kind, 1>, tile<Kind, 2>, tile<Kind, 3>, tile<Kind, 4>};
   constexpr int64_t kBlocks = kChunkBytes / 128, kChunk = kBlocks * Kind::kMetadata * kStep24;
   const int64_t passes = (rows + kMaxRows - 1) / kMaxRows, value_bytes = weight.row_bytes * 64 / Kind::kMetadata;
   for (int64_t n = begin; n < end; n += kFinished) {
     const int64_t columns = std::min(kFinished, end - n);
+    typename Kind::Out excess[kFinished] = {};
     for (int64_t pass = 0; pass < passes; ++pass) {
       const int64_t first = rows * pass / passes, last = rows * (pass + 1) / passes;
+      const Tile<Kind> run = (pass == 0 ? tile_of<Kind, Kind::kOffset != 0> : tile_of<Kind, false>)(last - first);
       typename Kind::Out out[kMaxRows * kFinished] = {};
       for (int64_t chunk = 0; chunk * kChunk < weight.width; ++chunk) {
         const int64_t from = chunk * kBlocks;
@@ -201,31 +219,19 @@ void multiply(const Sparse24Weight& weight, const char* x, int64_t x_stride, int
           quad.ahead = pass == 0 ? kWeights * value_bytes : 0;
           quad.next = quad.metadata[0] +
                       (pass == 0 ? kWeights * weight.row_bytes + (kWeights - 1) * from * Kind::kMetadata : 0);
-          kTiles[last - first - 1](quad, x + first * x_stride + chunk * kChunkBytes, x_stride,
-                                   std::min(kChunk, weight.width - chunk * kChunk), out + i);
+          run(quad, x + first * x_stride + chunk * kChunkBytes, x_stride,
+              std::min(kChunk, weight.width - chunk * kChunk), out + i, excess + i);
         }
       }
-      for (int64_t m = first; m < last; ++m) finish(m, n, columns, out + (m - first) * kFinished);
+      for (int64_t m = first; m < last; ++m) {
+        typename Kind::Out* const sums = out + (m - first) * kFinished;
+        if constexpr (Kind::kOffset != 0) {
+          for (int64_t i = 0; i < kFinished; ++i) sums[i] -= excess[i];
+        }
+        finish(m, n, columns, sums);
+      }
     }
   }
-}
-
-// 128 times the sum of a row's values.
-int32_t excess(const char* values, int64_t bytes) {
-  constexpr int kSums = 4;  // as many as hide the latency of a product
-  const __m512i offset = _mm512_set1_epi8(static_cast<char>(0x80));
-  __m512i sum[kSums] = {};
-  int64_t at = 0;
-  for (; at + 64 * kSums <= bytes; at += 64 * kSums) {
-    BURNISH_UNROLL for (int i = 0; i < kSums; ++i) {
-      Bytes::multiply_add(sum[i], offset, _mm512_loadu_si512(values + at + 64 * i));
-    }
-  }
-  for (; at < bytes; at += 64) {
-    const __mmask64 left = bytes - at < 64 ? (__mmask64{1} << (bytes - at)) - 1 : ~__mmask64{0};
-    Bytes::multiply_add(sum[0], offset, _mm512_maskz_loadu_epi8(left, values + at));
-  }
-  return _mm512_reduce_add_epi32(_mm512_add_epi32(_mm512_add_epi32(sum[0], sum[1]), _mm512_add_epi32(sum[2], sum[3])));
 }
 
 #else
@@ -264,17 +270,8 @@ void sparse24_dot(const Sparse24Weight& weight, const Matrix& x, int64_t rows, i
 }
 
 void sparse24_int8(const Sparse24Int8& args, int64_t begin, int64_t end, void*) {
-  const int64_t value_bytes = args.weight.row_bytes * 4;
-  int32_t too_large[kFinished];
-  int64_t known = -1;
   multiply<Bytes>(args.weight, static_cast<const char*>(args.q), args.q_stride, args.rows, begin, end,
-                  [&](int64_t row, int64_t column, int64_t count, int32_t* sums) {
-                    const char* values = static_cast<const char*>(args.weight.values) + column * value_bytes;
-                    for (int64_t i = 0; i < count; ++i) {
-                      if (known != column) too_large[i] = excess(values + i * value_bytes, value_bytes);
-                      sums[i] -= too_large[i];
-                    }
-                    known = column;
+                  [&](int64_t row, int64_t column, int64_t count, const int32_t* sums) {
                     finish_int8(args, row, column, count, sums);
                   });
 }
