@@ -77,7 +77,10 @@ def test_a_group_may_come_and_state_be_saved_amid_averages() -> None:
 
 def test_a_parameter_that_changes_its_shape_amid_averages_is_the_only_one_lost() -> None:
     optimizer, params, before = averaging()
-    with pytest.raises(RuntimeError, match="1 parameters changed their shape inside swap_ema"), optimizer.swap_ema():
+    with (
+        pytest.raises(RuntimeError, match="1 of the parameters changed their shape inside swap_ema"),
+        optimizer.swap_ema(),
+    ):
         params[0].data = torch.zeros(7)
     assert same(params[1:], before[1:])
     params[0].data = before[0].clone()

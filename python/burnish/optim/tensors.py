@@ -213,4 +213,6 @@ def stand_in(who: str, averages: Mapping[Tensor, Tensor]) -> Iterator[None]:
                 else:
                     changed += 1
         if changed:
-            raise RuntimeError(f"{who}: {changed} parameters changed their shape inside swap_ema(), and are lost")
+            raise RuntimeError(
+                f"{who}: {changed} of the parameters changed their shape inside swap_ema(), and are lost"
+            )
