@@ -12,6 +12,7 @@ struct DeviceLimits {
   int shared_memory;  // bytes a multiprocessor
   bool dependent_launch;
   bool clusters;
+  bool warpgroups;  // what warpgroup.cuh has
 };
 
 }  // namespace burnish
@@ -71,9 +72,9 @@ inline DeviceLimits device_limits(int32_t device) {
     check(cudaDeviceGetAttribute(&value, name, device), "reading a device attribute");
     return value;
   };
-  const bool hopper = attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
-  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), hopper,
-          hopper};
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor);
+  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), major >= 9,
+          major >= 9, major == 9};
 }
 
 namespace detail {

@@ -62,7 +62,8 @@ uint64_t bank_conflicts(const Request& request) {
 }
 
 void count_request(Counters& c, const Site& site, const Request& request) {
-  static constexpr const char* kNames[] = {"load", "load", "load", "load", "store", "copy", "atomic", "atomic"};
+  // tiles are counted as wholes
+  static constexpr const char* kNames[] = {"load", "load", "load", "load", "", "store", "copy", "", "atomic", "atomic"};
   const std::string name = say(site.shared ? "shared_" : "global_", kNames[static_cast<int>(site.kind)]);
   ++c.count[name + "_requests"];
   if (site.shared) {
@@ -109,11 +110,20 @@ void count_launch() {
 }
 
 void count_access(Access kind, bool shared, const void* address, size_t bytes, Where where) {
-  if (!counting) return;
+  if (!counting || kind == Access::kTileLoad || kind == Access::kTileCopy) return;
   auto& [turns, all] = sites[{&here() - lane(), std::bit_cast<uintptr_t>(where), shared, kind}];
   const size_t turn = turns[lane()]++;
   if (turn == all.size()) all.emplace_back();
   all[turn].push_back({lane(), reinterpret_cast<uintptr_t>(address), bytes});
+}
+
+void count_tile(Access kind, const void* address, size_t bytes) {
+  if (!counting || bytes == 0) return;
+  Counters& c = launches.back();
+  c.count[writes(kind) ? "tile_store_bytes" : "tile_load_bytes"] += bytes;
+  const auto first = reinterpret_cast<uintptr_t>(address);
+  auto& sectors = writes(kind) ? c.written : c.read;
+  for (uintptr_t sector = first / kSector; sector * kSector < first + bytes; ++sector) sectors.insert(sector);
 }
 
 void count_event(const char* name) {

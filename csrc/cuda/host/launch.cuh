@@ -8,6 +8,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 using cudaStream_t = void*;
 
@@ -56,7 +57,7 @@ inline cudaStream_t current_stream(int32_t) {
 inline bool is_capturing(cudaStream_t) { return false; }
 
 // An H100's.
-inline DeviceLimits device_limits(int32_t) { return {132, 228 << 10, true, true}; }
+inline DeviceLimits device_limits(int32_t) { return {132, 228 << 10, true, true, true}; }
 
 using Grid = host::At<dim3>;
 
@@ -81,10 +82,10 @@ void launch_cluster(auto kernel, Grid grid, dim3 block, unsigned cluster, auto..
 }
 
 int resident_blocks(auto /*kernel*/, dim3 block, size_t shared_bytes, int32_t device) {
-  const auto [multiprocessors, shared_memory, dependent, clusters] = device_limits(device);
+  const DeviceLimits limits = device_limits(device);
   const uint64_t threads = host::volume(block);
-  const uint64_t each = std::min<uint64_t>({32, 2048 / threads, shared_memory / (shared_bytes + 1024)});
-  return static_cast<int>(std::min(each * multiprocessors, host::kMaxTogether / threads));
+  const uint64_t each = std::min<uint64_t>({32, 2048 / threads, limits.shared_memory / (shared_bytes + 1024)});
+  return static_cast<int>(std::min(each * limits.multiprocessors, host::kMaxTogether / threads));
 }
 
 }  // namespace burnish

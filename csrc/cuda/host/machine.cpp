@@ -41,6 +41,8 @@ char* stack_of(size_t thread) {
 // Goes on with one of the ready threads, or with the scheduler where there is none.
 void next(Context& from, bool last = false) {
   Threads& ready = machine->ready;
+  while (ready.empty() && !machine->error && one_arrives()) {
+  }
   if (ready.empty()) return switch_context(from, machine->scheduler, last);
   std::swap(ready[draw() % ready.size()], ready.back());
   Thread& to = *ready.back();
@@ -57,6 +59,9 @@ void thread_entry() {
   entered_context();
   try {
     machine->launch->thread();
+    if (!here().tile_stores.empty() || !here().products.empty()) {
+      stop(machine->launch->where, "ends while stores of tiles or products are under way");
+    }
     machine->idle = 0;
   } catch (...) {
     machine->error = std::current_exception();
@@ -64,12 +69,6 @@ void thread_entry() {
   }
   next(here().context, true);
   std::terminate();  // nothing resumes a thread that has ended
-}
-
-void release(const Threads& threads) {
-  for (Thread* thread : threads) thread->wait = {};
-  machine->ready.insert(machine->ready.end(), threads.begin(), threads.end());
-  machine->idle = 0;
 }
 
 bool same_place(Where a, Where b) { return a.line() == b.line() && a.column() == b.column(); }
@@ -118,6 +117,8 @@ void run_together(uint64_t number) {
   m.everyone = {};
   m.idle = 0;
   m.ready.clear();
+  m.phases.clear();
+  m.arriving.clear();
   m.clocks.assign(1, {});
   for (unsigned b = 0; b < m.blocks.size(); ++b) {
     m.blocks[b] = {place_in(m.launch->grid, number + b), {}};
@@ -182,6 +183,17 @@ void pause(Where where) {
     stop(where, "waits in a loop for what no thread does");
   }
   machine->ready.push_back(&here());
+  next(here().context);
+}
+
+void release(const Threads& threads) {
+  for (Thread* thread : threads) thread->wait = {};
+  machine->ready.insert(machine->ready.end(), threads.begin(), threads.end());
+  machine->idle = 0;
+}
+
+void wait_for(const void* barrier, const char* name, Where where) {
+  here().wait = {.name = name, .where = where, .barrier = barrier};
   next(here().context);
 }
 

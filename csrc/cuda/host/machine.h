@@ -8,9 +8,10 @@
 //   machine.cpp   threads, barriers, collectives of a warp; which thread runs next
 //   clock.h       which accesses of other threads come before those of a thread
 //   memory.cpp    every access through the wrappers: bounds, first writes, races, copies that arrive late
+//   tiles.cpp     copies of tiles, the barriers that count their bytes, and what else goes on beside the threads
 //   counters.cpp  what a launch moved and did, exactly
 //   report.cpp    what the exceptions say
-//   ptx.cuh       what kernels call, matrix.h and launch.cuh as well
+//   ptx.cuh       what kernels call, matrix.h, warpgroup.cuh and launch.cuh as well
 #pragma once
 
 #include <array>
@@ -84,11 +85,26 @@ struct Barrier {
   Clock known;
 };
 
+// A barrier in shared memory that counts arrivals and bytes: what the phase still lacks, and what those know that
+// arrived or copied, in this phase and in those that have ended.
+struct Phases {
+  unsigned expected, lacking;
+  int64_t bytes;
+  uint64_t ended;
+  Clock known, published;
+};
+
+// What goes on beside the threads until its thread waits for its group: a store of a tile, or a product.
+struct Deferred {
+  uint64_t group;
+  std::function<void()> act;
+};
+
 // What a thread waits for: a barrier, or else a collective of the lanes in `mask`, which finds what it brought.
 struct Wait {
   const char* name = nullptr;  // of nothing
   Where where;
-  const Barrier* barrier = nullptr;
+  const void* barrier = nullptr;
   uint32_t mask = 0;
   void* brought = nullptr;
 };
@@ -101,6 +117,10 @@ struct Thread {
   Wait wait{};
   std::vector<Copy> copies{};
   uint64_t group = 0;  // of the next copy
+  std::vector<Deferred> tile_stores{}, products{};
+  uint64_t tile_group = 0, product_group = 0;  // of the next one
+  uint64_t shown = 0;                          // up to when its stores are there for what goes on beside the threads
+  bool fenced = false;                         // its sums are ready for products
   const Clock* clock;
 };
 using Threads = std::vector<Thread*>;  // in ascending order
@@ -119,6 +139,7 @@ struct Touch {
   uint8_t held;   // that a store of this block has written by now
   bool atomic;
   bool pending;  // a copy that its thread has not waited for
+  bool beside;   // a tile's
 };
 
 struct Memory {
@@ -140,11 +161,13 @@ struct Machine {
   Thread* current;
   Threads meeting;  // in a collective; kept between them for its memory only
   Barrier everyone;
-  std::deque<Clock> clocks;  // that these threads have had
-  uint64_t now;              // ticks whenever threads meet
-  uint64_t began;            // when these blocks did
-  uint64_t idle;             // pauses since anything happened
-  uint64_t streak;           // accesses since another thread ran
+  std::unordered_map<const void*, Phases> phases;  // of the barriers in shared memory
+  std::vector<std::function<void()>> arriving;     // tiles that are on their way there
+  std::deque<Clock> clocks;                        // that these threads have had
+  uint64_t now;                                    // ticks whenever threads meet
+  uint64_t began;                                  // when these blocks did
+  uint64_t idle;                                   // pauses since anything happened
+  uint64_t streak;                                 // accesses since another thread ran
   Context scheduler;
   std::exception_ptr error;
 };
@@ -181,6 +204,12 @@ struct At {
 };
 using Mask = At<uint32_t>;  // lanes of a warp, a bit each
 
+// Lets these threads go on.
+void release(const Threads& threads);
+
+// Waits for what release() ends.
+void wait_for(const void* barrier, const char* name, Where where);
+
 // Comes to a collective, an aligned one only with those at the same place. The lane that comes last runs act() for all.
 void meet(const char* name, Mask mask, void* brought, bool aligned, const std::function<void(const Threads&)>& act);
 
@@ -201,10 +230,21 @@ Mine collective(const char* name, Mask mask, Mine mine, const auto& compute, boo
 
 // --- memory.cpp
 
-// What an access does. A streaming one goes past the caches that see other threads' stores; a copy stores later; a
-// ticket is atomic, publishes what its thread knows and lets it see what those before it published. Streaming and
-// coherent loads and tickets are of global memory, matrix loads of shared memory, the others of either.
-enum class Access : uint8_t { kLoad, kStreamingLoad, kCoherentLoad, kMatrixLoad, kStore, kCopy, kAtomic, kTicket };
+// What an access does. A streaming one goes past the caches that see other threads' stores; a copy, or a tile's, stores
+// later; a ticket is atomic, publishes what its thread knows and lets it see what those before it published. Streaming
+// and coherent loads and tickets are of global memory, matrix loads of shared memory, the others of either.
+enum class Access : uint8_t {
+  kLoad,
+  kStreamingLoad,
+  kCoherentLoad,
+  kMatrixLoad,
+  kTileLoad,
+  kStore,
+  kCopy,
+  kTileCopy,
+  kAtomic,
+  kTicket
+};
 inline bool writes(Access kind) { return kind >= Access::kStore; }
 
 // To be called before each access: stops the launch where the access is out of shared memory's bounds, in the wrong
@@ -223,6 +263,23 @@ void copy_wait(unsigned pending, Where where);
 
 // The launch before this one has ended and its writes are visible.
 void dependency_wait();
+
+// For a read of shared memory by what goes on beside the threads: it sees a thread's stores once they have been shown.
+void access_beside(const void* address, size_t bytes, Where where);
+
+// Where the block's shared memory has an address; stops for any other.
+size_t shared_offset(const void* address, Where where);
+
+// The bytes of a copy from shared or global memory that ends now are there.
+void arrived(const void* to, size_t bytes);
+
+// --- tiles.cpp
+
+// A tile arrives that was on its way, if any was.
+bool one_arrives();
+
+// One of the groups that a thread waits for, and those before it, are done.
+void finish(std::vector<Deferred>& all, uint64_t groups);
 
 // --- counters.cpp
 
@@ -257,7 +314,8 @@ void check_shared(unsigned block);  // that nothing was written around it
 
 void count_launch();
 void count_access(Access kind, bool shared, const void* address, size_t bytes, Where where);
-void count_blocks();  // that ran together, once they have ended
+void count_tile(Access kind, const void* address, size_t bytes);  // a unit of one, in global memory
+void count_blocks();                                              // that ran together, once they have ended
 
 std::string text(const uint3& at);
 std::string text(Where where);

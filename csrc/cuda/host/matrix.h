@@ -44,6 +44,19 @@ void multiply(const A (&a)[16][N], const B (&b)[8][K], Sum (&sums)[16][8], const
   }
 }
 
+// Where the i-th kept value in a row of 16 stands among the columns, as mma_sparse has it; word(lane) is a lane's
+// `kept`.
+template <class A, int Selector>
+int kept_column(const char* name, const auto& word, int row, int i, Where where) {
+  constexpr bool kWide = sizeof(A) == 2;
+  // which lane of the row's four has the digits of these four values, and from which bit on
+  const int four = i / 2, from = row % 8 * 4 + (kWide ? Selector * 2 + four / 4 : row / 8 + four / 8 * 2);
+  const uint32_t digits = word(from) >> (kWide ? row / 8 * 16 + four % 4 * 4 : four % 8 * 4);
+  const int first = digits & 3, second = digits >> 2 & 3;
+  if (first >= second) stop(where, name, ": the places of two kept values do not ascend");
+  return four * 4 + (i % 2 == 0 ? first : second);
+}
+
 // A lane's words of a product, where they are; `kept` as mma_sparse has it.
 template <class Sum>
 struct Operands {
@@ -114,14 +127,8 @@ void mma_sparse(Sum (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], u
                 host::Where where = host::Where::current()) {
   static_assert(std::is_integral_v<A> == std::is_integral_v<Sum> && Selector >= 0 && Selector < int(sizeof(A)));
   constexpr int K = 64 / sizeof(A);
-  constexpr bool kWide = sizeof(A) == 2;
   const auto column = [where](const auto& lanes, int row, int i) {
-    // which lane of the row's four has the digits of these four values, and from which bit on
-    const int four = i / 2, from = row % 8 * 4 + (kWide ? Selector * 2 + four / 4 : row / 8 + four / 8 * 2);
-    const uint32_t digits = lanes[from]->kept >> (kWide ? row / 8 * 16 + four % 4 * 4 : four % 8 * 4);
-    const int first = digits & 3, second = digits >> 2 & 3;
-    if (first >= second) host::stop(where, "mma_sparse: the places of two kept values do not ascend");
-    return four * 4 + (i % 2 == 0 ? first : second);
+    return host::kept_column<A, Selector>("mma_sparse", [&](int lane) { return lanes[lane]->kept; }, row, i, where);
   };
   host::product<A, A, K / 2, K, Sum>("mma_sparse", {sum, a, b, kept}, where, column);
 }

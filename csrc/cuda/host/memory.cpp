@@ -78,7 +78,8 @@ void touch(Access kind, uint8_t bytes, Touch& store, Touch* load, size_t byte, W
     }
   }
   const auto held = static_cast<uint8_t>(store.held | bytes);
-  const Touch now{machine->now, where, here().number, bytes, held, atomic, kind == Access::kCopy};
+  const bool tile = kind == Access::kTileCopy, pending = kind == Access::kCopy || (tile && load != nullptr);
+  const Touch now{machine->now, where, here().number, bytes, held, atomic, pending, tile};
   if (writes(kind) && load != nullptr && (load->bytes & bytes)) check_order(kind, *load, " reads at ", byte, where);
   Touch* const last = writes(kind) ? &store : load;
   if (last != nullptr) *last = now;
@@ -189,15 +190,36 @@ void copy_wait(unsigned pending, Where where) {
   const auto due = [&](const Copy& copy) {
     if (copy.group + pending >= here().group) return false;
     land(copy);
-    each_word(copy.to, copy.bytes, [&](size_t i, uint8_t) {
-      Touch& store = memory().stores[offset_of(copy.to) / kWord + i];
-      store.pending = false;
-      store.time = machine->now;
-    });
+    arrived(copy.to, copy.bytes);
     return true;
   };
   std::erase_if(here().copies, due);
   pause(where);
+}
+
+void arrived(const void* to, size_t bytes) {
+  each_word(to, bytes, [to](size_t i, uint8_t) {
+    Touch& store = memory().stores[offset_of(to) / kWord + i];
+    store.pending = false;
+    store.time = machine->now;
+  });
+}
+
+size_t shared_offset(const void* address, Where where) {
+  if (!in_shared(address)) stop(where, "a tile is in global memory, expected in shared memory");
+  return offset_of(address) - offset_of(shared_memory());
+}
+
+void access_beside(const void* address, size_t bytes, Where where) {
+  access(Access::kTileLoad, address, bytes, where);
+  each_word(address, bytes, [&](size_t i, uint8_t) {
+    const Touch& store = memory().stores[offset_of(address) / kWord + i];
+    const Thread& by = machine->threads[store.thread - machine->threads[0].number];
+    if (!store.beside && by.shown <= store.time) {
+      stop(where, "reads beside the threads what thread number ", by.in_block, " wrote at ", text(store.where),
+           ", without copies_see_stores");
+    }
+  });
 }
 
 void dependency_wait() { share({&here()}, Clock({kLaunchBefore}, machine->now)); }

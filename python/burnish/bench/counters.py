@@ -56,8 +56,9 @@ class Launch:
 
     @property
     def through_l2(self) -> int:
-        """Bytes of all sectors that the launch's requests ask for."""
-        return _SECTOR * sum(self.count(f"global_{kind}_sectors") for kind in _KINDS)
+        """Bytes of all sectors that the launch's requests ask for, and of the tiles that it copies."""
+        tiles = self.count("tile_load_bytes") + self.count("tile_store_bytes")
+        return _SECTOR * sum(self.count(f"global_{kind}_sectors") for kind in _KINDS) + tiles
 
     def sectors_per_request(self, kind: str) -> float | None:
         """Of global ``load`` or ``store`` requests; None where there is none."""

@@ -1,0 +1,173 @@
+// Copies of tiles, the barriers in shared memory that count their bytes, and the order in which all of that ends.
+#include <algorithm>
+#include <cstring>
+
+#include "cuda/launch.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/warpgroup.cuh"
+
+namespace burnish::host {
+namespace {
+
+constexpr int kUnit = 16;  // bytes
+
+Phases& phases_of(TileBarrier* barrier, Where where) {
+  access(Access::kLoad, barrier, sizeof *barrier, where);
+  const auto found = machine->phases.find(barrier);
+  if (found == machine->phases.end()) stop(where, "a barrier of tiles that no tile_barrier_init made");
+  return found->second;
+}
+
+void end_if_complete(Phases& phases) {
+  if (phases.lacking > 0 || phases.bytes != 0) return;
+  ++phases.ended;
+  phases.lacking = phases.expected;
+  phases.published.join(phases.known);
+  Threads waiting;
+  for (Thread& thread : machine->threads) {
+    if (thread.wait.barrier == &phases) waiting.push_back(&thread);
+  }
+  release(waiting);
+  count_event("tile_barriers");
+}
+
+unsigned char* in_tile(unsigned char* tile, const TileMap& map, int row, int byte) {
+  unsigned char* const shared = static_cast<unsigned char*>(shared_memory());
+  const size_t offset = static_cast<size_t>(tile - shared) + static_cast<size_t>(row) * map.tile_bytes + byte;
+  return shared + exchanged(map.swizzle, offset);
+}
+
+void check_tile(const char* name, const unsigned char* tile, const TileMap& map, int byte, Where where) {
+  const size_t line = static_cast<size_t>(map.swizzle), lines = map.swizzle == Swizzle::kNone ? 128 : 8 * line;
+  if (shared_offset(tile, where) % lines != 0) stop(where, name, ": the tile is not aligned to ", lines, " bytes");
+  if (byte % kUnit != 0) stop(where, name, ": a line starts at byte ", byte, ", no multiple of 16");
+}
+
+// fn(row, byte, where it is in global memory, how many of its bytes there are) for each unit of a tile.
+void each_unit(const TileMap& map, int byte, int row, const auto& fn) {
+  for (int r = 0; r < static_cast<int>(map.tile_rows); ++r) {
+    for (int b = 0; b < static_cast<int>(map.tile_bytes); b += kUnit) {
+      const bool inside = row + r >= 0 && row + r < map.rows && byte + b >= 0 && byte + b < map.width;
+      const int64_t left = inside ? std::min<int64_t>(kUnit, map.width - (byte + b)) : 0;
+      const auto* first = static_cast<const unsigned char*>(map.data);
+      fn(r, b, inside ? first + (row + r) * map.stride + byte + b : first, static_cast<size_t>(left));
+    }
+  }
+}
+
+// Of a unit in global memory, all or what there is, by its bytes.
+void access_part(Access kind, const unsigned char* address, size_t bytes, Where where) {
+  const size_t step = bytes == kUnit ? kUnit : 1;
+  for (size_t i = 0; i < bytes; i += step) access(kind, address + i, step, where);
+  count_tile(kind, address, bytes);
+}
+
+}  // namespace
+
+TileMap checked_map(const TileSource& from) {
+  const auto line = static_cast<unsigned>(from.swizzle);
+  const bool aligned = reinterpret_cast<uintptr_t>(from.data) % kUnit == 0 && from.stride % kUnit == 0;
+  if (!aligned || from.rows <= 0 || from.width <= 0 || from.width > from.stride || from.tile_rows == 0 ||
+      from.tile_rows > 256 || from.tile_bytes != line) {
+    throw std::runtime_error(say("no map of tiles: ", from.rows, " rows of ", from.width, " bytes, ", from.stride,
+                                 " apart, in tiles of ", from.tile_rows, " by ", from.tile_bytes));
+  }
+  return {from};
+}
+
+void init(TileBarrier* barrier, unsigned arrivals, Where where) {
+  access(Access::kStore, barrier, sizeof *barrier, where);
+  machine->phases[barrier] = {arrivals, arrivals, 0, 0, {}, {}};
+}
+
+void arrive(TileBarrier* barrier, unsigned bytes, Where where) {
+  Phases& phases = phases_of(barrier, where);
+  if (phases.lacking == 0) stop(where, "arrives at a barrier of tiles for which all have arrived");
+  --phases.lacking;
+  phases.bytes += bytes;
+  share({&here()});
+  phases.known.join(*here().clock);
+  end_if_complete(phases);
+}
+
+void wait(TileBarrier* barrier, unsigned parity, Where where) {
+  Phases& phases = phases_of(barrier, where);
+  if (draw() & 1) one_arrives();
+  pause(where);
+  while (phases.ended % 2 == parity) wait_for(&phases, "tile_barrier_wait", where);
+  share({&here()}, phases.published);
+}
+
+void load_tile(unsigned char* to, const TileMap& map, int byte, int row, TileBarrier* barrier, Where where) {
+  check_tile("load_tile", to, map, byte, where);
+  Phases& phases = phases_of(barrier, where);
+  access_beside(barrier, sizeof *barrier, where);
+  struct Unit {
+    unsigned char* to;
+    const unsigned char* from;
+    size_t bytes;
+  };
+  std::vector<Unit> units;
+  each_unit(map, byte, row, [&](int r, int b, const unsigned char* from, size_t bytes) {
+    units.push_back({in_tile(to, map, r, b), from, bytes});
+    access_part(Access::kTileLoad, from, bytes, where);
+    access(Access::kTileCopy, units.back().to, kUnit, where);
+  });
+  const uint32_t number = here().number;
+  machine->arriving.push_back([units = std::move(units), number, &phases] {
+    for (const Unit& unit : units) {
+      std::memset(unit.to, 0, kUnit);
+      std::memcpy(unit.to, unit.from, unit.bytes);
+      arrived(unit.to, kUnit);
+    }
+    phases.bytes -= static_cast<int64_t>(units.size()) * kUnit;
+    phases.known.join(Clock({number}, machine->now++));
+    end_if_complete(phases);
+  });
+  if (draw() & 1) one_arrives();
+}
+
+void store_tile(const TileMap& map, const unsigned char* from, int byte, int row, Where where) {
+  check_tile("store_tile", from, map, byte, where);
+  const auto act = [=] {
+    each_unit(map, byte, row, [&](int r, int b, const unsigned char* to, size_t bytes) {
+      if (bytes == 0) return;
+      const unsigned char* unit = in_tile(const_cast<unsigned char*>(from), map, r, b);
+      access_beside(unit, kUnit, where);
+      access_part(Access::kTileCopy, to, bytes, where);
+      std::memcpy(const_cast<unsigned char*>(to), unit, bytes);
+    });
+  };
+  here().tile_stores.push_back({here().tile_group, act});
+  if (draw() & 1) finish(here().tile_stores, here().tile_group + 1);
+}
+
+bool one_arrives() {
+  auto& arriving = machine->arriving;
+  if (arriving.empty()) return false;
+  std::swap(arriving[draw() % arriving.size()], arriving.back());
+  const std::function<void()> act = std::move(arriving.back());
+  arriving.pop_back();
+  act();
+  return true;
+}
+
+void finish(std::vector<Deferred>& all, uint64_t groups) {
+  while (!all.empty() && all.front().group < groups) {
+    const std::function<void()> act = std::move(all.front().act);
+    all.erase(all.begin());
+    act();
+  }
+}
+
+void start_product(const Threads& warp, std::function<void()> act) {
+  Thread& first = *warp[0];
+  first.products.push_back({first.product_group, std::move(act)});
+  if (draw() & 1) finish(first.products, first.product_group + 1);
+}
+
+void meet_for_products(const char* name, Where where, const std::function<void(const Threads&)>& act) {
+  meet(name, {kFullWarp, where}, nullptr, true, act);
+}
+
+}  // namespace burnish::host
