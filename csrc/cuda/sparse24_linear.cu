@@ -3,6 +3,7 @@
 //
 //   sparse24_linear_fwd_kernel_few    at most 16 rows of x: streams the weight once, as fast as memory gives it
 //   sparse24_linear_fwd_kernel_tiles  more rows: tiles of 256 channels by 64 or 128 rows
+//   sparse24_linear_fwd_kernel_wide   many rows on sm_90a: sparse24_wide.cuh
 //   sparse24_linear                   checks a call and chooses
 //
 // Few rows. A block is four warps that share the depth of a tile of 16 or 32 channels; each takes every fourth stage of
@@ -23,7 +24,7 @@
 
 #include "check.h"
 #include "cuda/int8_quantize_rows.cuh"
-#include "cuda/sparse24.cuh"
+#include "cuda/sparse24_wide.cuh"
 #include "math/pack.h"
 
 namespace burnish {
@@ -36,6 +37,7 @@ constexpr int64_t kMaxWidth = 131072;      // int32 sums cannot overflow up to h
 constexpr int64_t kMaxRows = 1 << 30;      // an int32 counts rows and channels past the last tile
 constexpr int64_t kMaxChannels = 1 << 30;  // likewise
 constexpr int64_t kFewRows = 16;
+constexpr int64_t kWideRows = 64;  // from more on, where the device has warpgroups
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -221,19 +223,6 @@ struct Tiles {
   static_assert(kRows * kPitch <= kEnd * 4, "the sums do not fit in the ring's place");
 };
 
-// Blocks that are neighbours share rows of x and of the weight in L2: they take the tiles of eight row tiles together.
-struct TileOf {
-  int channel, row;
-
-  __device__ TileOf(int tile, int channel_tiles, int row_tiles) {
-    constexpr int kTogether = 8;
-    const int first = tile / (kTogether * channel_tiles) * kTogether, within = tile % (kTogether * channel_tiles);
-    const int together = row_tiles - first < kTogether ? row_tiles - first : kTogether;
-    row = first + within % together;
-    channel = within / together;
-  }
-};
-
 template <class S>
 struct TileRing {
   const Sparse24Problem& p;
@@ -327,7 +316,7 @@ template <class S>
 struct TileWarp {
   using T = typename S::T;
   static constexpr int kChannelTiles = S::kWarpChannels / 16, kRowTiles = S::kWarpRows / 8;
-  static constexpr int kTurns = S::kChannels / S::kWarpChannels;  // warps that read the same x
+  int turns;  // warps that read the same x, of which this is number `turn`
   int turn, channel, row;
   bool busy;
   uint32_t seen = 0;
@@ -335,6 +324,8 @@ struct TileWarp {
 
   __device__ TileWarp(const Sparse24Problem& p, const TileRing<S>& ring) {
     const int warp = static_cast<int>(threadIdx.x / 32);
+    const int left = (p.values.rows - ring.channel - 1) / S::kWarpChannels + 1;  // others have no channel
+    turns = left < S::kChannels / S::kWarpChannels ? left : S::kChannels / S::kWarpChannels;
     turn = warp / 2;
     channel = turn * S::kWarpChannels;
     row = warp % 2 * S::kWarpRows;
@@ -363,7 +354,7 @@ struct TileWarp {
         const uint32_t* metadata = reinterpret_cast<const uint32_t*>(ring.metadata_of(stage) + channel);
         const Bytes16* slots = ring.units + slot * S::kUnits;
         const Stage24<T, 4> at{slots + channel * 4, slots + S::kX + row * 8, metadata + stage % S::kTurn * kWords, 4};
-        if (!kQuantised24<T> && kPlaces == Places::kKept && stage % kTurns == turn) {
+        if (!kQuantised24<T> && kPlaces == Places::kKept && stage % turns == turn) {
           at.template multiply<kPlaces, !kQuantised24<T>>(sum, seen);
         } else {
           at.template multiply<kPlaces, false>(sum, seen);
@@ -381,9 +372,16 @@ __global__ void __launch_bounds__(S::kBlock, 1) sparse24_linear_fwd_kernel_tiles
   using T = typename S::T;
   Bytes16* shared = shared_memory<Bytes16>();
   uint32_t* special = reinterpret_cast<uint32_t*>(shared + S::kEnd);  // whether x has infinities or NaNs
-  if (threadIdx.x == 0) store(special, 0u);
   const TileOf tile(static_cast<int>(blockIdx.x) / splits, (p.values.rows - 1) / S::kChannels + 1,
                     (p.x.rows - 1) / S::kRows + 1);
+  if (p.special != nullptr) {
+    dependency_wait();
+    const int32_t* parts = p.special + tile.row * S::kRows / p.special_rows * p.special_parts;
+    int32_t found = 0;
+    for (int i = 0; i < p.special_parts; ++i) found |= load_coherent(parts + i);
+    if (found == 0) return;
+  }
+  if (threadIdx.x == 0) store(special, 0u);
   const TileRing<S> ring{p, shared, tile.channel * S::kChannels, tile.row * S::kRows};
 
   // the block's stages: as many for each, and whole units of metadata
@@ -439,17 +437,22 @@ void start_few(const Sparse24Problem& p, const Tensor& x, const DeviceLimits& li
   }
 }
 
-template <class S>
-void start_tiles(const Sparse24Problem& p, const Tensor& x, const DeviceLimits& limits) {
-  constexpr int64_t kFewStages = 4;  // of a block: with less, filling the ring and adding the sums are most of its time
-  constexpr int64_t kMostSplits = 8;
-  const int64_t tiles = ceil_div(p.values.rows, S::kChannels) * ceil_div(p.x.rows, S::kRows);
-  const int64_t stages = ceil_div(p.values.width, S::kStageBytes);
+// How many blocks share the depth of each of `tiles`: as long as all run at once, and each has stages enough to be
+// worth filling the ring and adding the sums.
+int64_t splits_of(int64_t tiles, int64_t stages, const DeviceLimits& limits) {
+  constexpr int64_t kFewStages = 4, kMostSplits = 8;
   int64_t splits = 1;
   while (limits.clusters && splits < kMostSplits && 2 * splits * tiles <= limits.multiprocessors &&
          2 * splits * kFewStages <= stages) {
     splits *= 2;
   }
+  return splits;
+}
+
+template <class S>
+void start_tiles(const Sparse24Problem& p, const Tensor& x, const DeviceLimits& limits) {
+  const int64_t tiles = ceil_div(p.values.rows, S::kChannels) * ceil_div(p.x.rows, S::kRows);
+  const int64_t splits = splits_of(tiles, ceil_div(p.values.width, S::kStageBytes), limits);
   BURNISH_CHECK(tiles * splits < (int64_t{1} << 31), "sparse24_linear.native: y has ", p.x.rows, " rows of ",
                 p.values.rows, ", more than a grid holds");
   const dim3 grid(static_cast<unsigned>(tiles * splits));
@@ -462,6 +465,38 @@ void start_tiles(const Sparse24Problem& p, const Tensor& x, const DeviceLimits& 
   }
 }
 
+// Launches the kernel of sparse24_wide.cuh, which leaves out what x's infinities and NaNs make of the places that the
+// weight does not keep, and behind it the one that does all again for tiles of rows that have any.
+template <class S>
+void start_wide(Sparse24Problem p, const Tensor& x, const DeviceLimits& limits) {
+  const int64_t row_tiles = ceil_div(p.x.rows, S::kRows), tiles = row_tiles * ceil_div(p.values.rows, S::kChannels);
+  BURNISH_CHECK(tiles < (int64_t{1} << 31), "sparse24_linear.native: y has ", p.x.rows, " rows of ", p.values.rows,
+                ", more than a kernel counts");
+  const int64_t splits = !S::kSplits ? 1 : splits_of(tiles, ceil_div(p.values.width, S::kValueBytes), limits);
+  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(tiles * splits, limits.multiprocessors)));
+  const WideMaps maps = wide_maps<S>(p);
+  const cudaStream_t stream = current_stream(x.get_device_index());
+  Tensor special;
+  if constexpr (!kQuantised24<typename S::T>) {
+    special = torch::stable::new_empty(x, {row_tiles * splits}, ScalarType::Int);
+    p.special = special.mutable_data_ptr<int32_t>();
+    p.special_rows = S::kRows;
+    p.special_parts = static_cast<int>(splits);
+  }
+  if (splits > 1) {
+    launch_cluster(sparse24_linear_fwd_kernel_wide<S>, grid, dim3(S::kBlock), static_cast<unsigned>(splits), S::kShared,
+                   stream, p, maps, static_cast<int>(splits));
+  } else {
+    launch(sparse24_linear_fwd_kernel_wide<S>, grid, dim3(S::kBlock), S::kShared, stream, p, maps, 1);
+  }
+  if constexpr (!kQuantised24<typename S::T>) {
+    using Again = Tiles<typename S::T, 128, 4>;
+    const int64_t again = ceil_div(p.values.rows, Again::kChannels) * ceil_div(p.x.rows, Again::kRows);
+    launch_dependent(sparse24_linear_fwd_kernel_tiles<Again>, dim3(static_cast<unsigned>(again)), dim3(Again::kBlock),
+                     Again::kShared, stream, p, 1);
+  }
+}
+
 // A tile of 128 rows takes 140 KB of shared memory, which the smaller GPUs of the sm_80 class do not have: they take
 // tiles of 64 rows, in 84 KB. For few rows a tile of 32 channels halves how often x is read from L2, which pays where
 // there are tiles enough for most multiprocessors.
@@ -469,6 +504,11 @@ template <class T>
 void start(const Sparse24Problem& p, const Tensor& x, const DeviceLimits& limits) {
   using Large = Tiles<T, 128, 4>;
   const bool wide = p.values.rows >= 24 * int64_t{limits.multiprocessors};
+  if (p.x.rows > kWideRows && wide24_takes(p, limits)) {
+    using Wide = Wide24<T, 256>;
+    const int64_t tiles = ceil_div(p.x.rows, Wide::kRows) * ceil_div(p.values.rows, Wide::kChannels);
+    return tiles < limits.multiprocessors ? start_wide<Wide24<T, 128>>(p, x, limits) : start_wide<Wide>(p, x, limits);
+  }
   if (p.x.rows > kFewRows) {
     const bool large = p.x.rows > 64 && limits.shared_memory > static_cast<int>(Large::kShared);
     return large ? start_tiles<Large>(p, x, limits) : start_tiles<Tiles<T, 64, 3>>(p, x, limits);

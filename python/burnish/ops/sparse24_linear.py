@@ -166,6 +166,8 @@ _EDGES = (
     (33, 33, 96), (65, 49, 70),
 )  # fmt: skip
 _INT8_EDGES = ((3, 17, 33), (2, 16, 0), (1, 65, 136), (7, 63, 100), (17, 100, 259), (33, 33, 96))
+# many rows of whole lines, which warpgroups multiply
+_WIDE_EDGES = ((70, 136, 128), (140, 72, 256))
 _TEST_CASES = (
     *(_case(*edge, dtype) for dtype in FLOATING for edge in _EDGES),
     *(_case(*edge, dtype, "integers") for dtype in FLOATING for edge in _EDGES[3:] if edge[2]),
@@ -175,6 +177,9 @@ _TEST_CASES = (
     *(_case(18, 40, 1500, dtype) for dtype in FLOATING),
     *(_case(*edge, dtype, weight="int8") for dtype in FLOATING for edge in _INT8_EDGES),
     *(_case(*edge, values=values, weight="int8") for values in ("integers", "extreme") for edge in _INT8_EDGES[2:5]),
+    *(_case(*_WIDE_EDGES[0], dtype) for dtype in (torch.bfloat16, torch.float16)),
+    *(_case(*_WIDE_EDGES[1], dtype, "integers") for dtype in (torch.bfloat16, torch.float16)),
+    *(_case(*edge, values="extreme", weight="int8") for edge in _WIDE_EDGES),
 )
 _BENCH_ROWS = (1, 4, 16, 128, 512)
 _BENCH_CASES = (
