@@ -20,9 +20,14 @@ REASON = "runs under Triton's interpreter, in its own process: TRITON_INTERPRET=
 _active = False
 
 
+def asked() -> bool:
+    """Whether this process interprets."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def require() -> None:
     """Skip the calling test module, with the reason, unless this process interprets; then repair the interpreter."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    if not asked():
         pytest.skip(REASON, allow_module_level=True)
     pytest.importorskip("triton", reason="triton is not installed")
     activate()
@@ -35,7 +40,7 @@ def activate() -> None:
         RuntimeError: ``TRITON_INTERPRET`` is not 1.
     """
     global _active
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    if not asked():
         raise RuntimeError("TRITON_INTERPRET is not 1: set it before the first kernel module is imported")
     if not _active:
         _repair()

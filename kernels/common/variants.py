@@ -18,8 +18,9 @@ class Variant:
     ``types`` gives each run-time argument's type in Triton's notation (``"*bf16"``, ``"i32"``). All of them are taken
     for multiples of 16 (bytes, for pointers), as aligned tensors with N and K multiples of 16 have them, except ``M``.
     ``unit`` is the matrix instruction expected. ``narrow``: single bytes or 16-bit elements are accessed, because the
-    data says where they are, or because a tile has fewer words than the program has threads. ``registers`` is the limit
-    that it is launched with, by :func:`burnish.kernels.common.target.registers`.
+    data says where they are, or because a tile has fewer words than the program has threads. ``described``: operands
+    come by :mod:`burnish.kernels.common.descriptors`. ``registers`` is the limit that it is launched with, by
+    :func:`burnish.kernels.common.target.registers`.
     """
 
     label: str
@@ -30,6 +31,7 @@ class Variant:
     num_stages: int = 1
     unit: Unit | None = None
     narrow: bool = False
+    described: bool = False
     registers: int | None = None
 
     @property

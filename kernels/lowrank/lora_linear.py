@@ -3,8 +3,8 @@
 Forward, in two launches:
 
 1. *down* (:mod:`lowrank_linear_products`) reads x once: the fp32 sums of s = c h A^T, dropout included.
-2. A tile's accumulators start as s B^T, go over the frozen K loop, take the bias, and are rounded and written once:
-   nothing of y's size is read or written besides y.
+2. A tile goes over the frozen K loop, takes s B^T and the bias, and is rounded and written once: nothing of y's size is
+   read or written besides y. The loop begins with zeros, since ptxas waits for each wgmma if sums begin as others.
 
 s costs 2 M K bytes read in 16 bits, and the product 2 M N K operations: at the peaks of an H100's data sheet (3.35
 TB/s, 989 TFLOP/s) 295 / N of the product's time where x comes from memory, 7 % at N = 4096, and less by what of x is
@@ -13,7 +13,8 @@ bytes a row of s from L2: about 2 % at R = 64 and K = 4096. Taking s from the pr
 columns to each tile, 16 / 256 of its operations at R = 16 in the widest, and would draw the mask N / 256 times.
 
 Where no tile makes enough programs, as for small M, :mod:`lora_linear_split` cuts K into splits (:func:`plan`). Tiles
-of 64 rows or more run on wgmma and tcgen05.
+of 64 rows or more run on wgmma and tcgen05; of those of 128, the aligned ones of 16 bits take
+:mod:`lora_linear_described`.
 
 Backward: :func:`lowrank_linear.pull`, with dx by the same kernels, t in the place of s. A mask on t A is applied after
 the product instead, a slice of columns at a time; it comes from :mod:`common.philox`, again each time.
@@ -34,7 +35,7 @@ from burnish.kernels.common.operands import UNITS, matrix, objection, parts_of, 
 from burnish.kernels.common.products import column_slices, float_product
 from burnish.kernels.common.tiles import FULL_GEMM, HALF_GEMM, Tile, swizzle
 from burnish.kernels.common.variants import Variant
-from burnish.kernels.lowrank import lora_linear_int8
+from burnish.kernels.lowrank import lora_linear_described, lora_linear_int8
 from burnish.kernels.lowrank.lora_linear_split import MATRIX_ROWS, join, split
 from burnish.kernels.lowrank.lowrank_linear import pull
 from burnish.kernels.lowrank.lowrank_linear_products import down
@@ -86,16 +87,15 @@ def lora_linear_fwd_kernel(
 ):
     tile_m, tile_n = swizzle(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
     first_m, first_n = tile_m.to(tl.int64) * BLOCK_M, tile_n.to(tl.int64) * BLOCK_N
-    y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    y = float_product(
+        tl.zeros([BLOCK_M, BLOCK_N], tl.float32), x_ptr + first_m * stride_xm, weight_ptr + first_n * stride_wn,
+        M - first_m, N - first_n, K, stride_xm, stride_wk, stride_wn, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+    )  # fmt: skip
     if not DROP:
         y = add_lowrank(
             y, sums_ptr, factor_ptr, first_m, first_n, M, N, R, width, splits, factor, stride_fr, stride_fn,
             BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
-    y = float_product(
-        y, x_ptr + first_m * stride_xm, weight_ptr + first_n * stride_wn, M - first_m, N - first_n, K,
-        stride_xm, stride_wk, stride_wn, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
-    )  # fmt: skip
     slices = column_slices(y, BLOCK_M, BLOCK_N)
     WIDTH: tl.constexpr = slices[0].shape[1]
     for part in tl.static_range(BLOCK_N // WIDTH):
@@ -194,8 +194,11 @@ def over(x, weight, sums, thin, bias, dropout, y):  # type: ignore[no-untyped-de
     """Write y [..., N] = keep * (s thin) + x weight + bias from x [M, K], weight [K, N] and thin [R, N]; M and N > 0.
     The mask is of y's elements."""
     tile, parts = plan(x, weight.shape[1])
+    rows = y.view(x.shape[0], weight.shape[1])
     if parts > 1:
         join(split(x, weight, None, tile, parts)[0], sums, thin, bias, dropout, y)
+    elif lora_linear_described.takes(x, weight, rows, tile):
+        lora_linear_described.multiply(x, weight, sums, thin, bias, dropout, rows, tile)
     else:
         multiply(x, weight, sums, thin, bias, dropout, y, tile)
 

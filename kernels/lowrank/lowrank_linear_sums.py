@@ -53,6 +53,30 @@ def stored(
 
 
 @triton.jit
+def lowrank_operands(
+    sums_ptr,  # [splits, M, width], from the first row and rank wanted on
+    factor_ptr,  # [R, N] by its strides, from the first rank and column wanted on
+    rows_left,
+    columns_left,
+    ranks_left,
+    M,
+    width,
+    splits,
+    factor,
+    stride_fr,
+    stride_fn,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    """s [ROWS, RANKS] and F [RANKS, COLUMNS], zero where there is none."""
+    r, n = tl.arange(0, RANKS), tl.arange(0, COLUMNS)
+    s = stored(sums_ptr, rows_left, ranks_left, M, width, splits, factor, factor_ptr.dtype.element_ty, ROWS, RANKS)
+    inside = (r < ranks_left)[:, None] & (n < columns_left)[None, :]
+    return s, tl.load(factor_ptr + r[:, None] * stride_fr + n[None, :] * stride_fn, mask=inside, other=0.0)
+
+
+@triton.jit
 def add_lowrank(
     product,  # fp32 [ROWS, COLUMNS]
     sums_ptr,  # [splits, M, width]
@@ -74,12 +98,11 @@ def add_lowrank(
     """product + s F of a tile, RANKS ranks at a time."""
     sums_ptr += first_m * width
     factor_ptr += first_n * stride_fn
-    r, n = tl.arange(0, RANKS), tl.arange(0, COLUMNS)
-    in_columns = (n < N - first_n)[None, :]
-    offsets = r[:, None] * stride_fr + n[None, :] * stride_fn
     for start in tl.range(0, R, RANKS, num_stages=1):
-        s = stored(sums_ptr, M - first_m, R - start, M, width, splits, factor, factor_ptr.dtype.element_ty, ROWS, RANKS)
-        thin = tl.load(factor_ptr + offsets, mask=(r < R - start)[:, None] & in_columns, other=0.0)
+        s, thin = lowrank_operands(
+            sums_ptr, factor_ptr, M - first_m, N - first_n, R - start, M, width, splits, factor, stride_fr, stride_fn,
+            ROWS, COLUMNS, RANKS,
+        )  # fmt: skip
         product = float_dot(s, thin, product)
         sums_ptr += RANKS
         factor_ptr += stride_fr * tl.full([], RANKS, tl.int64)

@@ -32,7 +32,7 @@ from burnish.kernels.common.tiles import FULL_GEMM, HALF_GEMM, INT8_GEMM, Tile, 
 from burnish.kernels.common.variants import Variant
 from burnish.kernels.quant.int8_linear import column_sums, gradient_parts
 from burnish.kernels.quant.int8_quantize_rows import quantize
-from burnish.kernels.sparse import bsr_linear_narrow
+from burnish.kernels.sparse import bsr_linear_described, bsr_linear_narrow
 from burnish.kernels.sparse.bsr_linear_dw import values_gradient
 
 #: block shapes (rows, columns) whose rows a matrix unit takes
@@ -263,6 +263,8 @@ def forward(x, row_scales, values, crow_indices, col_indices, scale, bias, y, ti
     if tile is None:
         arch, sm_count = target.arch(x.device), target.sm_count(x.device)
         tile = pick(tiles(arch, values.dtype, out), m, stripes * out, sm_count)
+    if bsr_linear_described.takes(x, values, y.view(m, n), tile):
+        return bsr_linear_described.forward(x, values, crow_indices, col_indices, bias, y.view(m, n), tile)
     bsr_linear_fwd_kernel[(triton.cdiv(m, tile.block_m) * stripes * (out // tile.block_n),)](
         *(x, row_scales, values, crow_indices, col_indices, scale),
         *(x if bias is None else bias.contiguous(), y, m, n, k, stripes, x.stride(0)),
