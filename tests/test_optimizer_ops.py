@@ -266,3 +266,25 @@ def test_codes_of_moments_are_as_near_as_they_promise() -> None:
     assert ((got.abs().sqrt() - root).abs() <= largest / 254 * 1.001).all()
     second = moments.decode(*moments.encode(first.square() * 1e-30 + 1e-44, False))
     assert (second > 0).all()
+
+
+@pytest.mark.parametrize("exponent", [-140, -120, -71, -20, 0, 31])
+def test_codes_beside_the_middle_of_two_are_the_nearest(exponent: int) -> None:
+    generator = torch.Generator().manual_seed(exponent + 200)
+    count, size = 400, 256 * 400 - 37
+    limit = torch.tensor([127, 255]).repeat_interleave(256 * count // 2)[:size]
+    middle = (torch.randint(0, 127, (size,), generator=generator) + 0.5) / limit
+    near = middle.square().view(torch.int32) + torch.randint(-4, 5, (size,), generator=generator, dtype=torch.int32)
+    grad = torch.ldexp(near.view(torch.float32), torch.tensor(exponent))
+    grad[torch.rand(size, generator=generator) < 0.1] = 0
+    grad[torch.rand(size, generator=generator) < 0.5] *= -1
+    grad[:: 256 + 1] = 2.0**exponent
+    first, second = torch.zeros(size, dtype=torch.int8), torch.zeros(size, dtype=torch.uint8)
+    scales, rate = torch.zeros(2, count), torch.tensor(0.0)
+    ops.adam_step(
+        [torch.zeros(size)], [grad], [torch.zeros(())], [first], [second], scales=[scales], lr=rate, beta1=0, beta2=0
+    )
+    for codes, scale, value in zip((first, second), scales, (grad, grad.square()), strict=True):
+        expected, expected_scale = moments.encode(value, codes.dtype == torch.int8)
+        assert torch.equal(codes, expected)
+        assert torch.equal(scale, expected_scale)

@@ -1,6 +1,7 @@
 // Moments in 8-bit codes, see math/moments.h. A step is two passes over a block: one gives the moments and the largest
 // of each kind, from which follows the scale (roots keep the order, so the root of the largest is the largest root),
-// the other the codes. Square roots are what a block waits for, so each pass takes a share of them.
+// the other the codes. The scale takes a chain of roots and divisions, so a block's second pass comes after the first
+// of the next block.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -78,21 +79,24 @@ BURNISH_INLINE Vec decoded(const void* codes, bool is_signed, Vec scale, int64_t
   return square * square;
 }
 
-// The first pass of a kind's codes: what the second takes, a first moment or the root of a second one.
-struct Halfway {
-  alignas(64) float values[kStateBlock];
-  Vec greatest{0.0f};
+// What the largest is sought among; 0 in lanes past `count`.
+BURNISH_INLINE Vec sought(Vec moment, bool is_signed, int64_t count) {
+  const Vec size = is_signed ? absolute(moment) : moment + Vec(0.0f);  // -0 is no negative number
+  if (count >= Vec::kLanes) [[likely]]
+    return size;
+  alignas(64) float lanes[Vec::kLanes];
+  store(lanes, size, Vec::kLanes);
+  return load(lanes, count);
+}
 
-  BURNISH_INLINE void put(Vec moment, bool is_signed, int64_t i, int64_t count) {
-    store(values + i, is_signed ? moment : square_root(moment), count);
-    Vec size = is_signed ? absolute(moment) : moment + Vec(0.0f);  // -0 is no negative number
-    if (count < Vec::kLanes) {
-      alignas(64) float lanes[Vec::kLanes];
-      store(lanes, size, Vec::kLanes);
-      size = load(lanes, count);
-    }
-    greatest = greater_bits(greatest, size);
-  }
+// A block between its passes.
+template <class Element>
+struct Halfway {
+  static constexpr int kKept = Element::kMoments > 0 ? Element::kMoments : 1;
+  alignas(64) float values[kKept][kStateBlock];  // what the second pass takes: first moments, roots of second ones
+  float inverse[kKept];
+  void* codes[kKept];
+  int64_t count = 0;
 };
 
 BURNISH_INLINE CodeScale scale_for(Vec greatest, bool is_signed) {
@@ -100,25 +104,117 @@ BURNISH_INLINE CodeScale scale_for(Vec greatest, bool is_signed) {
   return code_scale(float_bits(largest) & 0x7fffffffu, is_signed ? kFirstLimit : kSecondLimit);
 }
 
-// The second pass.
-BURNISH_INLINE void encode(const Halfway& half, bool is_signed, float factor, void* codes, int64_t count) {
-  if (factor == 0.0f) {
-    memset(codes, 0, static_cast<size_t>(count));
-    return;
-  }
+// Codes of what the first pass kept, in the low bytes.
+template <bool kSigned>
+BURNISH_INLINE Vec codes_of(Vec value, Vec inverse) {
   // half to even: 1.5 * 2^23 leaves a small integer in the low bits
-  const Vec zero(0.0f), one(1.0f), inverse(factor), rounder(12582912.0f);
+  const Vec zero(0.0f), one(1.0f), rounder(12582912.0f);
+  Vec code;
+  if constexpr (kSigned) {
+    const Vec size = square_root(absolute(value)) * inverse;
+    code = select(less(value, zero), zero - size, size);
+  } else {
+    const Vec size = square_root(value) * inverse;
+    code = select(less(zero, value), at_least(size, one), size);
+  }
+  return code + rounder;
+}
+
+template <bool kSigned>
+BURNISH_INLINE void encode_exactly(const float* values, float inverse, char* codes, int64_t count) {
   for (int64_t i = 0; i < count; i += Vec::kLanes) {
-    const Vec value = load(half.values + i, count - i);
-    Vec code;
-    if (is_signed) {
-      const Vec size = square_root(absolute(value)) * inverse;
-      code = select(less(value, zero), zero - size, size);
+    store_bytes(codes + i, codes_of<kSigned>(load(values + i, count - i), Vec(inverse)), count - i);
+  }
+}
+
+#if defined(__AVX512F__)
+
+// The same codes without the divider, which the first pass keeps busy: the root is near enough that its code is certain
+// but beside the middle between two codes. A code stands above kShift bits of its fraction.
+template <bool kSigned>
+struct NearCodes {
+  static constexpr int kShift = kSigned ? 14 : 15;
+  // units of the fraction: the root, its product and the code that is asked for are off by 1.2 of them, or 3.3
+  static constexpr int kMargin = kSigned ? 2 : 4;
+  static constexpr float kLeast = 0x1p-126f;
+  // with greater factors, first moments that have a code are not all normal numbers; roots of second ones always are
+  static constexpr float kMostInverse = kSigned ? kFirstLimit * 0x1p50f : kSecondLimit / kRootFloor;
+
+  static BURNISH_INLINE __m512i bits(Vec value, Vec half_inverse) {
+    constexpr float kMiddle = (kSigned ? 768.5f : 256.5f) + static_cast<float>(kMargin) / (1 << kShift);
+    constexpr int kGreaterSize = 0b1011, kOrAnd = 0xf8;  // the greater of two sizes; a | (b & c)
+    const Vec size = kSigned ? Vec(_mm512_range_ps(value.v, Vec(kLeast).v, kGreaterSize)) : value;
+    const Vec about(_mm512_rsqrt14_ps(size.v)), root = size * about;
+    Vec code = root * half_inverse * Vec(_mm512_fnmadd_ps(root.v, about.v, Vec(3.0f).v));  // Newton's step
+    if constexpr (kSigned) {
+      code = Vec(_mm512_castsi512_ps(_mm512_ternarylogic_epi32(
+          _mm512_castps_si512(code.v), _mm512_castps_si512(value.v), _mm512_set1_epi32(INT32_MIN), kOrAnd)));
     } else {
-      const Vec size = square_root(value) * inverse;
-      code = select(less(zero, value), at_least(size, one), size);
+      code = Vec(_mm512_maskz_max_ps(less(Vec(0.0f), value), code.v, Vec(1.0f).v));
     }
-    store_bytes(static_cast<char*>(codes) + i, code + rounder, count - i);
+    return _mm512_castps_si512((code + Vec(kMiddle)).v);
+  }
+  static BURNISH_INLINE uint32_t uncertain(__m512i bits) {
+    return _mm512_testn_epi32_mask(bits, _mm512_set1_epi32((1 << kShift) - 2 * kMargin));
+  }
+};
+
+constexpr int64_t kTogether = 64;  // codes that are stored as one vector
+
+template <bool kSigned>
+BURNISH_INLINE void store_codes(char* codes, const __m512i (&bits)[4]) {
+  constexpr int64_t kFields = NearCodes<kSigned>::kShift | (NearCodes<kSigned>::kShift + 32) << 8;  // of two lanes
+  __m512i fields = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(kFields), bits[0]);
+  fields = _mm512_mask_multishift_epi64_epi8(fields, 0x0c0c0c0c0c0c0c0c, _mm512_set1_epi64(kFields << 16), bits[1]);
+  fields = _mm512_mask_multishift_epi64_epi8(fields, 0x3030303030303030, _mm512_set1_epi64(kFields << 32), bits[2]);
+  fields = _mm512_mask_multishift_epi64_epi8(fields, 0xc0c0c0c0c0c0c0c0, _mm512_set1_epi64(kFields << 48), bits[3]);
+  const __m512i order =
+      _mm512_setr_epi32(0x040000, 0x0c0008, 0x140010, 0x1c0018, 0x050001, 0x0d0009, 0x150011, 0x1d0019, 0x060002,
+                        0x0e000a, 0x160012, 0x1e001a, 0x070003, 0x0f000b, 0x170013, 0x1f001b);
+  _mm512_storeu_si512(codes, _mm512_permutexvar_epi16(order, fields));
+}
+
+template <bool kSigned>
+BURNISH_INLINE void encode_values(const float* values, float inverse, char* codes, int64_t count) {
+  using Near = NearCodes<kSigned>;
+  int64_t i = 0;
+  for (; inverse <= Near::kMostInverse && i + kTogether <= count; i += kTogether) {
+    __m512i bits[4];
+    uint32_t uncertain = 0;
+    BURNISH_UNROLL for (int j = 0; j < 4; ++j) {
+      bits[j] = Near::bits(load(values + i + j * Vec::kLanes, Vec::kLanes), Vec(0.5f * inverse));
+      uncertain |= Near::uncertain(bits[j]);
+    }
+    if (uncertain == 0) [[likely]] {
+      store_codes<kSigned>(codes + i, bits);
+    } else {
+      encode_exactly<kSigned>(values + i, inverse, codes + i, kTogether);
+    }
+  }
+  encode_exactly<kSigned>(values + i, inverse, codes + i, count - i);
+}
+
+#else
+
+template <bool kSigned>
+BURNISH_INLINE void encode_values(const float* values, float inverse, char* codes, int64_t count) {
+  encode_exactly<kSigned>(values, inverse, codes, count);
+}
+
+#endif
+
+// The second pass.
+template <class Element>
+void encode(const Halfway<Element>& half) {
+  if (half.count == 0) return;
+  BURNISH_UNROLL for (int k = 0; k < Element::kMoments; ++k) {
+    auto* const codes = static_cast<char*>(half.codes[k]);
+    if (half.inverse[k] == 0.0f) {
+      memset(codes, 0, static_cast<size_t>(half.count));
+    } else {
+      (Element::signed_moment(k) ? encode_values<true> : encode_values<false>)(half.values[k], half.inverse[k], codes,
+                                                                               half.count);
+    }
   }
 }
 
@@ -144,32 +240,37 @@ BURNISH_INLINE void store_to(Place to, int64_t i, Vec value, int64_t count) {
   store(static_cast<fp16*>(to.data) + i, value, count);
 }
 
-// A step of at most a block whose moments are codes; codes[k] and scales[k] are the block's of kind k.
+// The first pass of a step of half.count elements, whose codes are half.codes; scales[k] is the block's of kind k.
 template <class Element>
-void step_coded(const typename Element::Scalars& scalars, Place parameter, Place gradient, void* const* codes,
-                float* const* scales, int64_t count) {
-  constexpr int kKinds = Element::kMoments, kKept = kKinds > 0 ? kKinds : 1;
-  Halfway half[kKept];
-  Vec scale[kKept];
+void step_coded(const typename Element::Scalars& scalars, Place parameter, Place gradient, float* const* scales,
+                Halfway<Element>& half) {
+  constexpr int kKinds = Element::kMoments, kKept = Halfway<Element>::kKept;
+  Vec scale[kKept], greatest[kKept];
   const char* from[kKept] = {};
   for (int k = 0; k < kKinds; ++k) {
     scale[k] = Vec(*scales[k]);
-    from[k] = static_cast<const char*>(codes[k]);
+    greatest[k] = Vec(0.0f);
+    from[k] = static_cast<const char*>(half.codes[k]);
   }
-  for (int64_t i = 0; i < count; i += Vec::kLanes) {
-    const int64_t left = count - i;
+  for (int64_t i = 0; i < half.count; i += Vec::kLanes) {
+    const int64_t left = half.count - i;
     Vec held[kKept];
     BURNISH_UNROLL for (int k = 0; k < kKinds; ++k) {
       held[k] = decoded(from[k] + i, Element::signed_moment(k), scale[k], left);
     }
     const Vec next = Element::step(scalars, load_from(parameter, i, left), load_from(gradient, i, left), held);
     store_to(parameter, i, next, left);
-    BURNISH_UNROLL for (int k = 0; k < kKinds; ++k) half[k].put(held[k], Element::signed_moment(k), i, left);
+    BURNISH_UNROLL for (int k = 0; k < kKinds; ++k) {
+      const bool is_signed = Element::signed_moment(k);
+      store(half.values[k] + i, is_signed ? held[k] : square_root(held[k]), left);
+      greatest[k] = greater_bits(greatest[k], sought(held[k], is_signed, left));
+    }
   }
-  CodeScale rules[kKept];
-  for (int k = 0; k < kKinds; ++k)
-    *scales[k] = (rules[k] = scale_for(half[k].greatest, Element::signed_moment(k))).scale;
-  for (int k = 0; k < kKinds; ++k) encode(half[k], Element::signed_moment(k), rules[k].inverse, codes[k], count);
+  for (int k = 0; k < kKinds; ++k) {
+    const CodeScale rule = scale_for(greatest[k], Element::signed_moment(k));
+    *scales[k] = rule.scale;
+    half.inverse[k] = rule.inverse;
+  }
 }
 
 }  // namespace burnish::BURNISH_ISA

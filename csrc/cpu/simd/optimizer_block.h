@@ -163,29 +163,28 @@ inline bool is_plain(const OptimizerTensor& tensor, const OptimizerRule& rule) {
   return rule.master == Master::kNone && tensor.mask == nullptr && tensor.average == nullptr;
 }
 
+// The first pass over a block whose moments are codes.
 template <class Element>
 void step_coded_block(const OptimizerTensor& tensor, const typename Element::Scalars& scalars,
-                      const OptimizerRule& rule, int64_t at, int64_t count, Staged& staged) {
-  void* codes[kMostMoments] = {};
+                      const OptimizerRule& rule, int64_t at, int64_t count, Staged& staged, Halfway<Element>& half) {
   float* scales[kMostMoments] = {};
+  half.count = count;
   for (int k = 0; k < Element::kMoments; ++k) {
-    codes[k] = static_cast<char*>(tensor.moments[k]) + at;
+    half.codes[k] = static_cast<char*>(tensor.moments[k]) + at;
     scales[k] = scale_of(tensor, k, at);
   }
   const Place gradient = place_of(const_cast<void*>(tensor.gradient), tensor.gradient_format, at);
   if (is_plain(tensor, rule) && !(rule.random && tensor.format != Format::kFloat)) {
-    const Place parameter = place_of(tensor.parameter, tensor.format, at);
-    return step_coded<Element>(scalars, parameter, gradient, codes, scales, count);
+    return step_coded<Element>(scalars, place_of(tensor.parameter, tensor.format, at), gradient, scales, half);
   }
   float* const parameter = take_parameter(tensor, rule, at, count, staged.parameter);
-  step_coded<Element>(scalars, {parameter, Format::kFloat}, gradient, codes, scales, count);
+  step_coded<Element>(scalars, {parameter, Format::kFloat}, gradient, scales, half);
   finish_parameter(parameter, tensor, rule, at, count, staged);
 }
 
 template <class Element>
 void step_block(const OptimizerTensor& tensor, const typename Element::Scalars& scalars, const OptimizerRule& rule,
                 int64_t at, int64_t count, Staged& staged) {
-  if (rule.coded) return step_coded_block<Element>(tensor, scalars, rule, at, count, staged);
   const bool paired = tensor.format == Format::kBf16 && tensor.gradient_format == Format::kBf16 &&
                       (Element::kMoments == 0 || rule.moments == Format::kBf16);
   if (paired && is_plain(tensor, rule)) {
@@ -216,8 +215,19 @@ template <class Element>
 void step_blocks(const OptimizerTensor& tensor, const typename Element::Scalars& scalars, const OptimizerRule& rule,
                  int64_t begin, int64_t end) {
   Staged staged;
-  each_block(tensor, begin, end,
-             [&](int64_t at, int64_t count) { step_block<Element>(tensor, scalars, rule, at, count, staged); });
+  if (!rule.coded) {
+    return each_block(tensor, begin, end, [&](int64_t at, int64_t count) {
+      step_block<Element>(tensor, scalars, rule, at, count, staged);
+    });
+  }
+  Halfway<Element> halves[2];
+  int turn = 0;
+  each_block(tensor, begin, end, [&](int64_t at, int64_t count) {
+    step_coded_block<Element>(tensor, scalars, rule, at, count, staged, halves[turn]);
+    turn = 1 - turn;
+    encode(halves[turn]);  // the block before, if there is one
+  });
+  encode(halves[1 - turn]);
 }
 
 }  // namespace burnish::BURNISH_ISA

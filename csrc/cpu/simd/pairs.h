@@ -215,9 +215,10 @@ inline void round_block(const float* from, bf16* to, int64_t count, const uint32
   for (; i < count; ++i) to[i] = round_random<bf16>(from[i], block_bits(words, stream, i));
 }
 
-// A step of bf16 all through, of at most a block; rounds to nearest where there are no words.
+// A step of bf16 all through, of at most a block; rounds to nearest where there are no words. The scalars are its own,
+// so that stores cannot change them and they stay in registers.
 template <class Element>
-void step_pairs(const typename Element::Scalars& scalars, bf16* parameter, const bf16* gradient, bf16* const* moments,
+void step_pairs(const typename Element::Scalars scalars, bf16* parameter, const bf16* gradient, bf16* const* moments,
                 int64_t count, const uint32_t* words) {
   constexpr int kKinds = Element::kMoments, kKept = kKinds > 0 ? kKinds : 1;
   bf16* places[kKept] = {};
