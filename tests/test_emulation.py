@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,29 +17,17 @@ sys.path.insert(0, str(Path(__file__).parent / "emulation"))
 import planted
 
 SOURCE = Path(planted.__file__).with_suffix(".cu")
-#: as planted.cu's enum
-BUGS = re.findall(r"^  k(\w+),$", SOURCE.read_text().partition("enum class Bug")[2].partition("};")[0], re.M)
+BUGS = planted.bugs_of(SOURCE)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """Where this run's libraries are built once for all workers."""
-    base = tmp_path_factory.getbasetemp()
-    return base if worker_id == "master" else base.parent
-
-
-def build_once(folder: Path, name: str, *flags: str) -> Path:
-    library = folder / name
-    with (folder / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            planted.build(SOURCE, library, *flags)
-    return library
+    return planted.shared_folder(tmp_path_factory, worker_id)
 
 
 @pytest.fixture(scope="module")
 def kernels(folder: Path) -> planted.Planted:
-    return planted.Planted(build_once(folder, "planted.so"))
+    return planted.Planted(planted.build_once(folder, "planted.so", lambda library: planted.build(SOURCE, library)))
 
 
 @pytest.mark.parametrize("kernel", planted.KERNELS)
@@ -140,21 +125,11 @@ def test_every_bug_is_planted() -> None:
     assert tried == set(BUGS)
 
 
-def run_sanitized(library: Path, kernel: str, bug: str) -> subprocess.CompletedProcess[str]:
-    runtimes = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
-    ]
-    options = {"LD_PRELOAD": ":".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
-    command = [sys.executable, planted.__file__, str(library), kernel, str(BUGS.index(bug))]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | options)
-
-
 def test_sanitizers_see_the_kernels(folder: Path) -> None:
     """Global memory has no bounds of its own on a CPU; AddressSanitizer knows those of every allocation."""
-    library = build_once(folder, "sanitized.so", *planted.SANITIZE, "-O1")
+    library = planted.build(SOURCE, folder / "sanitized.so", *planted.SANITIZE, "-O1")
     for kernel in planted.KERNELS:
-        done = run_sanitized(library, kernel, "None")
+        done = planted.run_sanitized(library, kernel, 0)
         assert (done.returncode, done.stdout, done.stderr) == (0, "(None, True)\n", "")
     found = {
         "GlobalOverrun": (r"heap-buffer-overflow[\s\S]*READ of size 4[\s\S]*reverse_kernel.*planted.cu:\d+"
@@ -163,7 +138,7 @@ def test_sanitizers_see_the_kernels(folder: Path) -> None:
         "RawUnaligned": r"planted.cu:\d+:\d+: runtime error: .* misaligned address",
     }  # fmt: skip
     for bug, report in found.items():
-        done = run_sanitized(library, "reverse", bug)
+        done = planted.run_sanitized(library, "reverse", BUGS.index(bug))
         assert done.returncode != 0
         assert re.search(report, done.stderr), done.stderr
 

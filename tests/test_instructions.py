@@ -7,10 +7,6 @@ a GPU: what they say of the emulation is what the hardware does.
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,56 +17,24 @@ import torch
 from torch.sparse import _semi_structured_conversions as cutlass
 
 sys.path.insert(0, str(Path(__file__).parent / "emulation"))
+import instructions
 import planted
+from instructions import ENCODE, SEEDS, check_product, compressed, metadata, operands, signed, sparse_rows, words
 
 SOURCE = Path(planted.__file__).with_name("instructions.cu")
-TORCH = Path(torch.__file__).parent
-SEEDS = range(50)
 Run = Callable[..., np.ndarray]
-
-
-def build_for_gpu(library: Path) -> None:
-    major, minor = torch.cuda.get_device_capability()
-    flags = ["-std=c++20", "-O2", "-fmad=false", "-shared", "-Xcompiler=-fPIC", f"-arch=sm_{major}{minor}"]
-    includes = [f"-I{planted.ROOT / 'csrc'}", "-isystem", str(TORCH / "include")]
-    links = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-ltorch_cuda", "-cudart=shared"]
-    defines = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    subprocess.run(["nvcc", *flags, *defines, *includes, str(SOURCE), *links, "-o", str(library)], check=True)
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Run:
     """``run(name, a, b, c, y=zeros, threads=32, seed=0)``: what the instruction makes of y."""
     device = request.param
-    if device == "cuda" and not (torch.cuda.is_available() and shutil.which("nvcc")):
-        pytest.skip("needs a GPU and nvcc")
-    base = tmp_path_factory.getbasetemp()
-    base = base if worker_id == "master" else base.parent
-    library = base / f"instructions-{device}.so"
-    with (base / f"instructions-{device}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            build_for_gpu(library) if device == "cuda" else planted.build(SOURCE, library)
-    call = ctypes.CDLL(str(library)).run_instruction
-    call.restype = ctypes.c_char_p
+    function = instructions.library(SOURCE, device, planted.shared_folder(tmp_path_factory, worker_id)).run_instruction
 
     def run(name: str, *inputs: np.ndarray, y: np.ndarray, threads: int = 32, seed: int = 0) -> np.ndarray:
-        arrays = [*inputs, *[np.zeros(32, np.uint32)] * (3 - len(inputs)), y]
-        tensors = [torch.from_numpy(np.ascontiguousarray(array).view(np.uint8).copy()).to(device) for array in arrays]
-        pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
-        message = call(name.encode(), threads, ctypes.c_uint64(seed), *pointers)
-        assert message is None, message
-        return tensors[3].cpu().numpy().view(y.dtype).reshape(y.shape)
+        return instructions.call(function, name, threads, seed, device, inputs, y)
 
     return run
-
-
-def words(draw: np.random.Generator, *shape: int) -> np.ndarray:
-    return draw.integers(0, 2**32, shape, dtype=np.uint32)
-
-
-def signed(array: np.ndarray) -> np.ndarray:
-    return array.view(np.int32)
 
 
 def test_a_failure_is_a_message(run: Run) -> None:
@@ -275,14 +239,6 @@ def test_load_matrix(run: Run, count: int, transposed: bool) -> None:
                 assert got[across * 4 + along // 2, tile, along % 2] == matrix[row, column]
 
 
-ENCODE = {
-    "bf16": (lambda x: torch.from_numpy(x.astype(np.float32)).bfloat16().view(torch.int16).numpy(), 2),
-    "fp16": (lambda x: x.astype(np.float16).view(np.int16), 2),
-    "int8": (lambda x: x.astype(np.int8), 4),
-    "uint8": (lambda x: x.astype(np.uint8), 4),
-}
-
-
 def fragment_a(matrix: np.ndarray, kind: str) -> np.ndarray:
     """[16, K] as four words a lane."""
     encode, values = ENCODE[kind]
@@ -312,30 +268,6 @@ def fragment_c(matrix: np.ndarray) -> np.ndarray:
     return lanes
 
 
-def operands(draw: np.random.Generator, a: str, b: str, k: int, exact: bool) -> tuple[np.ndarray, ...]:
-    """A [16, k], B [k, 8] and C [16, 8] whose elements their kinds hold; ``exact`` if every order sums to the same."""
-    if a.endswith("int8"):
-        low, high = {"int8": (-128, 128), "uint8": (0, 256)}[a], {"int8": (-128, 128), "uint8": (0, 256)}[b]
-        c = draw.integers(-(2**31), 2**31, (16, 8)).astype(np.int32)  # sums wrap around
-        return draw.integers(*low, (16, k)), draw.integers(*high, (k, 8)), c
-    if exact:
-        return (*(draw.integers(-8, 9, shape).astype(np.float64) for shape in ((16, k), (k, 8))),
-                draw.integers(-8, 9, (16, 8)).astype(np.float32))  # fmt: skip
-    half = torch.bfloat16 if a == "bf16" else torch.float16
-    left, right = (torch.from_numpy(draw.normal(size=shape)).to(half).double().numpy() for shape in ((16, k), (k, 8)))
-    return left, right, draw.normal(size=(16, 8)).astype(np.float32)
-
-
-def check_product(got: np.ndarray, a: np.ndarray, b: np.ndarray, c: np.ndarray, exact: bool) -> None:
-    if c.dtype == np.int32:
-        assert np.array_equal(got, fragment_c((a.astype(np.int64) @ b + c).astype(np.int32)))
-    elif exact:
-        assert np.array_equal(got, fragment_c((a @ b + c).astype(np.float32)))
-    else:
-        size = fragment_c(np.abs(a) @ np.abs(b) + np.abs(c))
-        assert (np.abs(got - fragment_c(a @ b + c)) <= 2**-21 * size).all()
-
-
 KINDS = [("bf16", "bf16"), ("fp16", "fp16"), *((a, b) for a in ("int8", "uint8") for b in ("int8", "uint8"))]
 
 
@@ -346,36 +278,7 @@ def test_mma(run: Run, a: str, b: str, exact: bool) -> None:
         left, right, c = operands(np.random.default_rng(seed), a, b, 32 if a.endswith("int8") else 16, exact)
         lanes = fragment_a(left, a), fragment_b(right, b), fragment_c(c)
         got = run(f"mma {a} {b}", *lanes, y=np.zeros((32, 4), c.dtype), seed=seed)
-        check_product(got, left, right, c, exact)
-
-
-def sparse_rows(draw: np.random.Generator, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two of every four values of each row kept, the others zero, none of the kept ones; and their places [.., 2]."""
-    places = np.sort(draw.permuted(np.tile(np.arange(4), (*rows.shape[:1], rows.shape[1] // 4, 1)), axis=2)[..., :2], 2)
-    fours = np.where(rows == 0, 1, rows).reshape(len(rows), -1, 4)
-    kept = np.zeros_like(fours)
-    np.put_along_axis(kept, places, np.take_along_axis(fours, places, 2), 2)
-    return kept.reshape(rows.shape), places
-
-
-def metadata(places: np.ndarray, kind: str, selector: int) -> np.ndarray:
-    """The word of places that each lane brings; lanes that nothing is asked of bring noise."""
-    lanes = words(np.random.default_rng(9), 32)
-    digits = (places[..., 0] | places[..., 1] << 2).astype(np.uint64)  # [16, K / 4]
-    bits: dict[int, list[int]] = {}
-    for row, four in np.ndindex(digits.shape):
-        if kind == "int8":  # eight groups of four make a word; a row's two words are lanes 0, 2 or 1, 3 of its four
-            lane, bit = row % 8 * 4 + row // 8 + four // 8 * 2, four % 8 * 4
-        else:  # four groups make half a word, the lower for the upper rows
-            lane, bit = row % 8 * 4 + selector * 2 + four // 4, row // 8 * 16 + four % 4 * 4
-        bits.setdefault(lane, []).append(int(digits[row, four]) << bit)
-    for lane, parts in bits.items():
-        lanes[lane] = sum(parts)
-    return lanes
-
-
-def compressed(rows: np.ndarray, places: np.ndarray) -> np.ndarray:
-    return np.take_along_axis(rows.reshape(len(rows), -1, 4), places, 2).reshape(len(rows), -1)
+        check_product(got, fragment_c, left, right, c, exact)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -389,7 +292,7 @@ def test_mma_sparse(run: Run, kind: str, selector: int, exact: bool) -> None:
         lanes = fragment_a(compressed(left, places), kind), fragment_b(right, kind)
         rest = np.concatenate([fragment_c(c).view(np.uint32).ravel(), metadata(places, kind, selector)])
         got = run(f"mma_sparse {kind} {selector}", *lanes, rest, y=np.zeros((32, 4), c.dtype), seed=seed)
-        check_product(got, left, right, c, exact)
+        check_product(got, fragment_c, left, right, c, exact)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp16"])
@@ -404,7 +307,7 @@ def test_mma_sparse_leaves_out_what_is_not_kept(run: Run, kind: str) -> None:
         lanes = fragment_a(compressed(rows, places), kind), fragment_b(special, kind)
         rest = np.concatenate([fragment_c(c).view(np.uint32).ravel(), metadata(places, kind, 0)])
         got = run(f"mma_sparse {kind} 0", *lanes, rest, y=np.zeros((32, 4), c.dtype), seed=seed)
-        check_product(got, rows, right, c, exact=True)
+        check_product(got, fragment_c, rows, right, c, exact=True)
 
 
 @pytest.mark.parametrize("kind", ["fp16", "int8"])

@@ -21,8 +21,9 @@ import torch
 pytestmark = pytest.mark.gate
 
 ROOT = Path(__file__).parents[1]
-INSTRUCTIONS = ROOT / "tests" / "emulation" / "instructions.cu"  # calls every wrapper
-SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), INSTRUCTIONS]
+INSTRUCTIONS = ROOT / "tests" / "emulation" / "instructions.cu"  # calls every wrapper of ptx.cuh
+WARPGROUP = INSTRUCTIONS.with_name("warpgroup.cu")  # and of warpgroup.cuh
+SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), INSTRUCTIONS, WARPGROUP]
 REGISTERS = 65536  # of a multiprocessor, on every architecture built for
 #: instructions by the wrapper that stands for them
 PROMISED = {
@@ -80,6 +81,22 @@ PROMISED = {
     "mma<uint8_t>": r"IMMA\.16832\.U8\.U8",
     "mma_sparse": r"[HI]MMA\.SP\.168",
     "mma_sparse<int8_t>": r"IMMA\.SP\.16864\.S8\.S8",
+    "load_tile": r"UTMALDG\.2D",
+    "store_tile": r"UTMASTG\.2D",
+    "store_tile_commit": r"UTMACMDFLUSH",
+    "store_tile_wait": r"DEPBAR\.LE SB0",
+    "copies_see_stores": r"FENCE\.VIEW\.ASYNC",
+    "tile_barrier_init": r"SYNCS\.EXCH\.64",
+    "tile_barriers_ready": r"SYNCS\.EXCH\.64[\s\S]*FENCE\.VIEW\.ASYNC",
+    "tile_barrier_expect": r"SYNCS\.ARRIVE\.TRANS64 RZ, \[[^]]*\], (R|UR)\d",  # with a number of bytes
+    "tile_barrier_arrive": r"SYNCS\.ARRIVE\.TRANS64\.A1T0",
+    "tile_barrier_wait": r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT",
+    "warpgroup_registers": r"USETMAXREG\.",
+    "warpgroup_fence": r"WARPGROUP\.ARRIVE",
+    "warpgroup_commit": r"[HI]GMMA\.[^;]*, gsb0",  # the last product of a group
+    "warpgroup_wait": r"WARPGROUP\.DEPBAR\.LE gsb0",
+    "warpgroup_mma_sparse": r"[HI]GMMA\.SP\.64x(128|256)x(32|64)",
+    "store_matrix_transposed": r"STSM\.16\.MT88\.4",
 }
 #: what each kernel of INSTRUCTIONS must hold itself: nvcc makes reductions for atomics, for one, of its own accord
 EXACT = {
@@ -101,6 +118,39 @@ EXACT = {
     "GridBarrier": [r"ATOMG\.E\.ADD\.STRONG\.GPU[\s\S]*LDG\.E\.STRONG\.GPU"],
     "Cluster": [PROMISED["cluster_barrier"], PROMISED["load_remote"], PROMISED["store_remote"]],
 }
+#: the same for WARPGROUP, on sm_90a
+EXACT_WARPGROUP = {
+    "TileBarriers": [PROMISED[f"tile_barrier{which}"] for which in ("_init", "s_ready", "_arrive", "_wait")],
+    "TileBytes": [PROMISED[name] for name in ("load_tile", "tile_barrier_expect", "tile_barrier_arrive")],
+    "Registers": [r"USETMAXREG\.DEALLOC\S* 0x28\b[\s\S]*USETMAXREG\.TRY_ALLOC\S* \S+, 0x80\b"],
+    "StoreMatrix": [PROMISED["store_matrix_transposed"], r"LDSM\.16\.MT88\.4"],
+    **{f"LoadTile<LNS_7SwizzleE{line}E>": [PROMISED["load_tile"]] for line in (16, 64, 128)},
+    **{
+        f"StoreTile<LNS_7SwizzleE{line}E>": [
+            r"FENCE\.VIEW\.ASYNC[\s\S]*BAR\.SYNC[\s\S]*UTMASTG\.2D[\s\S]*UTMACMDFLUSH[\s\S]*DEPBAR\.LE SB0, 0x0"
+        ]
+        for line in (16, 64, 128)
+    },
+}
+#: products of WARPGROUP: the type, the bytes of a's lines, N and selector; their instructions by the type
+PRODUCTS = [
+    *(("NS_4bf16E", *rest) for rest in ((64, 128, 0), (64, 128, 1), (64, 256, 0), (128, 256, 1))),
+    *(("NS_4fp16E", *rest) for rest in ((64, 128, 0), (128, 128, 1), (64, 256, 0), (64, 256, 1))),
+    *(("a", *rest) for rest in ((64, 128, 0), (128, 128, 0), (64, 256, 0))),
+]
+PRODUCT = {
+    "NS_4bf16E": r"HGMMA\.SP\.64x{}x32\.F32\.BF16 [^;]*, 0x{}, gsb0",
+    "NS_4fp16E": r"HGMMA\.SP\.64x{}x32\.F32 [^;]*, 0x{}, gsb0",
+    "a": r"IGMMA\.SP\.64x{}x64\.S8\.S8 [^;]*, gsb0",
+}
+EXACT_WARPGROUP |= {
+    f"Product<{kind}Li{selector}ELi{columns // 2}ELNS_7SwizzleE{line}E>": [
+        rf"WARPGROUP\.ARRIVE[\s\S]*{PRODUCT[kind].format(columns, selector)}[\s\S]*WARPGROUP\.DEPBAR\.LE gsb0, 0x0"
+    ]
+    for kind, line, columns, selector in PRODUCTS
+}
+#: what ptxas says where it makes products wait for one another, or for the threads, without being asked to
+SERIALISED = r".*\(C75\d\d\).*"
 #: instructions by the template arguments of mma and mma_sparse, all of which INSTRUCTIONS uses
 MATRICES = (
     {
@@ -162,18 +212,24 @@ def compile_cubin(source: Path, arch: str, cubin: Path) -> str:
     )
 
 
-def text_of(source: Path) -> str:
-    """A source and what it includes from csrc/cuda, without the wrappers themselves."""
+def text_of(source: Path, arch: str) -> str:
+    """A source and what it includes from csrc/cuda, without the wrappers themselves, and without the kernels of
+    warpgroup.cuh, in files of their own, where the architecture has none."""
     text = source.read_text()
-    for name in re.findall(r'#include "(cuda/\w+\.cuh)"', text):
-        if name not in ("cuda/ptx.cuh", "cuda/launch.cuh"):
-            text += text_of(ROOT / "csrc" / name)
+    included = re.findall(r'#include "(cuda/\w+\.cuh)"', text)
+    if "cuda/warpgroup.cuh" in included and arch != "sm_90a":
+        return ""
+    for name in included:
+        if name not in ("cuda/ptx.cuh", "cuda/warpgroup.cuh", "cuda/launch.cuh"):
+            text += text_of(ROOT / "csrc" / name, arch)
     return text
 
 
 def code_of(assembly: str, body: str) -> str:
-    """The machine code of one kernel of INSTRUCTIONS."""
-    sections = re.findall(rf"\.section\s+\.text\.\S*[^A-Za-z]{len(body)}{body}E[\s\S]*?(?=\.section\s|\Z)", assembly)
+    """The machine code of one kernel of INSTRUCTIONS or WARPGROUP; template arguments are mangled."""
+    name, _, arguments = body.partition("<")
+    mangled = f"{len(name)}{name}" + (f"I{arguments.removesuffix('>')}E" if arguments else "") + "E"
+    sections = re.findall(rf"\.section\s+\.text\.\S*[^A-Za-z]{mangled}[\s\S]*?(?=\.section\s|\Z)", assembly)
     assert len(sections) == 1, f"{len(sections)} kernels are {body}"
     return sections[0]
 
@@ -204,6 +260,7 @@ def test_machine_code(source: Path, arch: str, tmp_path: Path) -> None:
     for kernel, *memory, _ in kernels:
         assert memory == ["0", "0", "0"], f"{kernel}: stack frame, spill stores, spill loads are {memory}"
 
+    assert not (serialised := re.findall(SERIALISED, report)), serialised
     assembly = run(tool("nvdisasm"), str(cubin))
     local = re.findall(r"\b(?:LDL|STL)\b\S*", assembly)
     assert not local, f"{len(local)} local-memory accesses"
@@ -214,17 +271,47 @@ def test_machine_code(source: Path, arch: str, tmp_path: Path) -> None:
             f"{kernel}: {registers} registers x {bounds[kernel]} threads"
         )
 
-    text = text_of(source)
+    text = text_of(source, arch)
     called = {name for name in PROMISED if re.search(rf"\b{re.escape(name)}[(<]", text)}
-    assert called, f"{source.name} calls none of {sorted(PROMISED)}"
+    assert called or not text, f"{source.name} calls none of {sorted(PROMISED)}"
     for name in called - (SM_90_ONLY if arch == "sm_80" else set()):
         assert re.search(PROMISED[name], assembly), f"{name}: {PROMISED[name]} is not in the machine code"
+    exact = {INSTRUCTIONS: EXACT, WARPGROUP: EXACT_WARPGROUP if arch == "sm_90a" else {}}.get(source, {})
+    for body, instructions in exact.items():
+        for instruction in instructions if (arch, body) != ("sm_80", "Cluster") else ():
+            assert re.search(instruction, code_of(assembly, body)), f"{body}: {instruction} is not in its code"
     if source == INSTRUCTIONS:
-        for body, instructions in EXACT.items():
-            for instruction in instructions if (arch, body) != ("sm_80", "Cluster") else ():
-                assert re.search(instruction, code_of(assembly, body)), f"{body}: {instruction} is not in its code"
         for instruction, name in (MATRICES | TILES).items():
             assert instruction in assembly, f"{name}: {instruction} is not in the machine code"
+
+
+EARLY_SUMS = """#include "cuda/warpgroup.cuh"
+
+namespace burnish {
+__global__ void __launch_bounds__(kWarpgroup, 1) early_kernel(float* y, uint32_t kept) {
+  if constexpr (kHasWarpgroups) {
+    const auto* shared = aligned_shared_memory<unsigned char>();
+    float sum[64];
+    warpgroup_fence();
+    warpgroup_mma_sparse<bf16>(sum, shared_tile<Swizzle::k64>(shared), shared_tile<Swizzle::k128>(shared + 8192), kept,
+                               false);
+    warpgroup_commit();
+    WAIT
+    for (int i = 0; i < 64; ++i) store(y + i, sum[i]);
+    warpgroup_wait<0>();
+  }
+}
+}  // namespace burnish
+"""
+
+
+@pytest.mark.parametrize("wait", ["", "warpgroup_wait<0>();"], ids=["early", "waits"])
+def test_products_that_ptxas_serialises_are_seen(wait: str, tmp_path: Path) -> None:
+    """Sums that are read while a product is under way: no error, not even a warning."""
+    source = tmp_path / "early.cu"
+    source.write_text(EARLY_SUMS.replace("WAIT", wait))
+    report = compile_cubin(source, "sm_90a", tmp_path / "early.cubin")
+    assert bool(re.search(SERIALISED, report)) == (wait == "")
 
 
 def test_flags_forbid_contraction() -> None:

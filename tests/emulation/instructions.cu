@@ -1,25 +1,12 @@
 // Every wrapper of ptx.cuh that is more than a plain access, each in a kernel of its own that hands it words and stores
 // what it gives: which lane's word stands for what is known to the tests alone. Built by nvcc, the same kernels run on
 // a GPU.
-#include <cstdio>
-#include <cstring>
-#include <exception>
-#include <map>
-#include <stdexcept>
-#include <string>
-
-#include "cuda/launch.cuh"
-#include "cuda/ptx.cuh"
+#include "instructions.cuh"
 
 namespace burnish {
 namespace {
 
-// What a kernel reads and writes; `thread` counts over the grid.
-struct Data {
-  const uint32_t *a, *b, *c;
-  uint32_t* y;
-};
-
+// `thread` counts over the grid.
 template <class Body>
 __global__ void __launch_bounds__(64) instruction_kernel(Data data) {
   Body::run(data, static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x));
@@ -378,26 +365,8 @@ const std::map<std::string, Start> kInstructions = {
 }  // namespace burnish
 
 // Runs an instruction in `threads` threads, on memory that the device reaches; a message where it failed, else null.
-extern "C" __attribute__((visibility("default"))) const char* run_instruction(const char* name, int threads,
-                                                                              uint64_t seed, const void* a,
-                                                                              const void* b, const void* c, void* y) {
+EXPORT const char* run_instruction(const char* name, int threads, uint64_t seed, const void* a, const void* b,
+                                   const void* c, void* y) {
   using namespace burnish;
-  static char message[2048];
-  const auto words = [](const void* data) { return static_cast<const uint32_t*>(data); };
-  try {
-#ifndef __CUDACC__
-    host::set_seed(seed);
-#endif
-    const auto found = kInstructions.find(name);
-    if (found == kInstructions.end()) throw std::invalid_argument(std::string("no instruction is called ") + name);
-    found->second({words(a), words(b), words(c), static_cast<uint32_t*>(y)}, threads);
-#ifdef __CUDACC__
-    (void)seed;
-    check(cudaDeviceSynchronize(), name);
-#endif
-  } catch (const std::exception& error) {
-    std::snprintf(message, sizeof message, "%s", error.what());
-    return message;
-  }
-  return nullptr;
+  return attempt(kInstructions, name, seed, [&](Start start) { start(data_of(a, b, c, y), threads); });
 }

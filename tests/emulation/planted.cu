@@ -1,11 +1,6 @@
 // Small kernels, each right as it is and wrong in one way on request: what the emulation must find, and what it must
 // not complain of.
-#include <cstdio>
-#include <cstring>
-#include <exception>
-
-#include "cuda/launch.cuh"
-#include "cuda/ptx.cuh"
+#include "planted.cuh"
 
 namespace burnish {
 namespace {
@@ -237,21 +232,6 @@ __global__ void gemm_kernel(const bf16* a, const bf16* b, float* y, int n, int k
   }
 }
 
-struct Call {
-  const void *a, *b;
-  void *y, *scratch;
-  Bug bug;
-
-  template <class T>
-  const T* in(const void* data) const {
-    return static_cast<const T*>(data);
-  }
-  template <class T>
-  T* out(void* data) const {
-    return static_cast<T*>(data);
-  }
-};
-
 void run(const char* name, const Call& c) {
   const auto is = [name](const char* other) { return std::strcmp(name, other) == 0; };
   if (is("reverse")) {
@@ -281,30 +261,3 @@ void run(const char* name, const Call& c) {
 
 }  // namespace
 }  // namespace burnish
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
-// Runs kernel `name` with a seed; a message where the emulation stopped it, else null. `scratch` holds zeros.
-EXPORT const char* run_planted(const char* name, int bug, uint64_t seed, const void* a, const void* b, void* y,
-                               void* scratch) {
-  static char message[2048];
-  burnish::host::set_seed(seed);
-  try {
-    burnish::run(name, {a, b, y, scratch, static_cast<burnish::Bug>(bug)});
-  } catch (const std::exception& error) {
-    std::snprintf(message, sizeof message, "%s", error.what());
-    return message;
-  }
-  return nullptr;
-}
-
-// Counts what `name` does in one run, as JSON.
-EXPORT const char* count_planted(const char* name, uint64_t seed, const void* a, const void* b, void* y,
-                                 void* scratch) {
-  static std::string counters;
-  burnish::host::set_counting(true);
-  const char* message = run_planted(name, 0, seed, a, b, y, scratch);
-  counters = burnish::host::take_counters();
-  burnish::host::set_counting(false);
-  return message != nullptr ? message : counters.c_str();
-}

@@ -6,11 +6,16 @@ python planted.py LIBRARY KERNEL BUG
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).parents[2]
 HOST = sorted(path for path in (ROOT / "csrc/cuda/host").glob("*.cpp") if path.stem != "control")
@@ -27,13 +32,44 @@ def build(source: Path, library: Path, *flags: str) -> Path:
     return library
 
 
+def shared_folder(factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Where all workers of a test run find what one of them builds."""
+    base = factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
+
+
+def build_once(folder: Path, name: str, make: Callable[[Path], object]) -> Path:
+    library = folder / name
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            make(library)
+    return library
+
+
+def bugs_of(source: Path) -> list[str]:
+    """The names in a source's enum of bugs, in order."""
+    return re.findall(r"^  k(\w+),$", source.read_text().partition("enum class Bug")[2].partition("};")[0], re.M)
+
+
+def run_sanitized(library: Path, kernel: str, bug: int) -> subprocess.CompletedProcess[str]:
+    """One run in a process of its own, of a library that was built with SANITIZE."""
+    runtimes = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
+    ]
+    options = {"LD_PRELOAD": ":".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
+    command = [sys.executable, __file__, str(library), kernel, str(bug)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | options)
+
+
 class Planted:
     """The library. A kernel runs on inputs of its own."""
 
-    def __init__(self, library: Path) -> None:
+    def __init__(self, library: Path, kernels: list[str] = KERNELS) -> None:
         self._library = ctypes.CDLL(str(library))
         self._library.run_planted.restype = self._library.count_planted.restype = ctypes.c_char_p
-        self._problems = {kernel: problem(kernel) for kernel in KERNELS}
+        self._problems = {kernel: problem(kernel) for kernel in kernels}
 
     def call(self, kernel: str, bug: int = 0, seed: int = 0) -> tuple[str | None, bool]:
         """One run: the message that stopped it, and whether its result is right."""
@@ -43,7 +79,7 @@ class Planted:
     def run(self, kernel: str, bug: int = 0, seed: int = 0) -> tuple[str | None, np.ndarray, np.ndarray]:
         """One run: the message that stopped it, its result, and the right one."""
         a, b, expected = self._problems[kernel]
-        y, scratch = np.zeros_like(expected), np.zeros(64, np.int32)
+        y, scratch = _on_sector(np.zeros_like(expected)), np.zeros(64, np.int32)
         message = self._library.run_planted(
             kernel.encode(), bug, ctypes.c_uint64(seed), *map(_data, (a, b, y, scratch))
         )
@@ -64,6 +100,11 @@ def problem(kernel: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         size = (256, 512) if kernel == "gemm" else (128, 128)
         a, b = (draw.integers(-2, 3, size).astype(np.float32) for _ in range(2))
         return *(_on_sector((x.view(np.uint32) >> 16).astype(np.uint16)) for x in (a, b)), a @ b.T
+    if kernel == "ring":  # the same; kept are the two middle values of every four
+        x, values = (draw.integers(-2, 3, size).astype(np.float32) for size in ((256, 256), (64, 128)))
+        kept = x.reshape(256, -1, 4)[..., 1:3].reshape(256, -1)
+        operands = (_on_sector((each.view(np.uint32) >> 16).astype(np.uint16)) for each in (x, values))
+        return *operands, (kept @ values.T).astype(np.float16)
     x = draw.integers(-(2**31), 2**31, {"copy": 1024, "sum": 512}.get(kernel, 256)).astype(np.int32)
     if kernel == "reverse":
         expected = x.reshape(4, 64)[:, ::-1]
@@ -95,4 +136,4 @@ def _data(array: np.ndarray) -> ctypes.c_void_p:
 
 
 if __name__ == "__main__":
-    print(Planted(Path(sys.argv[1])).call(sys.argv[2], int(sys.argv[3])))
+    print(Planted(Path(sys.argv[1]), [sys.argv[2]]).call(sys.argv[2], int(sys.argv[3])))
