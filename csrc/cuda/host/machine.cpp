@@ -154,8 +154,9 @@ uint64_t draw() {
 }
 
 void run(const Launch& launch) {
-  static thread_local Machine own{};
-  Machine& m = *(machine = &own);
+  // by a pointer: the loader has few bytes for the thread_local variables of all libraries like this one
+  static thread_local const auto own = std::make_unique<Machine>();
+  Machine& m = *(machine = own.get());
   m.launch = &launch;
   const uint64_t threads = volume(launch.block), blocks = volume(launch.grid);
   const uint64_t together = launch.cooperative ? blocks : launch.cluster;
