@@ -87,7 +87,7 @@ tests() {
   "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n "${WORKERS:-$(nproc)}")
   "$PYTHON" -m pytest "${parallel[@]}" --budget "${BUDGET:-150}" --tb=short \
     -m "not gate" -k "native or triton or gpu" \
-    tests/test_gpu.py tests/test_nn_gpu.py tests/test_optim_gpu.py tests/test_instructions.py \
+    tests/test_gpu.py tests/test_nn_gpu.py tests/test_optim_gpu.py tests/test_instructions.py tests/test_warpgroup.py \
     tests/test_triton_descriptors.py tests/test_ops.py
 }
 
