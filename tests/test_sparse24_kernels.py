@@ -88,6 +88,21 @@ def test_infinities_and_nans_meet_the_zeros(shape: tuple[int, int, int], dtype: 
     check_special(*shape, dtype, special)
 
 
+@pytest.mark.parametrize("shape", [(18, 40, 512), (66, 40, 512), (40, 300, 512)])
+def test_an_infinity_is_found_wherever_it_is(shape: tuple[int, int, int]) -> None:
+    """One at a time, in every stage of the depth, where no channel keeps it."""
+    x, values, metadata, _, bias = made(*shape)
+    metadata = torch.full_like(metadata, 0x44)  # places 0 and 1
+    clean = native_result((x, values, metadata, None, bias))
+    for column in range(3, shape[2], 32):
+        special = x.clone()
+        special[17, column] = math.inf
+        y = native_result((special, values, metadata, None, bias), seed=column)
+        assert torch.isnan(y[17]).all(), column
+        assert torch.equal(y[:17], clean[:17])
+        assert torch.equal(y[18:], clean[18:])
+
+
 def test_infinities_meet_the_zeros_of_many_tiles() -> None:
     """So many that they are of 256 rows."""
     check_special(300, 128 * 66 + 8, 128, torch.bfloat16, math.inf)
