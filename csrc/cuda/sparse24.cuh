@@ -203,4 +203,67 @@ __device__ inline float finished(const Sparse24Problem& p, Sum24<T> total, float
   return p.bias != nullptr ? z + bias : z;
 }
 
+// Stores four neighbours of a row of y, which are whole fours.
+__device__ inline void store_four(void* y, int64_t first, Format format, const float (&z)[4]) {
+  if (format == Format::kFloat) {
+    store(reinterpret_cast<Bytes16*>(static_cast<float*>(y) + first),
+          Bytes16{{float_bits(z[0]), float_bits(z[1]), float_bits(z[2]), float_bits(z[3])}});
+    return;
+  }
+  const auto half = [&](int i) -> uint64_t {
+    return format == Format::kBf16 ? from_float<bf16>(z[i]).bits : from_float<fp16>(z[i]).bits;
+  };
+  store(reinterpret_cast<uint64_t*>(static_cast<uint16_t*>(y) + first),
+        half(0) | half(1) << 16 | half(2) << 32 | half(3) << 48);
+}
+
+// Stores a block's share of a tile's rows from sums in shared memory, by 256 threads; each takes four channels of the
+// rows that are its turn. Where the tile is the block's alone they are neighbours; where lanes read words of other
+// blocks, they are neighbours of one another, for 32 different banks.
+template <class S, bool kAlone>
+__device__ void finish_tile(const Sparse24Problem& p, const Sum24<typename S::T>* sums, int first_channel,
+                            int first_row, int splits, int thread) {
+  using T = typename S::T;
+  const int channels = p.values.rows, rank = static_cast<int>(blockIdx.x) % splits, share = S::kRows / splits;
+  constexpr int kAcross = S::kChannels / 4, kTogether = 256 / kAcross;
+  const int across = thread % kAcross, apart = kAlone ? 1 : kAcross;
+  const int column = kAlone ? across * 4 : across, channel = first_channel + column;
+  float bias[4] = {}, scale[4] = {};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (channel + i * apart >= channels) continue;
+    if (p.bias != nullptr) bias[i] = load_as_float(p.bias, channel + i * apart, p.bias_format);
+    if (kQuantised24<T>) scale[i] = load(p.scale + channel + i * apart);
+  }
+#pragma unroll 1
+  for (int at = thread / kAcross; at < share; at += kTogether) {
+    const int in_tile = rank * share + at, row = first_row + in_tile;
+    if (row >= p.x.rows || channel >= channels) continue;
+    const Sum24<T>* from = sums + in_tile * S::kPitch + column;
+    Sum24<T> total[4] = {};
+    if (kAlone) {
+      const Bytes16 own = load(reinterpret_cast<const Bytes16*>(from));
+      memcpy(total, own.word, sizeof total);
+    }
+#pragma unroll 1
+    for (int other = 0; !kAlone && other < splits; ++other) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) total[i] += load_remote(from + i * apart, static_cast<unsigned>(other));
+    }
+    const float row_scale = kQuantised24<T> ? load(p.row_scale + row) : 1.0f;
+    float z[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) z[i] = finished<T>(p, total[i], row_scale, scale[i], bias[i]);
+    const int64_t first = static_cast<int64_t>(row) * channels + channel;
+    if (kAlone && channels % 4 == 0) {
+      store_four(p.y, first, p.y_format, z);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (channel + i * apart < channels) store_from_float(p.y, first + i * apart, p.y_format, z[i]);
+      }
+    }
+  }
+}
+
 }  // namespace burnish

@@ -252,65 +252,6 @@ struct TileRing {
   }
 };
 
-// Stores four neighbours of a row of y, which are whole fours.
-__device__ void store_four(void* y, int64_t first, Format format, const float (&z)[4]) {
-  if (format == Format::kFloat) {
-    store(reinterpret_cast<Bytes16*>(static_cast<float*>(y) + first),
-          Bytes16{{float_bits(z[0]), float_bits(z[1]), float_bits(z[2]), float_bits(z[3])}});
-    return;
-  }
-  const auto half = [&](int i) -> uint64_t {
-    return format == Format::kBf16 ? from_float<bf16>(z[i]).bits : from_float<fp16>(z[i]).bits;
-  };
-  store(reinterpret_cast<uint64_t*>(static_cast<uint16_t*>(y) + first),
-        half(0) | half(1) << 16 | half(2) << 32 | half(3) << 48);
-}
-
-// Stores a block's share of a tile's rows; every thread takes four channels of every fourth row. They are neighbours,
-// but where lanes read words of other blocks: neighbours of one another then, for 32 different banks.
-template <class S>
-__device__ void finish_tile(const Sparse24Problem& p, const Sum24<typename S::T>* sums, int first_channel,
-                            int first_row, int splits) {
-  using T = typename S::T;
-  const int channels = p.values.rows, rank = static_cast<int>(blockIdx.x) % splits, share = S::kRows / splits;
-  const int thread = static_cast<int>(threadIdx.x) % 64, apart = splits == 1 ? 1 : 64;
-  const int column = splits == 1 ? thread * 4 : thread, channel = first_channel + column;
-  float bias[4] = {}, scale[4] = {};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (channel + i * apart >= channels) continue;
-    if (p.bias != nullptr) bias[i] = load_as_float(p.bias, channel + i * apart, p.bias_format);
-    if (kQuantised24<T>) scale[i] = load(p.scale + channel + i * apart);
-  }
-  for (int at = static_cast<int>(threadIdx.x) / 64; at < share; at += 4) {
-    const int in_tile = rank * share + at, row = first_row + in_tile;
-    if (row >= p.x.rows || channel >= channels) continue;
-    const Sum24<T>* from = sums + in_tile * S::kPitch + column;
-    Sum24<T> total[4] = {};
-    if (splits == 1) {
-      const Bytes16 own = load(reinterpret_cast<const Bytes16*>(from));
-      memcpy(total, own.word, sizeof total);
-    }
-    for (int other = 0; splits > 1 && other < splits; ++other) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) total[i] += load_remote(from + i * apart, static_cast<unsigned>(other));
-    }
-    const float row_scale = kQuantised24<T> ? load(p.row_scale + row) : 1.0f;
-    float z[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) z[i] = finished<T>(p, total[i], row_scale, scale[i], bias[i]);
-    const int64_t first = static_cast<int64_t>(row) * channels + channel;
-    if (splits == 1 && channels % 4 == 0) {
-      store_four(p.y, first, p.y_format, z);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (channel + i * apart < channels) store_from_float(p.y, first + i * apart, p.y_format, z[i]);
-      }
-    }
-  }
-}
-
 // A warp's part of a tile: its first channel and row of x within the tile, and its sums.
 template <class S>
 struct TileWarp {
@@ -410,13 +351,15 @@ __global__ void __launch_bounds__(S::kBlock, 1) sparse24_linear_fwd_kernel_tiles
       }
     }
   }
-  if (splits > 1) {
-    cluster_barrier();
-  } else {
+  const int thread = static_cast<int>(threadIdx.x);
+  if (splits == 1) {
     __syncthreads();
+    finish_tile<S, true>(p, sums, ring.channel, ring.row, splits, thread);
+  } else {
+    cluster_barrier();
+    finish_tile<S, false>(p, sums, ring.channel, ring.row, splits, thread);
+    cluster_barrier();  // until the others have read this block's sums
   }
-  finish_tile<S>(p, sums, ring.channel, ring.row, splits);
-  if (splits > 1) cluster_barrier();  // until the others have read this block's sums
 }
 
 // kStages of `few` fills 70 KB of shared memory: two blocks fit an A100 or H100 multiprocessor, with as much of the
@@ -503,7 +446,7 @@ void start_wide(Sparse24Problem p, const Tensor& x, const DeviceLimits& limits) 
 template <class T>
 void start(const Sparse24Problem& p, const Tensor& x, const DeviceLimits& limits) {
   using Large = Tiles<T, 128, 4>;
-  const bool wide = p.values.rows >= 24 * int64_t{limits.multiprocessors};
+  const bool many_channels = p.values.rows >= 24 * int64_t{limits.multiprocessors};
   if (p.x.rows > kWideRows && wide24_takes(p, limits)) {
     using Wide = Wide24<T, 256>;
     const int64_t tiles = ceil_div(p.x.rows, Wide::kRows) * ceil_div(p.values.rows, Wide::kChannels);
@@ -514,7 +457,7 @@ void start(const Sparse24Problem& p, const Tensor& x, const DeviceLimits& limits
     return large ? start_tiles<Large>(p, x, limits) : start_tiles<Tiles<T, 64, 3>>(p, x, limits);
   }
   if (p.x.rows > 8) return start_few<Few<T, 2, 2, 2>>(p, x, limits);
-  return wide ? start_few<Few<T, 1, 2, 2>>(p, x, limits) : start_few<Few<T, 1, 1, 4>>(p, x, limits);
+  return many_channels ? start_few<Few<T, 1, 2, 2>>(p, x, limits) : start_few<Few<T, 1, 1, 4>>(p, x, limits);
 }
 
 Tensor sparse24_linear(const Tensor& x, const Tensor& values, const Tensor& metadata,

@@ -20,7 +20,6 @@
 
 #include "cuda/sparse24.cuh"
 #include "cuda/warpgroup.cuh"
-#include "math/pack.h"
 
 namespace burnish {
 
@@ -55,17 +54,19 @@ struct WideMaps {
   TileMap values, metadata, x, y;
 };
 
-// Whether all that is copied by tiles has the alignment for it, whole metadata of a stage, and y two bytes an element.
+// Whether all that is copied by tiles is there and has the alignment for it, whole metadata of a stage, and y two bytes
+// an element.
 inline bool wide24_takes(const Sparse24Problem& p, const DeviceLimits& limits) {
-  const bool whole = p.values.aligned && p.metadata.aligned && p.metadata.width % 16 == 0 && p.x.aligned;
+  const bool whole =
+      p.values.width > 0 && p.values.aligned && p.metadata.aligned && p.metadata.width % 16 == 0 && p.x.aligned;
   return limits.warpgroups && whole && p.y_format != Format::kFloat && p.values.rows % 8 == 0;
 }
 
 template <class S>
 WideMaps wide_maps(const Sparse24Problem& p) {
   const auto map = [](const Operand& of, int rows, int bytes, Swizzle swizzle) {
-    return tile_map({of.data, of.rows, of.width, of.rows == 1 ? round_up(of.width, 16) : of.stride,
-                     static_cast<unsigned>(rows), static_cast<unsigned>(bytes), swizzle});
+    return tile_map(
+        {of.data, of.rows, of.width, of.stride, static_cast<unsigned>(rows), static_cast<unsigned>(bytes), swizzle});
   };
   const int width = p.values.rows * 2;
   const Operand y{static_cast<const unsigned char*>(p.y), width, p.x.rows, width, true};
@@ -269,24 +270,10 @@ struct WideBlock {
     }
   }
 
-  // By both warpgroups: the block's share of a tile's rows, a channel a thread.
-  __device__ void add_shares(const TileOf& tile) const {
-    using T = typename S::T;
-    const int thread = static_cast<int>(threadIdx.x) - kWarpgroup, column = thread % S::kChannels;
-    const int channel = tile.channel * S::kChannels + column, share = S::kRows / splits;
-    if (channel >= p.values.rows) return;
-    const float bias = p.bias != nullptr ? load_as_float(p.bias, channel, p.bias_format) : 0.0f;
-    const float scale = kQuantised24<T> ? load(p.scale + channel) : 1.0f;
-    for (int at = rank * share + thread / S::kChannels; at < (rank + 1) * share; at += 2) {
-      const int row = tile.row * S::kRows + at;
-      if (row >= p.x.rows) return;
-      const auto* from = reinterpret_cast<const typename S::Sum*>(shared) + at * S::kPitch + column;
-      typename S::Sum total = 0;
-      for (int other = 0; other < splits; ++other) total += load_remote(from, static_cast<unsigned>(other));
-      const float row_scale = kQuantised24<T> ? load(p.row_scale + row) : 1.0f;
-      store_from_float(p.y, static_cast<int64_t>(row) * p.values.rows + channel, p.y_format,
-                       finished<T>(p, total, row_scale, scale, bias));
-    }
+  // By both warpgroups.
+  __device__ void finish(const TileOf& tile) const {
+    finish_tile<S, false>(p, reinterpret_cast<const typename S::Sum*>(shared), tile.channel * S::kChannels,
+                          tile.row * S::kRows, splits, static_cast<int>(threadIdx.x) - kWarpgroup);
   }
 };
 
@@ -331,7 +318,7 @@ __global__ void __launch_bounds__(S::kBlock, 1)
     if (S::kSplits && splits > 1) {
       __syncwarp();
       cluster_barrier();
-      if (threadIdx.x >= kWarpgroup) block.each_tile([&](const TileOf& tile) { block.add_shares(tile); });
+      if (threadIdx.x >= kWarpgroup) block.each_tile([&](const TileOf& tile) { block.finish(tile); });
       cluster_barrier();  // until the others have read this block's sums
     }
   }

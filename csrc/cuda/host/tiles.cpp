@@ -166,8 +166,4 @@ void start_product(const Threads& warp, std::function<void()> act) {
   if (draw() & 1) finish(first.products, first.product_group + 1);
 }
 
-void meet_for_products(const char* name, Where where, const std::function<void(const Threads&)>& act) {
-  meet(name, {kFullWarp, where}, nullptr, true, act);
-}
-
 }  // namespace burnish::host

@@ -90,10 +90,8 @@ struct WarpProduct {
   }
 };
 
-// Runs act() for the four warps' quarter that is this warp, at once or when a wait asks for it.
+// Runs act() for a warp, at once or when a wait asks for it.
 void start_product(const Threads& warp, std::function<void()> act);
-
-void meet_for_products(const char* name, Where where, const std::function<void(const Threads&)>& act);
 
 }  // namespace host
 
@@ -152,7 +150,7 @@ inline void warpgroup_commit() { ++host::here().product_group; }
 
 template <int Pending>
 void warpgroup_wait(Where where = Where::current()) {
-  host::meet_for_products("warpgroup_wait", where, [](const host::Threads& warp) {
+  host::meet("warpgroup_wait", {kFullWarp, where}, nullptr, true, [](const host::Threads& warp) {
     host::Thread& first = *warp[0];
     host::finish(first.products, first.product_group - std::min<uint64_t>(Pending, first.product_group));
     for (host::Thread* thread : warp) thread->fenced &= Pending > 0;

@@ -177,6 +177,7 @@ _TEST_CASES = (
     *(_case(18, 40, 1500, dtype) for dtype in FLOATING),
     *(_case(*edge, dtype, weight="int8") for dtype in FLOATING for edge in _INT8_EDGES),
     *(_case(*edge, values=values, weight="int8") for values in ("integers", "extreme") for edge in _INT8_EDGES[2:5]),
+    _case(66, 16, 0),
     *(_case(*_WIDE_EDGES[0], dtype) for dtype in (torch.bfloat16, torch.float16)),
     *(_case(*_WIDE_EDGES[1], dtype, "integers") for dtype in (torch.bfloat16, torch.float16)),
     *(_case(*edge, values="extreme", weight="int8") for edge in _WIDE_EDGES),
