@@ -139,6 +139,35 @@ def test_rounding_differs_by_seed_parameter_and_moment_and_by_nothing_else(spec:
     assert len({tuple(bits.tolist()) for bits in streams}) == 4
 
 
+@pytest.mark.parametrize("seed", [None, 1])
+def test_a_nan_stays_one_whatever_its_bits(seed: int | None) -> None:
+    """Each of bf16's in every tensor of a step, and one of fp32 that random bits, added to it, would carry away."""
+    names, each = ("param", "grad", "first", "second", "greatest"), 2 * 127
+    patterns = torch.cat([torch.arange(sign + 1, sign + 128) for sign in (0x7F80, 0xFF80)])
+    for name in names:
+        tensors = {other: torch.full((each + 5,), 0.5, dtype=torch.bfloat16) for other in names}
+        tensors[name][:each] = (patterns - (patterns >> 15 << 16)).to(torch.int16).view(torch.bfloat16)
+        param, grad, first, second, greatest = ([tensor] for tensor in tensors.values())
+        ops.adam_step(
+            param,
+            grad,
+            [torch.zeros(())],
+            first,
+            second,
+            greatest,
+            lr=torch.tensor(0.1, dtype=torch.float64),
+            seed=seed,
+        )
+        reached = {"grad": names, "first": ("param", "first"), "second": ("param", "second", "greatest")}
+        for other in reached.get(name, ("param", name)):
+            assert tensors[other].isnan().tolist() == [True] * each + [False] * 5, f"{name} to {other}"
+    nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    for scalars in ({"lr": nan}, {"lr": torch.tensor(0.1), "grad_scale": nan}):
+        param, grad, first, second = ([torch.full((each,), 0.5, dtype=torch.bfloat16)] for _ in range(4))
+        ops.adam_step(param, grad, [torch.zeros(())], first, second, **scalars, seed=seed)
+        assert bool(param[0].isnan().all())
+
+
 @pytest.mark.parametrize("seed", [0, 2**63 - 1])
 @pytest.mark.parametrize("tensor", [0, 2**32 - 1])
 def test_random_bits_are_the_same_in_python_and_in_cpp(seed: int, tensor: int) -> None:

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "cpu/arguments.h"
@@ -14,11 +15,12 @@
 
 namespace burnish {
 
-// A scalar of the step; `fallback` where there is none.
+// A scalar of the step; `fallback` where there is none. Of all NaN the plain one, as cpu/simd/pairs.h wants it.
 inline double scalar_value(const std::optional<Tensor>& scalar, double fallback) {
   if (!scalar.has_value()) return fallback;
-  return scalar->scalar_type() == ScalarType::Double ? *scalar->const_data_ptr<double>()
-                                                     : *scalar->const_data_ptr<float>();
+  const double value = scalar->scalar_type() == ScalarType::Double ? *scalar->const_data_ptr<double>()
+                                                                   : *scalar->const_data_ptr<float>();
+  return std::isnan(value) ? std::numeric_limits<double>::quiet_NaN() : value;
 }
 
 // A checked step with its numbers; without tensors where it is skipped.

@@ -39,17 +39,24 @@ struct AdamElement {
   BURNISH_HD static constexpr bool signed_moment(int k) { return k == 0; }
 
   template <class V>
-  BURNISH_HD static V step(const AdamScalars& c, V parameter, V gradient, V* moments) {
+  BURNISH_HD static void advance(const AdamScalars& c, V parameter, V gradient, V* moments) {
     V g = gradient * splat<V>(c.gradient);
     if constexpr (kCoupled) g = g + parameter * splat<V>(c.weight_decay);
-    const V first = moments[0] + (g - moments[0]) * splat<V>(c.take1);
-    const V second = moments[1] * splat<V>(c.beta2) + g * g * splat<V>(c.take2);
-    V spread = second;
-    if constexpr (kGreatest) moments[2] = spread = maximum(moments[2], second);
-    moments[0] = first;
-    moments[1] = second;
-    const V update = first / (square_root(spread) * splat<V>(c.inverse) + splat<V>(c.eps));
+    moments[0] = moments[0] + (g - moments[0]) * splat<V>(c.take1);
+    moments[1] = moments[1] * splat<V>(c.beta2) + g * g * splat<V>(c.take2);
+    if constexpr (kGreatest) moments[2] = maximum(moments[2], moments[1]);
+  }
+
+  template <class V>
+  BURNISH_HD static V finish(const AdamScalars& c, V parameter, V first, V root) {
+    const V update = first / (root * splat<V>(c.inverse) + splat<V>(c.eps));
     return parameter * splat<V>(c.kept) - update * splat<V>(c.step_size);
+  }
+
+  template <class V>
+  BURNISH_HD static V step(const AdamScalars& c, V parameter, V gradient, V* moments) {
+    advance(c, parameter, gradient, moments);
+    return finish(c, parameter, moments[0], square_root(moments[kMoments - 1]));
   }
 };
 

@@ -7,7 +7,9 @@
 //   static constexpr bool signed_moment(int);   whether a moment may be negative, which its 8-bit codes ask
 //   template <class V> static V step(const Scalars&, V parameter, V gradient, V* moments);
 //
-// step gives the new parameter and changes the moments in place; it scales the gradient itself. Beside what
+// step gives the new parameter and changes the moments in place; it scales the gradient itself. It may be two halves,
+// which a loop each can run: advance(scalars, parameter, gradient, moments) changes the moments, and finish(scalars,
+// parameter, first, root) gives the new parameter from the first moment and the square root of the last. Beside what
 // activation.h asks of V: square_root, and maximum, which keeps NaN.
 #pragma once
 

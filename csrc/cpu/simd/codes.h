@@ -240,6 +240,11 @@ BURNISH_INLINE void store_to(Place to, int64_t i, Vec value, int64_t count) {
   store(static_cast<fp16*>(to.data) + i, value, count);
 }
 
+// Whether the parameter has a loop of its own, after that of the moments: of the chain from a code to the parameter a
+// processor does not hold enough elements at a time to keep its divider busy.
+template <class Element>
+constexpr bool kHalves = requires { &Element::template finish<Vec>; };
+
 // The first pass of a step of half.count elements, whose codes are half.codes; scales[k] is the block's of kind k.
 template <class Element>
 void step_coded(const typename Element::Scalars& scalars, Place parameter, Place gradient, float* const* scales,
@@ -247,7 +252,7 @@ void step_coded(const typename Element::Scalars& scalars, Place parameter, Place
   constexpr int kKinds = Element::kMoments, kKept = Halfway<Element>::kKept;
   Vec scale[kKept], greatest[kKept];
   const char* from[kKept] = {};
-  for (int k = 0; k < kKinds; ++k) {
+  BURNISH_UNROLL for (int k = 0; k < kKinds; ++k) {
     scale[k] = Vec(*scales[k]);
     greatest[k] = Vec(0.0f);
     from[k] = static_cast<const char*>(half.codes[k]);
@@ -258,15 +263,26 @@ void step_coded(const typename Element::Scalars& scalars, Place parameter, Place
     BURNISH_UNROLL for (int k = 0; k < kKinds; ++k) {
       held[k] = decoded(from[k] + i, Element::signed_moment(k), scale[k], left);
     }
-    const Vec next = Element::step(scalars, load_from(parameter, i, left), load_from(gradient, i, left), held);
-    store_to(parameter, i, next, left);
+    const Vec before = load_from(parameter, i, left), slope = load_from(gradient, i, left);
+    if constexpr (kHalves<Element>) {
+      Element::advance(scalars, before, slope, held);
+    } else {
+      store_to(parameter, i, Element::step(scalars, before, slope, held), left);
+    }
     BURNISH_UNROLL for (int k = 0; k < kKinds; ++k) {
       const bool is_signed = Element::signed_moment(k);
       store(half.values[k] + i, is_signed ? held[k] : square_root(held[k]), left);
       greatest[k] = greater_bits(greatest[k], sought(held[k], is_signed, left));
     }
   }
-  for (int k = 0; k < kKinds; ++k) {
+  if constexpr (kHalves<Element>) {
+    for (int64_t i = 0; i < half.count; i += Vec::kLanes) {
+      const int64_t left = half.count - i;
+      const Vec first = load(half.values[0] + i, left), root = load(half.values[kKinds - 1] + i, left);
+      store_to(parameter, i, Element::finish(scalars, load_from(parameter, i, left), first, root), left);
+    }
+  }
+  BURNISH_UNROLL for (int k = 0; k < kKinds; ++k) {
     const CodeScale rule = scale_for(greatest[k], Element::signed_moment(k));
     *scales[k] = rule.scale;
     half.inverse[k] = rule.inverse;

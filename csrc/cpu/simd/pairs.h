@@ -1,5 +1,8 @@
 // bf16 in pairs of neighbours, a word of memory each: the floats of the even elements and those of the odd ones are one
 // instruction away, and so are the sixteen bits that round each, which a word of math/rounding.h holds likewise.
+//
+// No store of pairs looks for NaN: one that comes of bf16 by arithmetic is quiet and ends in sixteen zeros, of which no
+// sixteen bits carry; quieted() makes such ones of any.
 #pragma once
 
 #include "cpu/simd/philox.h"
@@ -29,18 +32,27 @@ BURNISH_INLINE Pairs load_pairs(const bf16* p) {
           Vec(_mm512_castsi512_ps(_mm512_and_si512(words, spread(0xffff0000u))))};
 }
 
+struct Bits {
+  Ints even, odd;  // sixteen for each element of Pairs
+};
+BURNISH_INLINE Bits bits_of(Ints words) {
+  return {_mm512_and_si512(words, spread(0xffff)), _mm512_srli_epi32(words, 16)};
+}
+
 // Of each float the upper half, after adding the bits that belong to it.
-BURNISH_INLINE void store_pairs(bf16* p, Pairs values, Ints words) {
-  const Ints even = _mm512_castps_si512(values.even.v), odd = _mm512_castps_si512(values.odd.v);
-  Ints low = _mm512_add_epi32(even, _mm512_and_si512(words, spread(0xffff)));
-  Ints high = _mm512_add_epi32(odd, _mm512_srli_epi32(words, 16));
-  if (_mm512_cmp_ps_mask(values.even.v, values.odd.v, _CMP_UNORD_Q) != 0) [[unlikely]] {
-    const __mmask16 even_nan = _mm512_cmp_ps_mask(values.even.v, values.even.v, _CMP_UNORD_Q);
-    const __mmask16 odd_nan = _mm512_cmp_ps_mask(values.odd.v, values.odd.v, _CMP_UNORD_Q);
-    low = _mm512_mask_or_epi32(low, even_nan, even, spread(0x400000));
-    high = _mm512_mask_or_epi32(high, odd_nan, odd, spread(0x400000));
-  }
-  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high));
+BURNISH_INLINE void store_pairs(bf16* p, Pairs values, Bits bits) {
+  constexpr uint64_t kLowHalves = 0x3333333333333333;
+  const Ints even = _mm512_add_epi32(_mm512_castps_si512(values.even.v), bits.even);
+  const Ints odd = _mm512_add_epi32(_mm512_castps_si512(values.odd.v), bits.odd);
+  const Ints down = _mm512_broadcast_i32x4(_mm_setr_epi32(0x0302, 0x0706, 0x0b0a, 0x0f0e));
+  _mm512_storeu_si512(p, _mm512_mask_shuffle_epi8(odd, kLowHalves, even, down));
+}
+
+BURNISH_INLINE Vec quieted(Vec value) {
+  constexpr int kOrAnd = 0xa8;  // (a | b) & c
+  const __mmask16 nan = _mm512_cmp_ps_mask(value.v, value.v, _CMP_UNORD_Q);
+  return Vec(_mm512_castsi512_ps(_mm512_mask_ternarylogic_epi32(_mm512_castps_si512(value.v), nan, spread(0x400000),
+                                                                spread(0xffff0000u), kOrAnd)));
 }
 
 // The words that round to nearest even.
@@ -56,7 +68,7 @@ BURNISH_INLINE void store_pairs(bf16* p, Pairs values) {
   const __mmask16 odd = _mm512_fpclass_ps_mask(values.odd.v, kSubnormal);
   // the instruction would flush subnormal numbers
   if (!_kortestz_mask16_u8(even, odd)) [[unlikely]]
-    return store_pairs(p, values, nearest_words(values));
+    return store_pairs(p, values, bits_of(nearest_words(values)));
   const __m512bh rounded = _mm512_cvtne2ps_pbh(values.odd.v, values.even.v);
   Ints halves;
   memcpy(&halves, &rounded, sizeof halves);
@@ -73,19 +85,18 @@ BURNISH_INLINE Pairs load_pairs(const float* p) {
           Vec(_mm512_castsi512_ps(_mm512_permutex2var_epi32(low, odd, high)))};
 }
 
-// The words at `words`, in the order of a stream.
-BURNISH_INLINE Ints stream_words(const uint32_t* words, int64_t i, uint32_t stream) {
-  const Ints own = _mm512_load_si512(words + i);
-  switch (stream) {
-    case 1:
-      return own;
-    case 2:
-      return _mm512_shuffle_epi32(own, static_cast<_MM_PERM_ENUM>(0x39));
-    case 3:
-      return _mm512_shuffle_epi32(own, static_cast<_MM_PERM_ENUM>(0x4e));
-    default:
-      return _mm512_shuffle_epi32(own, static_cast<_MM_PERM_ENUM>(0x93));
-  }
+BURNISH_INLINE Ints load_drawn(const uint32_t* p) { return _mm512_load_si512(p); }
+BURNISH_INLINE void store_drawn(uint32_t* p, Ints words) { _mm512_store_si512(p, words); }
+template <int kTurn>
+BURNISH_INLINE Ints turned(Ints a) {
+  return _mm512_shuffle_epi32(a, static_cast<_MM_PERM_ENUM>(kTurn));
+}
+BURNISH_INLINE Ints low_quads(Ints a, Ints b) { return _mm512_unpacklo_epi64(a, b); }
+BURNISH_INLINE Ints high_quads(Ints a, Ints b) { return _mm512_unpackhi_epi64(a, b); }
+
+constexpr int kRows = 4;  // of the generator, side by side
+BURNISH_INLINE Ints counted(uint32_t begin) {
+  return _mm512_add_epi32(spread(begin), _mm512_setr_epi32(0, 0, 4, 0, 1, 0, 5, 0, 2, 0, 6, 0, 3, 0, 7, 0));
 }
 
 #elif defined(__AVX2__)
@@ -96,17 +107,25 @@ BURNISH_INLINE Pairs load_pairs(const bf16* p) {
           Vec(_mm256_castsi256_ps(_mm256_and_si256(words, spread(0xffff0000u))))};
 }
 
+struct Bits {
+  Ints even, odd;  // sixteen for each element of Pairs
+};
+BURNISH_INLINE Bits bits_of(Ints words) {
+  return {_mm256_and_si256(words, spread(0xffff)), _mm256_srli_epi32(words, 16)};
+}
+
 // Of each float the upper half, after adding the bits that belong to it.
-BURNISH_INLINE void store_pairs(bf16* p, Pairs values, Ints words) {
-  const auto rounded = [](Vec value, Ints bits) __attribute__((always_inline)) {
-    const __m256 quiet = _mm256_or_ps(value.v, _mm256_castsi256_ps(spread(0x400000)));
-    const __m256 sum = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(value.v), bits));
-    return _mm256_castps_si256(_mm256_blendv_ps(sum, quiet, _mm256_cmp_ps(value.v, value.v, _CMP_UNORD_Q)));
-  };
-  const Ints low = rounded(values.even, _mm256_and_si256(words, spread(0xffff)));
-  const Ints high = rounded(values.odd, _mm256_srli_epi32(words, 16));
+BURNISH_INLINE void store_pairs(bf16* p, Pairs values, Bits bits) {
   constexpr int kOdd = 0xaa;
-  _mm256_storeu_si256(reinterpret_cast<Ints*>(p), _mm256_blend_epi16(_mm256_srli_epi32(low, 16), high, kOdd));
+  const Ints even = _mm256_add_epi32(_mm256_castps_si256(values.even.v), bits.even);
+  const Ints odd = _mm256_add_epi32(_mm256_castps_si256(values.odd.v), bits.odd);
+  _mm256_storeu_si256(reinterpret_cast<Ints*>(p), _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, kOdd));
+}
+
+BURNISH_INLINE Vec quieted(Vec value) {
+  const __m256 quiet = _mm256_or_ps(value.v, _mm256_castsi256_ps(spread(0x400000)));
+  const __m256 kept = _mm256_and_ps(quiet, _mm256_castsi256_ps(spread(0xffff0000u)));
+  return Vec(_mm256_blendv_ps(value.v, kept, _mm256_cmp_ps(value.v, value.v, _CMP_UNORD_Q)));
 }
 
 // To nearest even.
@@ -114,7 +133,7 @@ BURNISH_INLINE void store_pairs(bf16* p, Pairs values) {
   constexpr int kOdd = 0xaa;
   const Ints even = _mm256_srli_epi32(_mm256_castps_si256(values.even.v), 16);
   const Ints kept = _mm256_blend_epi16(even, _mm256_castps_si256(values.odd.v), kOdd);
-  store_pairs(p, values, _mm256_add_epi16(_mm256_and_si256(kept, spread(0x10001)), spread(0x7fff7fff)));
+  store_pairs(p, values, bits_of(_mm256_add_epi16(_mm256_and_si256(kept, spread(0x10001)), spread(0x7fff7fff))));
 }
 
 BURNISH_INLINE Pairs load_pairs(const float* p) {
@@ -123,19 +142,18 @@ BURNISH_INLINE Pairs load_pairs(const float* p) {
   return {Vec(_mm256_shuffle_ps(low, high, 0x88)), Vec(_mm256_shuffle_ps(low, high, 0xdd))};
 }
 
-// The words at `words`, in the order of a stream.
-BURNISH_INLINE Ints stream_words(const uint32_t* words, int64_t i, uint32_t stream) {
-  const Ints own = _mm256_load_si256(reinterpret_cast<const Ints*>(words + i));
-  switch (stream) {
-    case 1:
-      return own;
-    case 2:
-      return _mm256_shuffle_epi32(own, 0x39);
-    case 3:
-      return _mm256_shuffle_epi32(own, 0x4e);
-    default:
-      return _mm256_shuffle_epi32(own, 0x93);
-  }
+BURNISH_INLINE Ints load_drawn(const uint32_t* p) { return _mm256_load_si256(reinterpret_cast<const Ints*>(p)); }
+BURNISH_INLINE void store_drawn(uint32_t* p, Ints words) { _mm256_store_si256(reinterpret_cast<Ints*>(p), words); }
+template <int kTurn>
+BURNISH_INLINE Ints turned(Ints a) {
+  return _mm256_shuffle_epi32(a, kTurn);
+}
+BURNISH_INLINE Ints low_quads(Ints a, Ints b) { return _mm256_unpacklo_epi64(a, b); }
+BURNISH_INLINE Ints high_quads(Ints a, Ints b) { return _mm256_unpackhi_epi64(a, b); }
+
+constexpr int kRows = 2;  // of the generator, side by side
+BURNISH_INLINE Ints counted(uint32_t begin) {
+  return _mm256_add_epi32(spread(begin), _mm256_setr_epi32(0, 0, 2, 0, 1, 0, 3, 0));
 }
 
 #else
@@ -144,73 +162,85 @@ template <class T>
 Pairs load_pairs(const T* p) {
   return {Vec(to_float(p[0])), Vec(to_float(p[1]))};
 }
-inline void store_pairs(bf16* p, Pairs values, uint32_t word) {
-  p[0] = round_random<bf16>(values.even.v, word & 0xffffu);
-  p[1] = round_random<bf16>(values.odd.v, word >> 16);
+struct Bits {
+  uint32_t even, odd;  // sixteen for each element of Pairs
+};
+inline void store_pairs(bf16* p, Pairs values, Bits bits) {
+  p[0] = round_random<bf16>(values.even.v, bits.even);
+  p[1] = round_random<bf16>(values.odd.v, bits.odd);
 }
 inline void store_pairs(bf16* p, Pairs values) {
   p[0] = from_float<bf16>(values.even.v);
   p[1] = from_float<bf16>(values.odd.v);
 }
-inline uint32_t stream_words(const uint32_t* words, int64_t i, uint32_t stream) {
-  return words[i / kGroupWords * kGroupWords + (i + stream - 1) % kGroupWords];
-}
+inline Vec quieted(Vec value) { return value; }
 
 #endif
+
+#if defined(__AVX2__)
+
+// A stream's bits for the elements of the words from i on.
+BURNISH_INLINE Bits stream_bits(const uint32_t* words, int64_t i, uint32_t stream) {
+  const Bits own = bits_of(load_drawn(words + i));
+  switch (stream) {
+    case 1:
+      return own;
+    case 2:
+      return {turned<0x39>(own.even), turned<0x39>(own.odd)};
+    case 3:
+      return {turned<0x4e>(own.even), turned<0x4e>(own.odd)};
+    default:
+      return {turned<0x93>(own.even), turned<0x93>(own.odd)};
+  }
+}
 
 // The words of the block of a tensor that begins at element `at`.
 inline void draw(uint64_t seed, uint32_t tensor, int64_t at, uint32_t* words) {
-  constexpr int kGroups = static_cast<int>(kStateBlock / kRoundingGroup);
+  constexpr int kGroups = static_cast<int>(kStateBlock / kRoundingGroup), kCalls = Vec::kLanes / 2;  // calls of a row
   const auto begin = static_cast<uint64_t>(at / kRoundingGroup);
-  // lane 4 j + t (of 8 lanes, 2 j + t) counts group 4 t + j, so that transposing fours of words leaves the groups in
-  // order; a block's groups share the high word of their count: 2^32 is a multiple of a block's
-#if defined(__AVX512F__)
-  constexpr int kRows = kGroups / Vec::kLanes;
-  const Ints lanes = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  Ints w[kRows][4];
-  BURNISH_UNROLL for (int r = 0; r < kRows; ++r) {
-    w[r][0] = _mm512_add_epi32(spread(static_cast<uint32_t>(begin) + Vec::kLanes * r), lanes);
-    w[r][1] = spread(static_cast<uint32_t>(begin >> 32));
-    w[r][2] = spread(tensor);
-    w[r][3] = spread(1);
+  for (int g = 0; g < kGroups; g += kRows * kCalls) {
+    Ints w[kRows][4];
+    BURNISH_UNROLL for (int r = 0; r < kRows; ++r) {
+      // a block's groups share the high word of their count: 2^32 is a multiple of a block's
+      w[r][0] = counted(static_cast<uint32_t>(begin) + static_cast<uint32_t>(g + r * kCalls));
+      w[r][1] = spread(static_cast<uint32_t>(begin >> 32));
+      w[r][2] = spread(tensor);
+      w[r][3] = spread(1);
+    }
+    philox_even<kRoundingRounds>(w, seed);
+    BURNISH_UNROLL for (int r = 0; r < kRows; ++r) {
+      // call 2 t counts group t of the row, call 2 t + 1 the one half a row later: so the groups come out in order
+      uint32_t* const to = words + (g + r * kCalls) * kGroupWords;
+      const Ints first = woven(w[r][0], w[r][1]), last = woven(w[r][2], w[r][3]);
+      store_drawn(to, low_quads(first, last));
+      store_drawn(to + Vec::kLanes, high_quads(first, last));
+    }
   }
-  philox_lanes<kRoundingRounds>(w, seed);
-  BURNISH_UNROLL for (int r = 0; r < kRows; ++r) {
-    uint32_t* const to = words + r * 4 * Vec::kLanes;
-    const Ints a = _mm512_unpacklo_epi32(w[r][0], w[r][1]), b = _mm512_unpackhi_epi32(w[r][0], w[r][1]);
-    const Ints c = _mm512_unpacklo_epi32(w[r][2], w[r][3]), d = _mm512_unpackhi_epi32(w[r][2], w[r][3]);
-    _mm512_store_si512(to, _mm512_unpacklo_epi64(a, c));
-    _mm512_store_si512(to + 16, _mm512_unpackhi_epi64(a, c));
-    _mm512_store_si512(to + 32, _mm512_unpacklo_epi64(b, d));
-    _mm512_store_si512(to + 48, _mm512_unpackhi_epi64(b, d));
-  }
-#elif defined(__AVX2__)
-  const Ints lanes = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
-  for (int g = 0; g < kGroups; g += Vec::kLanes) {
-    Ints w[1][4] = {{_mm256_add_epi32(spread(static_cast<uint32_t>(begin) + static_cast<uint32_t>(g)), lanes),
-                     spread(static_cast<uint32_t>(begin >> 32)), spread(tensor), spread(1)}};
-    philox_lanes<kRoundingRounds>(w, seed);
-    const Ints a = _mm256_unpacklo_epi32(w[0][0], w[0][1]), b = _mm256_unpackhi_epi32(w[0][0], w[0][1]);
-    const Ints c = _mm256_unpacklo_epi32(w[0][2], w[0][3]), d = _mm256_unpackhi_epi32(w[0][2], w[0][3]);
-    auto* const to = reinterpret_cast<Ints*>(words + g * kGroupWords);
-    _mm256_store_si256(to, _mm256_unpacklo_epi64(a, c));
-    _mm256_store_si256(to + 1, _mm256_unpackhi_epi64(a, c));
-    _mm256_store_si256(to + 2, _mm256_unpacklo_epi64(b, d));
-    _mm256_store_si256(to + 3, _mm256_unpackhi_epi64(b, d));
-  }
-#else
-  for (int g = 0; g < kGroups; ++g) {
-    const Philox drawn = rounding_words(seed, tensor, begin + static_cast<uint64_t>(g));
-    memcpy(words + g * kGroupWords, drawn.word, sizeof drawn.word);
-  }
-#endif
 }
+
+#else
+
+inline Bits stream_bits(const uint32_t* words, int64_t i, uint32_t stream) {
+  const uint32_t word = words[i / kGroupWords * kGroupWords + (i + stream - 1) % kGroupWords];
+  return {word & 0xffffu, word >> 16};
+}
+
+inline void draw(uint64_t seed, uint32_t tensor, int64_t at, uint32_t* words) {
+  const auto begin = static_cast<uint64_t>(at / kRoundingGroup);
+  for (int64_t i = 0; i < kBlockWords; i += kGroupWords) {
+    const Philox drawn = rounding_words(seed, tensor, begin + static_cast<uint64_t>(i / kGroupWords));
+    memcpy(words + i, drawn.word, sizeof drawn.word);
+  }
+}
+
+#endif
 
 // `count` floats rounded to bf16 by a stream's bits.
 inline void round_block(const float* from, bf16* to, int64_t count, const uint32_t* words, uint32_t stream) {
   int64_t i = 0;
   for (; i + kPaired <= count; i += kPaired) {
-    store_pairs(to + i, load_pairs(from + i), stream_words(words, i / 2, stream));
+    const Pairs values = load_pairs(from + i);
+    store_pairs(to + i, {quieted(values.even), quieted(values.odd)}, stream_bits(words, i / 2, stream));
   }
   for (; i < count; ++i) to[i] = round_random<bf16>(from[i], block_bits(words, stream, i));
 }
@@ -220,14 +250,9 @@ inline void round_block(const float* from, bf16* to, int64_t count, const uint32
 template <class Element>
 void step_pairs(const typename Element::Scalars scalars, bf16* parameter, const bf16* gradient, bf16* const* moments,
                 int64_t count, const uint32_t* words) {
-  constexpr int kKinds = Element::kMoments, kKept = kKinds > 0 ? kKinds : 1;
+  constexpr int kKinds = Element::kMoments, kKept = kKinds > 0 ? kKinds : 1, kStored = 1 + kKinds;
   bf16* places[kKept] = {};
   for (int k = 0; k < kKinds; ++k) places[k] = moments[k];
-  const auto store_rounded = [words](bf16* to, Pairs values, int64_t i, uint32_t stream)
-                                 __attribute__((always_inline)) {
-                                   if (words == nullptr) return store_pairs(to, values);
-                                   store_pairs(to, values, stream_words(words, i / 2, stream));
-                                 };
   const auto step = [&](int64_t i, bf16* p, const bf16* g, bf16* const* m) __attribute__((always_inline)) {
     const Pairs before = load_pairs(p), slope = load_pairs(g);
     Vec even[kKept], odd[kKept];
@@ -238,10 +263,15 @@ void step_pairs(const typename Element::Scalars scalars, bf16* parameter, const 
     }
     const Pairs next = {Element::step(scalars, before.even, slope.even, even),
                         Element::step(scalars, before.odd, slope.odd, odd)};
-    BURNISH_UNROLL for (int k = 0; k < kKinds; ++k) {
-      store_rounded(m[k], {even[k], odd[k]}, i, static_cast<uint32_t>(2 + k));
+    if (words == nullptr) {
+      BURNISH_UNROLL for (int k = 0; k < kKinds; ++k) store_pairs(m[k], {even[k], odd[k]});
+      return store_pairs(p, next);
     }
-    store_rounded(p, next, i, 1);
+    // all bits before the first store, of which the compiler cannot know that it leaves the words alone
+    Bits bits[kStored];
+    BURNISH_UNROLL for (int k = 0; k < kStored; ++k) bits[k] = stream_bits(words, i / 2, static_cast<uint32_t>(1 + k));
+    BURNISH_UNROLL for (int k = 0; k < kKinds; ++k) store_pairs(m[k], {even[k], odd[k]}, bits[1 + k]);
+    store_pairs(p, next, bits[0]);
   };
   int64_t i = 0;
   for (; i + kPaired <= count; i += kPaired) {

@@ -13,7 +13,9 @@ BURNISH_INLINE Ints spread(uint32_t a) { return _mm512_set1_epi32(static_cast<in
 BURNISH_INLINE Ints even_products(Ints a, uint32_t b) { return _mm512_mul_epu32(a, _mm512_set1_epi64(b)); }
 BURNISH_INLINE Ints to_even(Ints a) { return _mm512_srli_epi64(a, 32); }
 BURNISH_INLINE Ints woven(Ints even, Ints odd) {
-  return _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+  constexpr __mmask16 kOdd = 0xaaaa;
+  const __m512 low = _mm512_castsi512_ps(even), high = _mm512_castsi512_ps(odd);
+  return _mm512_castps_si512(_mm512_mask_moveldup_ps(low, kOdd, high));
 }
 BURNISH_INLINE Ints xor3(Ints a, Ints b, Ints c) {
   constexpr int kXor3 = 0x96;

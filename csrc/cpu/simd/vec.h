@@ -38,8 +38,9 @@ BURNISH_INLINE Vec select(__mmask16 condition, Vec a, Vec b) { return Vec(_mm512
 // vminps and vmaxps give their second operand at NaN
 BURNISH_INLINE Vec at_most(Vec a, Vec limit) { return Vec(_mm512_min_ps(limit.v, a.v)); }
 BURNISH_INLINE Vec at_least(Vec a, Vec limit) { return Vec(_mm512_max_ps(limit.v, a.v)); }
+// a NaN comes out quiet
 BURNISH_INLINE Vec maximum(Vec a, Vec b) {
-  return Vec(_mm512_mask_mov_ps(_mm512_max_ps(a.v, b.v), _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), a.v));
+  return Vec(_mm512_mask_add_ps(_mm512_max_ps(a.v, b.v), _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), a.v, a.v));
 }
 BURNISH_INLINE Vec power_of_two(Vec shifted) {
   const __m512i bits = _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23);
@@ -126,8 +127,10 @@ BURNISH_INLINE Vec select(__m256 condition, Vec a, Vec b) { return Vec(_mm256_bl
 // vminps and vmaxps give their second operand at NaN
 BURNISH_INLINE Vec at_most(Vec a, Vec limit) { return Vec(_mm256_min_ps(limit.v, a.v)); }
 BURNISH_INLINE Vec at_least(Vec a, Vec limit) { return Vec(_mm256_max_ps(limit.v, a.v)); }
+// a NaN comes out quiet
 BURNISH_INLINE Vec maximum(Vec a, Vec b) {
-  return Vec(_mm256_blendv_ps(_mm256_max_ps(a.v, b.v), a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)));
+  const __m256 nan = _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q);
+  return Vec(_mm256_blendv_ps(_mm256_max_ps(a.v, b.v), _mm256_add_ps(a.v, a.v), nan));
 }
 BURNISH_INLINE Vec power_of_two(Vec shifted) {
   const __m256i bits = _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23);
