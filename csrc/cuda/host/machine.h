@@ -120,6 +120,7 @@ struct Thread {
   std::vector<Deferred> tile_stores{}, products{};
   uint64_t tile_group = 0, product_group = 0;  // of the next one
   uint64_t shown = 0;                          // up to when its stores are there for what goes on beside the threads
+  uint64_t shown_global = 0;                   // the same for those to global memory
   bool fenced = false;                         // its sums are ready for products
   const Clock* clock;
 };
@@ -161,7 +162,7 @@ struct Machine {
   Thread* current;
   Threads meeting;  // in a collective; kept between them for its memory only
   Barrier everyone;
-  std::unordered_map<const void*, Phases> phases;  // of the barriers in shared memory
+  std::unordered_map<const void*, Phases> phases;  // of the barriers that threads arrive at without waiting
   std::vector<std::function<void()>> arriving;     // tiles that are on their way there
   std::deque<Clock> clocks;                        // that these threads have had
   uint64_t now;                                    // ticks whenever threads meet
@@ -264,7 +265,7 @@ void copy_wait(unsigned pending, Where where);
 // The launch before this one has ended and its writes are visible.
 void dependency_wait();
 
-// For a read of shared memory by what goes on beside the threads: it sees a thread's stores once they have been shown.
+// For a read by what goes on beside the threads: it sees a thread's stores once they have been shown.
 void access_beside(const void* address, size_t bytes, Where where);
 
 // Where the block's shared memory has an address; stops for any other.
@@ -277,6 +278,10 @@ void arrived(const void* to, size_t bytes);
 
 // A tile arrives that was on its way, if any was.
 bool one_arrives();
+
+// What ptx.cuh has by these names, once in a launch.
+void grid_arrive(uint32_t* counter, Where where);
+void grid_wait(const uint32_t* counter, Where where);
 
 // One of the groups that a thread waits for, and those before it, are done.
 void finish(std::vector<Deferred>& all, uint64_t groups);

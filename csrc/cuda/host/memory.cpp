@@ -212,12 +212,18 @@ size_t shared_offset(const void* address, Where where) {
 
 void access_beside(const void* address, size_t bytes, Where where) {
   access(Access::kTileLoad, address, bytes, where);
+  const size_t offset = offset_of(address);
+  const bool shared = offset < memory().shared.size();
+  const Touch* const stores = shared ? &memory().stores[offset / kWord] : global_stores(address, false);
+  if (stores == nullptr) return;
   each_word(address, bytes, [&](size_t i, uint8_t) {
-    const Touch& store = memory().stores[offset_of(address) / kWord + i];
-    const Thread& by = machine->threads[store.thread - machine->threads[0].number];
-    if (!store.beside && by.shown <= store.time) {
+    const Touch& store = stores[i];
+    const uint32_t thread = store.thread - machine->threads[0].number;
+    if (store.beside || store.time < machine->began || thread >= machine->threads.size()) return;
+    const Thread& by = machine->threads[thread];
+    if ((shared ? by.shown : by.shown_global) <= store.time) {
       stop(where, "reads beside the threads what thread number ", by.in_block, " wrote at ", text(store.where),
-           ", without copies_see_stores");
+           ", without copies_see_", shared ? "" : "global_", "stores");
     }
   });
 }

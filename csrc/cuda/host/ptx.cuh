@@ -188,6 +188,15 @@ inline void barrier_arrive(unsigned barrier, unsigned threads, Where where = Whe
   host::barrier(barrier, threads, false, "barrier_arrive", where);
 }
 
+inline uint32_t grid_arrive(uint32_t* counter, Where where = Where::current()) {
+  host::grid_arrive(counter, where);
+  return 0;
+}
+
+inline void grid_wait(const uint32_t* counter, uint32_t, Where where = Where::current()) {
+  host::grid_wait(counter, where);
+}
+
 inline void grid_barrier(uint32_t* counter, Where where = Where::current()) {
   host::access(Access::kAtomic, counter, sizeof *counter, where);
   if (*counter << 1 != 0) host::stop(where, "grid_barrier: its counter was not zero before the launch");
