@@ -61,7 +61,7 @@ BaseTensors set_int8_base(LowRankProblem& p, const LowRankCall& call, const Tens
 template <class S>
 void start_wide(LowRankProblem p, const Tensor& x) {
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const int64_t tiles = ceil_div(p.x.rows, S::kRows) * ceil_div(p.B.rows, kWideChannels);
+  const int64_t tiles = ceil_div(p.x.rows, S::kRows) * ceil_div(p.B.rows, S::kTileChannels);
   BURNISH_CHECK(tiles < (int64_t{1} << 31), "lora_linear.native: y has ", p.x.rows, " rows of ", p.B.rows,
                 ", more than a kernel counts");
   const Tensor low = torch::stable::new_empty(x, {p.x.rows, p.rank});
@@ -69,18 +69,19 @@ void start_wide(LowRankProblem p, const Tensor& x) {
   p.counter = counters.barrier();
   const Operand s = operand_of({low, p.x.rows, p.rank, p.rank}, sizeof(typename S::T));
   const auto map = [](const Operand& of, int rows) { return wide_map(of, rows, S::kStageBytes, Swizzle::k128); };
-  const WideLoraMaps maps{map(p.x, S::kRows),
+  const WideLoraMaps maps{map(p.x, S::Ring::kXRows),
                           map(p.base, kWideChannels),
-                          map(s, S::kRows),
+                          map(s, S::Ring::kXRows),
                           map(p.B, kWideChannels),
                           map(p.x, S::kLowRows),
                           map(p.A, p.rank),
                           wide_map_of_y(p.y, p.x.rows, p.B.rows)};
   const auto kernel = lora_linear_fwd_kernel_wide<S>;
-  const int64_t places = resident_blocks(kernel, dim3(kWideBlock), S::kShared, x.get_device_index());
-  launch_cooperative(kernel, dim3(static_cast<unsigned>(std::min(tiles, places))), dim3(kWideBlock), S::kShared,
-                     current_stream(x.get_device_index()), p, static_cast<typename S::T*>(low.mutable_data_ptr()),
-                     maps);
+  const dim3 block(kWideBlock);
+  const int64_t places = resident_blocks(kernel, block, S::kShared, x.get_device_index(), S::kCluster);
+  launch_cooperative_clusters(kernel, dim3(static_cast<unsigned>(std::min(tiles * S::kCluster, places))), block,
+                              S::kCluster, S::kShared, current_stream(x.get_device_index()), p,
+                              static_cast<typename S::T*>(low.mutable_data_ptr()), maps);
 }
 
 template <class T>

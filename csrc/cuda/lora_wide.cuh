@@ -1,8 +1,9 @@
 // lora_linear for many rows on sm_90a, with a base of x's type: y^T = W x^T + bias + B s^T, s = factor (keep * x) A^T,
 // by products of whole warpgroups. s has its own warps, which work while the blocks' first tiles are multiplied.
 //
-// All blocks run at the same time. A block takes tile after tile of 128 channels by kRows rows of x, and chunk after
-// chunk of kLowRows rows of s. Its warps:
+// All blocks run at the same time. Two are a cluster and take tile after tile of 128 channels each by the same kRows
+// rows of x, of which each fetches half for both. Each also takes chunk after chunk of kLowRows rows of s. A block's
+// warps:
 //
 //   0        fetches: a stage is 64 columns of W and x; the last stage of a tile is B and s, which wait for all blocks'
 //            chunks of s; the ring runs on from tile to tile
@@ -25,7 +26,8 @@ constexpr int kMaxWideRank = 64;  // burnish/ops/lora_linear.py knows it too
 template <class T_, int kRows_>
 struct WideLora {
   using T = T_;
-  using Ring = WideRing<T, kRows_>;
+  static constexpr int kCluster = 2, kTileChannels = kCluster * kWideChannels;
+  using Ring = WideRing<T, kRows_, kCluster>;
   static constexpr int kRows = kRows_, kStageBytes = Ring::kStageBytes;
   static constexpr int kLowRows = 32, kMaxLowStages = 8;
   // shared memory behind the ring, in bytes
@@ -82,7 +84,11 @@ struct WideLoraBlock {
   // body(tile) for the block's tiles, in order.
   template <class Body>
   __device__ void each_tile(const Body& body) const {
-    each_wide_tile(p.B.rows, p.x.rows, S::kRows, 1, body);
+    each_wide_tile(p.B.rows, S::kTileChannels, p.x.rows, S::kRows, S::kCluster, body);
+  }
+
+  __device__ static int first_channel(const TileOf& tile) {
+    return tile.channel * S::kTileChannels + static_cast<int>(cluster_rank()) * kWideChannels;
   }
 
   // body(first row) for the block's chunks of s.
@@ -100,7 +106,7 @@ struct WideLoraBlock {
     RingPlace at;
     bool collected = false;
     each_tile([&](const TileOf& tile) {
-      const int row = tile.row * S::kRows, channel = tile.channel * kWideChannels;
+      const int row = tile.row * S::kRows, channel = first_channel(tile);
 #pragma unroll 1
       for (int stage = 0; stage < stages(); ++stage) {
         const int byte = stage * S::kStageBytes;
@@ -223,7 +229,7 @@ struct WideLoraBlock {
 
   // By a warpgroup: y of its channels.
   __device__ void write(const WideLoraMaps& maps, const TileOf& tile, const float (&sum)[S::kRows / 2]) const {
-    const int channel = tile.channel * kWideChannels + multiplier() * 64;
+    const int channel = first_channel(tile) + multiplier() * 64;
     float bias[2] = {};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -241,7 +247,7 @@ __global__ void __launch_bounds__(kWideBlock, 1)
   if constexpr (kHasWarpgroups) {
     const WideLoraBlock<S> block{p, low, {aligned_shared_memory<unsigned char>()}};
     if (threadIdx.x == 0) block.initialize();
-    __syncthreads();
+    cluster_barrier();
     // 3 x 128 threads have 168 registers each: those that multiply need more, with 128 sums
     if (threadIdx.x < kWarpgroup) {
       warpgroup_registers<104, false>();
@@ -259,6 +265,8 @@ __global__ void __launch_bounds__(kWideBlock, 1)
       });
       if (threadIdx.x % kWarpgroup == 0) store_tile_wait<0>();
     }
+    __syncwarp();
+    cluster_barrier();  // until the other block neither copies here nor arrives
   }
 }
 

@@ -102,7 +102,7 @@ struct WideBlock {
   // body(tile) for the block's tiles, in order.
   template <class Body>
   __device__ void each_tile(const Body& body) const {
-    each_wide_tile(p.values.rows, p.x.rows, S::kRows, splits, body);
+    each_wide_tile(p.values.rows, S::kChannels, p.x.rows, S::kRows, splits, body);
   }
 
   // By one thread.

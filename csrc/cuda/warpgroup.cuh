@@ -1,8 +1,8 @@
 // What sm_90a adds, each instruction wrapped once as in ptx.cuh: four warps that multiply tiles out of shared memory,
 // an engine that copies tiles of a matrix there and back, and barriers in shared memory that count bytes.
 //
-//   tiles        TileMap, tile_map, load_tile, store_tile, store_tile_commit, store_tile_wait, copies_see_stores,
-//                copies_see_global_stores
+//   tiles        TileMap, tile_map, load_tile, load_tile_to_all, store_tile, store_tile_commit, store_tile_wait,
+//                copies_see_stores, copies_see_global_stores
 //   barriers     TileBarrier, tile_barrier_init, _expect, _arrive, _wait, tile_barriers_ready
 //   warpgroups   shared_tile, warpgroup_mma, warpgroup_mma_sparse, warpgroup_fence, _commit, _wait, _registers
 //   warps        store_matrix_transposed
@@ -116,6 +116,16 @@ __device__ inline void tile_barrier_arrive(TileBarrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+// At the barrier in the same place of the cluster's block `rank`.
+__device__ inline void tile_barrier_arrive(TileBarrier* barrier, unsigned rank) {
+  asm volatile(
+      "{\n\t.reg .b32 there;\n\t"
+      "mapa.shared::cluster.u32 there, %0, %1;\n\t"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
 // Waits until the phase of this parity has ended; for one before the first, at once.
 __device__ inline void tile_barrier_wait(TileBarrier* barrier, unsigned parity) {
   uint32_t ended;
@@ -139,6 +149,17 @@ __device__ inline void load_tile(void* shared, const TileMap& map, int byte, int
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
           "r"(shared_address(shared)),
       "l"(&map), "r"(byte), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// The same to as many blocks of the cluster, from the first on, in the same place of each; their barriers there too.
+template <unsigned Blocks>
+__device__ inline void load_tile_to_all(void* shared, const TileMap& map, int byte, int row, TileBarrier* barrier) {
+  static_assert(Blocks >= 2 && Blocks <= 8);
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(byte), "r"(row), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>((1u << Blocks) - 1))
       : "memory");
 }
 

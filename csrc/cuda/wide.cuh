@@ -37,12 +37,13 @@ struct RingPlace {
   }
 };
 
-// body(tile) for the tiles that a block, or `splits` neighbours together, take in turn.
+// body(tile) for the tiles that a block, or `together` neighbours, take in turn.
 template <class Body>
-__device__ void each_wide_tile(int channels, int rows, int tile_rows, int splits, const Body& body) {
-  const int across = (channels - 1) / kWideChannels + 1, down = (rows - 1) / tile_rows + 1, all = across * down;
+__device__ void each_wide_tile(int channels, int tile_channels, int rows, int tile_rows, int together,
+                               const Body& body) {
+  const int across = (channels - 1) / tile_channels + 1, down = (rows - 1) / tile_rows + 1, all = across * down;
 #pragma unroll 1
-  for (int i = static_cast<int>(blockIdx.x) / splits; i < all; i += static_cast<int>(gridDim.x) / splits) {
+  for (int i = static_cast<int>(blockIdx.x) / together; i < all; i += static_cast<int>(gridDim.x) / together) {
     body(TileOf(i, across, down));
   }
 }

@@ -6,10 +6,11 @@
 namespace burnish {
 
 // In shared memory: x, W, y's places, the barriers; from kEnd on what a kernel needs besides.
-template <class T_, int kRows_>
+template <class T_, int kRows_, int kCluster_ = 1>
 struct WideRing {
   using T = T_;
   static constexpr int kRows = kRows_;
+  static constexpr int kCluster = kCluster_;  // neighbours that take the same rows of x, of which each fetches a part
   static constexpr int kStages = kRows == 256 ? 4 : 6;
   static constexpr int kStageBytes = 128;  // of a row
   static constexpr int kSteps = 4;         // instructions deep
@@ -17,7 +18,8 @@ struct WideRing {
   static constexpr int kY = kW + kStages * kWideChannels * kStageBytes;
   static constexpr int kBarriers = kY + kYPlaces;
   static constexpr int kEnd = kBarriers + 2 * kStages * static_cast<int>(sizeof(TileBarrier));
-  static constexpr unsigned kReaders = 8;  // the warps that say when a stage may be overwritten
+  static constexpr unsigned kReaders = 8 * kCluster;  // the warps that say when a stage may be overwritten
+  static constexpr int kXRows = kRows / kCluster;     // of x, fetched at a time
 
   unsigned char* shared;
 
@@ -27,7 +29,7 @@ struct WideRing {
   __device__ unsigned char* W(int slot) const { return shared + kW + slot * (kWideChannels * kStageBytes); }
   __device__ unsigned char* y() const { return shared + kY; }
 
-  // By one thread, which has to call tile_barriers_ready.
+  // By one thread, which has to call tile_barriers_ready; then the cluster has to meet, and again at the end.
   __device__ void initialize() const {
     for (int slot = 0; slot < kStages; ++slot) {
       tile_barrier_init(full(slot), 1);
@@ -44,7 +46,12 @@ struct WideRing {
     tile_barrier_wait(empty(at.slot), at.turn ^ 1);
     tile_barrier_expect(full(at.slot), (kWideChannels + kRows) * kStageBytes);
     load_tile(W(at.slot), left, of_W.byte, of_W.row, full(at.slot));
-    load_tile(x(at.slot), right, of_x.byte, of_x.row, full(at.slot));
+    if constexpr (kCluster == 1) {
+      load_tile(x(at.slot), right, of_x.byte, of_x.row, full(at.slot));
+    } else {
+      const int first = static_cast<int>(cluster_rank()) * kXRows;
+      load_tile_to_all<kCluster>(x(at.slot) + first * kStageBytes, right, of_x.byte, of_x.row + first, full(at.slot));
+    }
     at.advance(kStages);
   }
 
@@ -75,7 +82,12 @@ struct WideRing {
 
   // By each warp: what its products have read of a stage may be overwritten.
   __device__ void release(int slot) const {
-    if (threadIdx.x % 32 == 0) tile_barrier_arrive(empty(slot));
+    const unsigned lane = threadIdx.x % 32;
+    if constexpr (kCluster == 1) {
+      if (lane == 0) tile_barrier_arrive(empty(slot));
+    } else if (lane < kCluster) {
+      tile_barrier_arrive(empty(slot), lane);
+    }
   }
 };
 

@@ -162,6 +162,7 @@ struct Machine {
   Thread* current;
   Threads meeting;  // in a collective; kept between them for its memory only
   Barrier everyone;
+  std::vector<Barrier> clusters;                   // of those that run together
   std::unordered_map<const void*, Phases> phases;  // of the barriers that threads arrive at without waiting
   std::vector<std::function<void()>> arriving;     // tiles that are on their way there
   std::deque<Clock> clocks;                        // that these threads have had
@@ -193,8 +194,9 @@ void pause(Where where);
 // Waits until `count` threads have come to barrier `id` of the block, 0 for all; or only says that it has come.
 void barrier(unsigned id, unsigned count, bool waits, const char* name, Where where);
 
-// Waits for all threads of the blocks that run together: those of a cooperative launch, or else of a cluster.
-void barrier_together(const char* name, bool cooperative, Where where);
+// Waits for all threads of a cooperative launch, or of the cluster.
+void grid_barrier(Where where);
+void cluster_barrier(Where where);
 
 // An argument, and the line that passes it.
 template <class T>

@@ -139,10 +139,11 @@ void check_shared(unsigned block) {
 void* shared_memory() { return shared_of(here().block); }
 
 void* in_block(const void* shared, unsigned rank, Where where) {
-  const size_t blocks = machine->launch->cooperative ? 1 : machine->blocks.size();
-  if (rank >= blocks) stop(where, "the cluster has no block ", rank);
+  const unsigned cluster = machine->launch->cluster;
+  if (rank >= cluster) stop(where, "the cluster has no block ", rank);
   if (!in_shared(shared)) stop(where, "an access to another block's shared memory names an address outside of its own");
-  return shared_of(rank) + (static_cast<const unsigned char*>(shared) - shared_of(here().block));
+  const unsigned there = here().block / cluster * cluster + rank;
+  return shared_of(there) + (static_cast<const unsigned char*>(shared) - shared_of(here().block));
 }
 
 bool in_shared(const void* address) { return offset_of(address) < memory().shared.size(); }

@@ -202,12 +202,12 @@ inline void grid_barrier(uint32_t* counter, Where where = Where::current()) {
   if (*counter << 1 != 0) host::stop(where, "grid_barrier: its counter was not zero before the launch");
   const unsigned thread = threadIdx.x + threadIdx.y + threadIdx.z, block = blockIdx.x + blockIdx.y + blockIdx.z;
   if (thread + block == 0) *counter ^= 0x80000000u;
-  host::barrier_together("grid_barrier", true, where);
+  host::grid_barrier(where);
 }
 
-inline unsigned cluster_rank() { return host::machine->launch->cooperative ? 0 : host::here().block; }
+inline unsigned cluster_rank() { return host::here().block % host::machine->launch->cluster; }
 
-inline void cluster_barrier(Where where = Where::current()) { host::barrier_together("cluster_barrier", false, where); }
+inline void cluster_barrier(Where where = Where::current()) { host::cluster_barrier(where); }
 
 auto load_remote(const auto* shared, unsigned rank, Where where = Where::current()) {
   static_assert(sizeof *shared == 4);

@@ -122,10 +122,9 @@ void grid_wait(const uint32_t* counter, Where where) {
   wait_at(found->second, 0, "grid_wait", where);
 }
 
-void load_tile(unsigned char* to, const TileMap& map, int byte, int row, TileBarrier* barrier, Where where) {
+void load_tile(unsigned char* to, const TileMap& map, int byte, int row, TileBarrier* barrier, Where where,
+               unsigned blocks) {
   check_tile("load_tile", to, map, byte, where);
-  Phases& phases = phases_of(barrier, where);
-  access_beside(barrier, sizeof *barrier, where);
   struct Unit {
     unsigned char* to;
     const unsigned char* from;
@@ -136,20 +135,30 @@ void load_tile(unsigned char* to, const TileMap& map, int byte, int row, TileBar
     units.push_back({in_tile(to, map, r, b), from, bytes});
     each_part(from, bytes, [&](const unsigned char* part, size_t size) { access_beside(part, size, where); });
     count_tile(Access::kTileLoad, from, bytes);
-    access(Access::kTileCopy, units.back().to, kUnit, where);
   });
   const uint32_t number = here().number;
-  machine->arriving.push_back([units = std::move(units), number, &phases] {
-    for (const Unit& unit : units) {
-      std::memset(unit.to, 0, kUnit);
-      std::memcpy(unit.to, unit.from, unit.bytes);
-      arrived(unit.to, kUnit);
+  for (unsigned block = 0; block < std::max(blocks, 1u); ++block) {
+    const auto there = [&](auto* own) { return static_cast<decltype(own)>(in_block(own, block, where)); };
+    std::vector<Unit> arriving = units;
+    if (blocks > 0) {
+      for (Unit& unit : arriving) unit.to = there(unit.to);
     }
-    phases.bytes -= static_cast<int64_t>(units.size()) * kUnit;
-    phases.known.join(Clock({number}, machine->now++));
-    end_if_complete(phases);
-  });
-  if (draw() & 1) one_arrives();
+    TileBarrier* const counts = blocks > 0 ? there(barrier) : barrier;
+    Phases& phases = phases_of(counts, where);
+    access_beside(counts, sizeof *counts, where);
+    for (const Unit& unit : arriving) access(Access::kTileCopy, unit.to, kUnit, where);
+    machine->arriving.push_back([units = std::move(arriving), number, &phases] {
+      for (const Unit& unit : units) {
+        std::memset(unit.to, 0, kUnit);
+        std::memcpy(unit.to, unit.from, unit.bytes);
+        arrived(unit.to, kUnit);
+      }
+      phases.bytes -= static_cast<int64_t>(units.size()) * kUnit;
+      phases.known.join(Clock({number}, machine->now++));
+      end_if_complete(phases);
+    });
+    if (draw() & 1) one_arrives();
+  }
 }
 
 void store_tile(const TileMap& map, const unsigned char* from, int byte, int row, Where where) {

@@ -40,7 +40,8 @@ TileMap checked_map(const TileSource& from);
 void init(TileBarrier* barrier, unsigned arrivals, Where where);
 void arrive(TileBarrier* barrier, unsigned bytes, Where where);
 void wait(TileBarrier* barrier, unsigned parity, Where where);
-void load_tile(unsigned char* to, const TileMap& map, int byte, int row, TileBarrier* barrier, Where where);
+void load_tile(unsigned char* to, const TileMap& map, int byte, int row, TileBarrier* barrier, Where where,
+               unsigned blocks = 0);  // of the cluster; none for the thread's own
 void store_tile(const TileMap& map, const unsigned char* from, int byte, int row, Where where);
 
 // --- products
@@ -141,6 +142,10 @@ inline void tile_barrier_arrive(TileBarrier* barrier, Where where = Where::curre
   host::arrive(barrier, 0, where);
 }
 
+inline void tile_barrier_arrive(TileBarrier* barrier, unsigned rank, Where where = Where::current()) {
+  host::arrive(static_cast<TileBarrier*>(host::in_block(barrier, rank, where)), 0, where);
+}
+
 inline void tile_barrier_wait(TileBarrier* barrier, unsigned parity, Where where = Where::current()) {
   host::wait(barrier, parity, where);
 }
@@ -148,6 +153,13 @@ inline void tile_barrier_wait(TileBarrier* barrier, unsigned parity, Where where
 inline void load_tile(void* shared, const TileMap& map, int byte, int row, TileBarrier* barrier,
                       Where where = Where::current()) {
   host::load_tile(static_cast<unsigned char*>(shared), map, byte, row, barrier, where);
+}
+
+template <unsigned Blocks>
+void load_tile_to_all(void* shared, const TileMap& map, int byte, int row, TileBarrier* barrier,
+                      Where where = Where::current()) {
+  static_assert(Blocks >= 2 && Blocks <= 8);
+  host::load_tile(static_cast<unsigned char*>(shared), map, byte, row, barrier, where, Blocks);
 }
 
 inline void store_tile(const TileMap& map, const void* shared, int byte, int row, Where where = Where::current()) {
