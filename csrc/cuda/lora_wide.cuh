@@ -17,6 +17,7 @@
 #pragma once
 
 #include "cuda/lowrank.cuh"
+#include "cuda/warpgroup.cuh"
 #include "cuda/wide_ring.cuh"
 
 namespace burnish {

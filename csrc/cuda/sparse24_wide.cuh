@@ -19,6 +19,7 @@
 #pragma once
 
 #include "cuda/sparse24.cuh"
+#include "cuda/warpgroup.cuh"
 #include "cuda/wide.cuh"
 
 namespace burnish {

@@ -1,6 +1,7 @@
 // The ring of a dense product of wide.cuh: a stage is 64 columns, of 16 bits, of W and of x.
 #pragma once
 
+#include "cuda/warpgroup.cuh"
 #include "cuda/wide.cuh"
 
 namespace burnish {
