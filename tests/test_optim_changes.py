@@ -231,3 +231,51 @@ def test_replaced_state_goes_when_its_owner_lets_go(elements: int) -> None:
     gone = weakref.ref(optimizer.state[parameter]["exp_avg"])
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert gone() is None
+
+
+@pytest.mark.parametrize("elements", [10, 100_000])
+def test_replaced_memory_goes_at_once(elements: int) -> None:
+    """Also of what the optimizer has its own references to."""
+    parameter = nn.Parameter(torch.ones(elements))
+    optimizer = optim.AdamW([parameter])
+    parameter.grad = torch.ones(elements)
+    for _ in range(2):
+        optimizer.step()
+    for tensor in (parameter, optimizer.state[parameter]["exp_avg"]):
+        gone = weakref.ref(tensor.untyped_storage())
+        tensor.data = torch.zeros(elements)
+        assert gone() is None
+
+
+def test_modules_that_swap_parameters_may_do_so_after_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``torch.__future__`` can ask of them; no tensor is swapped that C++ has another reference to."""
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    net = nn.Linear(3, 2)
+    params = [*net.parameters()]
+    optimizer = optim.AdamW(params)
+    for step in range(4):
+        if step == 2:
+            net.bfloat16()
+        push(params, step)
+        optimizer.step()
+    assert all(one is other for one, other in zip(net.parameters(), params, strict=True))
+    assert net.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("at", [0, 2, 4])
+def test_a_parameter_in_place_of_another_is_stepped(at: int) -> None:
+    """Wherever it is in its group, and whatever the optimizer kept of the one before."""
+    both = []
+    for make in (optim.AdamW, torch.optim.AdamW):
+        params = parameters()
+        optimizer = make(params, lr=0.1)
+        for step in range(6):
+            if step == 3:
+                new = nn.Parameter(torch.ones_like(params[at]))
+                optimizer.state[new] = optimizer.state.pop(params[at])
+                params[at] = optimizer.param_groups[0]["params"][at] = new
+                optimizer.state = type(optimizer.state)(dict, {each: optimizer.state[each] for each in params})
+            push(params, step)
+            optimizer.step()
+        both.append(params)
+    torch.testing.assert_close(*both, rtol=1e-5, atol=1e-6)

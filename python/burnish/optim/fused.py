@@ -246,7 +246,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             if not of_kind(self.state[params[0]], names):
                 return []
             columns = {name: list(map(itemgetter(name), states)) for name in names}
-            self._references.hold(columns)
+            swaps = torch.__future__.get_swap_module_params_on_conversion()  # of none that C++ refers to
+            self._references.hold(columns if swaps else {**columns, "params": params})
         except (KeyError, AttributeError):
             return []
         return [(Batch(group, params, params, grads, [], 0), columns)]

@@ -6,7 +6,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -78,27 +78,33 @@ class References:
     """References of C++ to lists of small tensors that only Python refers to.
 
     A call of an op takes and drops a reference to each tensor. Where it is the only one of C++, PyTorch takes and drops
-    the tensor's Python object with it, and for that the interpreter's lock: some 50 ns a tensor and call. A large
-    tensor is worth that, and its memory should go when its owner lets go of it.
+    the tensor's Python object with it, and for that the interpreter's lock: some 50 ns a tensor and call, and for a
+    parameter once more where its version is counted on. A large tensor is worth that, and its memory should go when its
+    owner lets go of it.
     """
 
     _MOST_ELEMENTS: ClassVar[int] = 4096
 
     def __init__(self) -> None:
-        self._held: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+        self._held: dict[str, tuple[tuple[int, ...], list[Tensor]]] = {}
 
     def hold(self, columns: Mapping[str, list[Tensor]]) -> None:
-        """Refer to the tensors of ``columns``, and to no others."""
-        self._held = {name: self._views(name, column) for name, column in columns.items()}
+        """Refer to the tensors of ``columns``, and to no others.
 
-    def _views(self, name: str, column: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """A column and views of it, each of which refers to what it is of; nothing where a tensor is large."""
-        held = self._held.get(name, ([], []))
-        if len(held[0]) == len(column) and all(map(is_, held[0], column)):
-            return held
-        if any(tensor.numel() > self._MOST_ELEMENTS for tensor in column):
-            return [], []
-        return column, [tensor.view_as(tensor) for tensor in column]
+        A column with the ends of the one that is held is taken for it: a look at all of it would cost a third of what
+        is saved. A tensor that is replaced between them stays until one of them is.
+        """
+        self._held = {name: self._referring(name, column) for name, column in columns.items()}
+
+    def _referring(self, name: str, column: list[Tensor]) -> tuple[tuple[int, ...], list[Tensor]]:
+        """What tells a column from others, and views whose bases its small tensors are."""
+        ends = len(column), id(column[0]), id(column[-1])
+        if name in self._held and self._held[name][0] == ends:
+            return self._held[name]
+        views = [tensor.view_as(tensor) for tensor in column if tensor.numel() <= self._MOST_ELEMENTS]
+        for view in views:
+            view.data = view.new_empty(0)  # what the tensor's memory is, it alone says
+        return ends, views
 
 
 def same_order(a: Tensor, b: Tensor) -> bool:
