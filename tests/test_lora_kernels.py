@@ -138,6 +138,7 @@ def test_x_of_any_strides() -> None:
         ((65, 12, 64, 8), {}, "multiples of 8"),
         ((65, 16, 60, 8), {}, "multiples of 8"),
         ((65, 16, 64, 4), {}, "multiples of 8"),
+        ((65, 16, 0, 8), {}, "multiples of 8"),
         ((65, 16, 64, 8), {"base": "int8"}, "int8, the large-M kernel takes bf16 and fp16"),
     ],
 )

@@ -105,8 +105,8 @@ Tensor lora_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
   const bool quantised = format == 1, many = call.x.count > kMaxLowRankRows;
   if (many) {
     BURNISH_CHECK(!quantised && call.element == 2 && call.x.width % 8 == 0 && call.B.count % 8 == 0 &&
-                      call.A.count % 8 == 0 && call.A.count <= kMaxWideRank &&
-                      device_limits(x.get_device_index()).warpgroups,
+                      call.A.count % 8 == 0 && call.A.count <= kMaxWideRank && call.x.width > 0 && call.A.count > 0 &&
+                      call.x.count <= kMaxWideRows && device_limits(x.get_device_index()).warpgroups,
                   "lora_linear.native: more than ", kMaxLowRankRows, " rows take a weight, bf16 or fp16, on sm_90, ",
                   "with K, N and R multiples of 8 and R at most ", kMaxWideRank);
     call.align();

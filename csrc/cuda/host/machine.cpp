@@ -62,6 +62,7 @@ void thread_entry() {
     if (!here().tile_stores.empty() || !here().products.empty()) {
       stop(machine->launch->where, "ends while stores of tiles or products are under way");
     }
+    ++machine->blocks[here().block].ended;
     machine->idle = 0;
   } catch (...) {
     machine->error = std::current_exception();
@@ -122,7 +123,7 @@ void run_together(uint64_t number) {
   m.arriving.clear();
   m.clocks.assign(1, {});
   for (unsigned b = 0; b < m.blocks.size(); ++b) {
-    m.blocks[b] = {place_in(m.launch->grid, number + b), {}};
+    m.blocks[b] = {place_in(m.launch->grid, number + b), {}, 0};
     fill_shared(b);
   }
   for (unsigned i = 0; i < m.threads.size(); ++i) {

@@ -129,6 +129,7 @@ using Threads = std::vector<Thread*>;  // in ascending order
 struct Block {
   uint3 index;
   std::array<Barrier, kBarriers> barriers;
+  unsigned ended;  // of its threads
 };
 
 // The last store to a word, or the last load of it. Bytes are a bit each.
@@ -257,6 +258,7 @@ void access(Access kind, const void* address, size_t bytes, Where where);
 // The block's shared memory, and where an address in it lies in that of another block of the cluster.
 void* shared_memory();
 void* in_block(const void* shared, unsigned rank, Where where);
+bool has_ended(unsigned block);  // then its shared memory is no longer its own
 bool in_shared(const void* address);
 
 // Asynchronous copies of this thread. The bytes arrive at once or not before a wait asks for their group, as the seed

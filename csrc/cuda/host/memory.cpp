@@ -143,8 +143,11 @@ void* in_block(const void* shared, unsigned rank, Where where) {
   if (rank >= cluster) stop(where, "the cluster has no block ", rank);
   if (!in_shared(shared)) stop(where, "an access to another block's shared memory names an address outside of its own");
   const unsigned there = here().block / cluster * cluster + rank;
+  if (has_ended(there)) stop(where, "an access to the shared memory of a block that has ended");
   return shared_of(there) + (static_cast<const unsigned char*>(shared) - shared_of(here().block));
 }
+
+bool has_ended(unsigned block) { return machine->blocks[block].ended == machine->block_threads; }
 
 bool in_shared(const void* address) { return offset_of(address) < memory().shared.size(); }
 

@@ -44,6 +44,13 @@ void wait_at(Phases& phases, unsigned parity, const char* name, Where where) {
   share({&here()}, phases.published);
 }
 
+// A tile arrives beside the threads, so that none of them takes an exception: the launch ends when the next one would
+// run.
+void late(Where where) try { stop(where, "a tile arrives in a block that has ended"); } catch (...) {
+  machine->error = std::current_exception();
+  machine->ready.clear();
+}
+
 unsigned char* in_tile(unsigned char* tile, const TileMap& map, int row, int byte) {
   unsigned char* const shared = static_cast<unsigned char*>(shared_memory());
   const size_t offset = static_cast<size_t>(tile - shared) + static_cast<size_t>(row) * map.tile_bytes + byte;
@@ -147,7 +154,10 @@ void load_tile(unsigned char* to, const TileMap& map, int byte, int row, TileBar
     Phases& phases = phases_of(counts, where);
     access_beside(counts, sizeof *counts, where);
     for (const Unit& unit : arriving) access(Access::kTileCopy, unit.to, kUnit, where);
-    machine->arriving.push_back([units = std::move(arriving), number, &phases] {
+    const unsigned cluster = machine->launch->cluster, own = here().block;
+    const unsigned to_block = blocks > 0 ? own / cluster * cluster + block : own;
+    machine->arriving.push_back([units = std::move(arriving), number, &phases, to_block, where] {
+      if (has_ended(to_block)) return late(where);
       for (const Unit& unit : units) {
         std::memset(unit.to, 0, kUnit);
         std::memcpy(unit.to, unit.from, unit.bytes);

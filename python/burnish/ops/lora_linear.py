@@ -195,6 +195,8 @@ _TEST_CASES = (
     *(case_of(18, 40, 1500, 7, dtype, p=True) for dtype in FLOATING),
     *(case_of(9, 40, 48, 8, dtype, bias=torch.float32) for dtype in (torch.bfloat16, torch.float16)),
     *(case_of(7, 33, 64, 12, dtype, bias=False) for dtype in FLOATING),
+    # many rows of whole lines, which warpgroups multiply
+    *(case_of(70, 136, 128, 16, dtype, v, p=True) for dtype in FLOATING[1:] for v in ("normal", "integers")),
 )
 _BENCH_CASES = (
     *(case_of(m, 4096, 4096, 16, bias=False, p=p) for m in (128, 512) for p in (False, True)),
@@ -263,7 +265,7 @@ def supports_native(
         return supports_factors(x, A)
     if weight.element_size() != 2:
         return f"M is {m} and the weight {dtype_name(weight.dtype)}, the large-M kernel takes bf16 and fp16"
-    if any(size % 8 for size in sizes) or sizes[2] > NATIVE_WIDE_RANK:
+    if any(size % 8 or size == 0 for size in sizes) or sizes[2] > NATIVE_WIDE_RANK:
         return (
             f"M is {m} and (K, N, R) {sizes}, the large-M kernel takes multiples of 8 and ranks up to "
             f"{NATIVE_WIDE_RANK}"
