@@ -56,6 +56,8 @@ PROMISED = {
     "reduce_xor": r"REDUX\.XOR",
     "barrier_sync": r"BAR\.SYNC\S* (?!0x0 )",  # that one is __syncthreads
     "barrier_arrive": r"BAR\.ARV",
+    "grid_arrive": r"ATOMG\.E\.ADD\.STRONG\.GPU",
+    "grid_wait": r"LD\S*\.STRONG\.GPU",
     "grid_barrier": r"LD\S*\.STRONG\.GPU",
     "cluster_barrier": r"UCGABAR_ARV[\s\S]*UCGABAR_WAIT",
     "load_remote": r"\bLD\.E ",
@@ -82,10 +84,12 @@ PROMISED = {
     "mma_sparse": r"[HI]MMA\.SP\.168",
     "mma_sparse<int8_t>": r"IMMA\.SP\.16864\.S8\.S8",
     "load_tile": r"UTMALDG\.2D",
+    "load_tile_to_all": r"UTMALDG\.2D\.MULTICAST",
     "store_tile": r"UTMASTG\.2D",
     "store_tile_commit": r"UTMACMDFLUSH",
     "store_tile_wait": r"DEPBAR\.LE SB0",
     "copies_see_stores": r"FENCE\.VIEW\.ASYNC",
+    "copies_see_global_stores": r"FENCE\.VIEW\.ASYNC",
     "tile_barrier_init": r"SYNCS\.EXCH\.64",
     "tile_barriers_ready": r"SYNCS\.EXCH\.64[\s\S]*FENCE\.VIEW\.ASYNC",
     "tile_barrier_expect": r"SYNCS\.ARRIVE\.TRANS64 RZ, \[[^]]*\], (R|UR)\d",  # with a number of bytes
@@ -95,6 +99,7 @@ PROMISED = {
     "warpgroup_fence": r"WARPGROUP\.ARRIVE",
     "warpgroup_commit": r"[HI]GMMA\.[^;]*, gsb0",  # the last product of a group
     "warpgroup_wait": r"WARPGROUP\.DEPBAR\.LE gsb0",
+    "warpgroup_mma": r"HGMMA\.64x(128|256)x16",
     "warpgroup_mma_sparse": r"[HI]GMMA\.SP\.64x(128|256)x(32|64)",
     "store_matrix_transposed": r"STSM\.16\.MT88\.4",
 }
@@ -121,6 +126,8 @@ EXACT = {
 #: the same for WARPGROUP, on sm_90a
 EXACT_WARPGROUP = {
     "TileBarriers": [PROMISED[f"tile_barrier{which}"] for which in ("_init", "s_ready", "_arrive", "_wait")],
+    "LoadToAll": [PROMISED["load_tile_to_all"], r"SYNCS\.ARRIVE\.TRANS64\.RED\.A1T0"],
+    "LoadStored": [r"FENCE\.VIEW\.ASYNC[\s\S]*ATOMG\.E\.ADD\.STRONG\.GPU", r"LDG\S*\.STRONG\.GPU"],
     "TileBytes": [PROMISED[name] for name in ("load_tile", "tile_barrier_expect", "tile_barrier_arrive")],
     "Registers": [r"USETMAXREG\.DEALLOC\S* 0x28\b[\s\S]*USETMAXREG\.TRY_ALLOC\S* \S+, 0x80\b"],
     "StoreMatrix": [PROMISED["store_matrix_transposed"], r"LDSM\.16\.MT88\.4"],
@@ -142,6 +149,13 @@ PRODUCT = {
     "NS_4bf16E": r"HGMMA\.SP\.64x{}x32\.F32\.BF16 [^;]*, 0x{}, gsb0",
     "NS_4fp16E": r"HGMMA\.SP\.64x{}x32\.F32 [^;]*, 0x{}, gsb0",
     "a": r"IGMMA\.SP\.64x{}x64\.S8\.S8 [^;]*, gsb0",
+}
+EXACT_WARPGROUP |= {
+    f"DenseProduct<{kind}Li{columns // 2}E>": [
+        rf"WARPGROUP\.ARRIVE[\s\S]*HGMMA\.64x{columns}x16\.F32{type} [^;]*, gsb0[\s\S]*WARPGROUP\.DEPBAR\.LE gsb0, 0x0"
+    ]
+    for kind, type in (("NS_4bf16E", r"\.BF16"), ("NS_4fp16E", ""))
+    for columns in (128, 256)
 }
 EXACT_WARPGROUP |= {
     f"Product<{kind}Li{selector}ELi{columns // 2}ELNS_7SwizzleE{line}E>": [

@@ -100,6 +100,31 @@ def test_load_tile(run: Run, tile: str, line: int) -> None:
         assert np.array_equal(got, image(window(matrix[:, :width], tile_rows, line, byte, row), line))
 
 
+@pytest.mark.parametrize("tile_rows", [8, 128])
+def test_load_tile_to_all(run: Run, tile_rows: int) -> None:
+    """Each of two clusters: both halves for both blocks, in two rounds, the last of them past the matrix."""
+    for seed in SEEDS:
+        matrix = np.random.default_rng(seed).integers(1, 256, (4 * tile_rows - 3, 192)).astype(np.uint8)
+        y = np.zeros((4, 2, 2 * tile_rows * 128), np.uint8)
+        got = run("load_tile_to_all", matrix, y=y, how=(len(matrix), 192, 192, tile_rows, 128, 0), seed=seed)
+        for round in range(2):
+            expected = image(window(matrix, 2 * tile_rows, 128, 128, 2 * round * tile_rows), 128)
+            assert (got[:, round] == expected).all()
+
+
+def test_a_tile_of_what_another_block_stored(run: Run) -> None:
+    """By grid_arrive and grid_wait, by other threads than those that stored."""
+    for seed in SEEDS:
+        a = words(np.random.default_rng(seed), 4, 128)
+        y = np.zeros(2 * 4 * 128 + 4, np.uint32)
+        for turn in (1, 0):
+            y = run("load_stored", a, y=y, how=(4 * 32, 16, 16, 32), seed=seed)
+            stored, fetched = y[: 2 * 4 * 128].reshape(2, 4, 128)
+            assert np.array_equal(stored, a)
+            assert np.array_equal(fetched, np.roll(a, -1, 0))
+            assert y[-4] == turn << 31
+
+
 @pytest.mark.parametrize("line", LINES)
 @pytest.mark.parametrize("tile", TILES)
 def test_store_tile(run: Run, tile: str, line: int) -> None:
@@ -184,6 +209,27 @@ def multiply(run: Run, name: str, stored: np.ndarray, right: np.ndarray, c: np.n
     shared[: 64 * line] = lines_of(stored, kind, line, at[0])
     shared[64 * 128 :] = lines_of(np.ascontiguousarray(right.T), kind, 128, at[1])
     return run(name, shared, spread(c), kept, y=np.zeros_like(spread(c)), how=(add, *at), skip=6, seed=seed)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("columns", [128, 256])
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_warpgroup_mma(run: Run, kind: str, columns: int, exact: bool) -> None:
+    """Added to the sums or not, from every 32 bytes of either's lines."""
+    starts = [(a, b) for a in range(0, 128, 32) for b in range(0, 128, 32)]
+    for seed in range(2 * len(starts)):
+        draw = np.random.default_rng(seed)
+        left, right, c = operands(draw, kind, kind, 16, exact, 64, columns)
+        at, add = starts[seed // 2], seed % 2 == 0
+        if not add:
+            c[draw.random(c.shape) < 0.1] = np.nan  # what is not added to is not read
+        rows = (lines_of(left, kind, 128, at[0]), lines_of(np.ascontiguousarray(right.T), kind, 128, at[1]))
+        how = (add, *at)
+        got = run(
+            f"mma {kind} {columns}", np.concatenate(rows), spread(c), y=np.zeros_like(spread(c)), how=how, skip=6,
+            seed=seed,
+        )  # fmt: skip
+        check_product(got, spread, left, right, c if add else np.zeros_like(c), exact)
 
 
 PRODUCTS = [

@@ -1,4 +1,4 @@
-"""Planted bugs in a kernel of sm_90a's copies, barriers and products: found within sixteen schedules, and named."""
+"""Planted bugs in kernels of sm_90a's copies, barriers and products: found within sixteen schedules, and named."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from burnish import testing
 sys.path.insert(0, str(Path(__file__).parent / "emulation"))
 import planted
 
-SOURCE = Path(planted.__file__).with_name("planted_warpgroup.cu")
-BUGS = planted.bugs_of(SOURCE)
-FILE = re.escape(SOURCE.name)
+RING, PAIR = (Path(planted.__file__).with_name(f"planted_{name}.cu") for name in ("warpgroup", "pair"))
 
 
 @pytest.fixture(scope="module")
@@ -22,19 +20,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     return planted.shared_folder(tmp_path_factory, worker_id)
 
 
-@pytest.fixture(scope="module")
-def ring(folder: Path) -> planted.Planted:
-    library = planted.build_once(folder, "planted-warpgroup.so", lambda library: planted.build(SOURCE, library))
-    return planted.Planted(library, ["ring"])
+def library(folder: Path, source: Path, kernel: str) -> planted.Planted:
+    built = planted.build_once(folder, f"{source.stem}.so", lambda library: planted.build(source, library))
+    return planted.Planted(built, [kernel])
 
 
-def test_a_right_kernel_is_right_under_every_schedule(ring: planted.Planted) -> None:
+@pytest.mark.parametrize(("source", "kernel"), [(RING, "ring"), (PAIR, "pair")])
+def test_a_right_kernel_is_right_under_every_schedule(folder: Path, source: Path, kernel: str) -> None:
+    right = library(folder, source, kernel)
     for seed in range(400):
-        assert ring.call("ring", seed=seed) == (None, True)
+        assert right.call(kernel, seed=seed) == (None, True)
 
 
-THREAD = rf"block \(0, 0, 0\), thread \(\d+, 0, 0\), warp \d lane \d+, {FILE}:\d+: "
-RACE = rf", which thread number \d+ (reads|writes) at {FILE}:\d+, and nothing orders the two$"
+FILE = r"planted_(warpgroup|pair)\.cu"
+THREAD = rf"block \(\d, 0, 0\), thread \(\d+, 0, 0\), warp \d lane \d+, {FILE}:\d+: "
+RACE = rf", which (thread number \d+|another block) (reads|writes) at {FILE}:\d+, and nothing orders the two$"
 RACES = rf"{THREAD}(reads|writes) byte \d+ of shared memory{RACE}"
 UNWRITTEN = rf"{THREAD}reads byte \d+ of shared memory, which nothing has written$"
 DEADLOCK = rf"deadlock; .*wait in tile_barrier_wait at {FILE}:\d+"
@@ -68,25 +68,54 @@ FOUND = {
     "NoStoreCommit": (UNDER_WAY, True),
     "StoresUnderWay": (UNDER_WAY, False),
 }
+#: the same for a pair of blocks
+IN_ORDER = rf"{THREAD}(reads|writes) global memory{RACE}"
+FOUND_PAIR = {
+    "NotTogether": (rf"{THREAD}grid_arrive in a launch that is not cooperative$", False),
+    "NoShow": (rf"{THREAD}reads beside the threads what .*, without copies_see_global_stores$", False),
+    "NoSyncwarp": (IN_ORDER, False),
+    "NoArrive": (rf"deadlock; .*wait in grid_wait at {FILE}:\d+|{THREAD}grid_wait before any grid_arrive$", False),
+    "NoGridWait": (IN_ORDER, False),
+    "NoBarrierAtEnd": (
+        rf"{THREAD}(an access to the shared memory of|a tile arrives in) a block that has ended$",
+        False,
+    ),
+    "OwnBlockOnly": (DEADLOCK, False),
+    "HalfTheBytes": (
+        rf"{DEADLOCK}|{UNWRITTEN}|{RACES}|{THREAD}reads byte \d+ of shared memory, where a copy started at",
+        False,
+    ),
+    "GivenBackToOne": (DEADLOCK, False),
+}
 
 
-@pytest.mark.parametrize("bug", FOUND)
-def test_a_planted_bug_is_found(ring: planted.Planted, bug: str) -> None:
-    report, wrong = FOUND[bug]
-    results = [ring.call("ring", BUGS.index(bug), seed) for seed in range(testing.SCHEDULES)]
+def check(kernel: planted.Planted, name: str, source: Path, bug: str, report: str | None, wrong: bool) -> None:
+    number = planted.bugs_of(source).index(bug)
+    results = [kernel.call(name, number, seed) for seed in range(testing.SCHEDULES)]
     assert any(message is None and not right for message, right in results) == wrong
     messages = [message for message, _ in results if message]
     assert bool(messages) == (report is not None)
     for message in messages:
-        assert re.match(rf"CUDA on the CPU: ring_kernel, launched at {FILE}:\d+, block ", message), message
+        assert re.match(rf"CUDA on the CPU: {name}_kernel, launched at {FILE}:\d+, block ", message), message
         assert re.search(report or "", message), message
 
 
+@pytest.mark.parametrize("bug", FOUND)
+def test_a_planted_bug_is_found(folder: Path, bug: str) -> None:
+    check(library(folder, RING, "ring"), "ring", RING, bug, *FOUND[bug])
+
+
+@pytest.mark.parametrize("bug", FOUND_PAIR)
+def test_a_planted_bug_of_a_pair_is_found(folder: Path, bug: str) -> None:
+    check(library(folder, PAIR, "pair"), "pair", PAIR, bug, *FOUND_PAIR[bug])
+
+
 def test_every_bug_is_planted() -> None:
-    assert ["None", *FOUND] == BUGS
+    assert ["None", *FOUND] == planted.bugs_of(RING)
+    assert ["None", *FOUND_PAIR] == planted.bugs_of(PAIR)
 
 
 def test_sanitizers_see_the_kernel(folder: Path) -> None:
-    library = planted.build(SOURCE, folder / "sanitized-warpgroup.so", *planted.SANITIZE, "-O1")
+    library = planted.build(RING, folder / "sanitized-warpgroup.so", *planted.SANITIZE, "-O1")
     done = planted.run_sanitized(library, "ring", 0)
     assert (done.returncode, done.stdout, done.stderr) == (0, "(None, True)\n", "")

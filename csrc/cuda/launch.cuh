@@ -28,6 +28,7 @@ struct DeviceLimits {
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -92,16 +93,31 @@ void allow_shared(void (*kernel)(Parameters...), size_t bytes) {
 
 template <class... Parameters>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-            cudaLaunchAttribute* attribute, Parameters... arguments) {
+            std::initializer_list<cudaLaunchAttribute> attributes, Parameters... arguments) {
   allow_shared(kernel, shared_bytes);
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = attribute;
-  config.numAttrs = attribute != nullptr ? 1 : 0;
+  config.attrs = const_cast<cudaLaunchAttribute*>(attributes.begin());
+  config.numAttrs = static_cast<unsigned>(attributes.size());
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "launching a kernel");
+}
+
+inline cudaLaunchAttribute cooperative() {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  return attribute;
+}
+
+inline cudaLaunchAttribute clusters(unsigned blocks) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = blocks;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  return attribute;
 }
 
 }  // namespace detail
@@ -110,7 +126,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             Arguments... arguments) {
-  detail::launch<Parameters...>(kernel, grid, block, shared_bytes, stream, nullptr, arguments...);
+  detail::launch<Parameters...>(kernel, grid, block, shared_bytes, stream, {}, arguments...);
 }
 
 // Launches a kernel that may start while the stream's previous kernel, which calls dependents_start(), still runs; what
@@ -121,17 +137,14 @@ void launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 block, size
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
-  detail::launch<Parameters...>(kernel, grid, block, shared_bytes, stream, &attribute, arguments...);
+  detail::launch<Parameters...>(kernel, grid, block, shared_bytes, stream, {attribute}, arguments...);
 }
 
 // Launches a grid whose blocks all run at the same time, for grid_barrier: at most resident_blocks() of them.
 template <class... Parameters, class... Arguments>
 void launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                         Arguments... arguments) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
-  detail::launch<Parameters...>(kernel, grid, block, shared_bytes, stream, &attribute, arguments...);
+  detail::launch<Parameters...>(kernel, grid, block, shared_bytes, stream, {detail::cooperative()}, arguments...);
 }
 
 // Launches a grid in clusters of `cluster` blocks (a power of two, at most 8) that are neighbours along x and run at
@@ -139,18 +152,34 @@ void launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 block, si
 template <class... Parameters, class... Arguments>
 void launch_cluster(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes,
                     cudaStream_t stream, Arguments... arguments) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  detail::launch<Parameters...>(kernel, grid, block, shared_bytes, stream, &attribute, arguments...);
+  detail::launch<Parameters...>(kernel, grid, block, shared_bytes, stream, {detail::clusters(cluster)}, arguments...);
 }
 
-// How many blocks of a kernel the device runs at the same time.
+// Both: at most as many blocks as resident_blocks() says for such clusters.
+template <class... Parameters, class... Arguments>
+void launch_cooperative_clusters(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned cluster,
+                                 size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
+  detail::launch<Parameters...>(kernel, grid, block, shared_bytes, stream,
+                                {detail::cooperative(), detail::clusters(cluster)}, arguments...);
+}
+
+// How many blocks of a kernel the device runs at the same time, in clusters of as many.
 template <class... Parameters>
-int resident_blocks(void (*kernel)(Parameters...), dim3 block, size_t shared_bytes, int32_t device) {
+int resident_blocks(void (*kernel)(Parameters...), dim3 block, size_t shared_bytes, int32_t device,
+                    unsigned cluster = 1) {
   detail::allow_shared(kernel, shared_bytes);
   int each = 0;
+  if (cluster > 1) {
+    cudaLaunchAttribute attribute = detail::clusters(cluster);
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(cluster);
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    check(cudaOccupancyMaxActiveClusters(&each, kernel, &config), "counting resident clusters");
+    return each * static_cast<int>(cluster);
+  }
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, static_cast<int>(block.x * block.y * block.z),
                                                       shared_bytes),
         "counting resident blocks");

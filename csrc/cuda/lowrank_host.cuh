@@ -34,6 +34,11 @@ struct LowRankCall {
   LowRankCall(const char* op, const Tensor& input, const Tensor& down, const Tensor& up,
               const std::optional<Tensor>& offset);
 
+  // Copies x, A or B where their rows are whole units of 16 bytes but do not lie at multiples of them.
+  void align();
+  // What the kernel of lowrank.cuh asks.
+  void expect_few_rows(const char* op) const;
+
   Tensor new_result() const { return torch::stable::new_empty(input, sizes_with_last(input, B.count)); }
   LowRankProblem problem(Tensor& y, double factor) const;
 
@@ -76,10 +81,6 @@ inline LowRankCall::LowRankCall(const char* op, const Tensor& input, const Tenso
   element = input.scalar_type() == ScalarType::Float ? 4 : 2;
   BURNISH_CHECK(A.width == x.width && B.width == A.count, op, ".native: A is [", A.count, ", ", A.width, "] and B [",
                 B.count, ", ", B.width, "], expected [R, ", x.width, "] and [N, R]");
-  BURNISH_CHECK(x.count <= kMaxLowRankRows, op, ".native: x has ", x.count, " rows, expected at most ",
-                kMaxLowRankRows);
-  BURNISH_CHECK(x.count * A.count * element <= kMaxLowBytes, op, ".native: s has ", x.count, " rows of ", A.count,
-                ", expected at most ", kMaxLowBytes, " bytes");
   BURNISH_CHECK(x.width <= kMaxLowRankWidth, op, ".native: K is ", x.width, ", expected at most ", kMaxLowRankWidth);
   BURNISH_CHECK(B.count <= kMaxLowRankChannels, op, ".native: N is ", B.count, ", expected at most ",
                 kMaxLowRankChannels);
@@ -88,6 +89,17 @@ inline LowRankCall::LowRankCall(const char* op, const Tensor& input, const Tenso
     format_of(offset->scalar_type(), op, "bias");
     bias = torch::stable::contiguous(*offset);
   }
+}
+
+inline void LowRankCall::align() {
+  for (Rows* rows : {&x, &A, &B}) *rows = aligned_rows(*rows, element);
+}
+
+inline void LowRankCall::expect_few_rows(const char* op) const {
+  BURNISH_CHECK(x.count <= kMaxLowRankRows, op, ".native: x has ", x.count, " rows, expected at most ",
+                kMaxLowRankRows);
+  BURNISH_CHECK(x.count * A.count * element <= kMaxLowBytes, op, ".native: s has ", x.count, " rows of ", A.count,
+                ", expected at most ", kMaxLowBytes, " bytes");
 }
 
 inline LowRankProblem LowRankCall::problem(Tensor& y, double factor) const {

@@ -13,6 +13,7 @@ __global__ void __launch_bounds__(kThreads, 2) lowrank_linear_fwd_kernel(LowRank
 
 Tensor lowrank_linear(const Tensor& x, const Tensor& A, const Tensor& B, const std::optional<Tensor>& bias) {
   const LowRankCall call("lowrank_linear", x, A, B, bias);
+  call.expect_few_rows("lowrank_linear");
   const DeviceGuard guard(x.get_device_index());
   Tensor y = call.new_result();
   if (y.numel() == 0) return y;

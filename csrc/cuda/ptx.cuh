@@ -2,9 +2,9 @@
 //
 //   memory    load, store, load_global, store_global, load_streaming, load_coherent, copy_async*, atomic_*, draw_ticket
 //   warps     shuffle*, vote_*, ballot, reduce_*
-//   blocks    barrier_sync, barrier_arrive, grid_barrier, cluster_*, load_remote, store_remote, dependen*
-//   words     lop3, prmt, popcount, highest_bit, dp4a, pack_fp16, pack_bf16, float_from_fp16
-//   matrices  load_matrix, load_matrix_transposed, mma, mma_sparse
+//   blocks    barrier_sync, barrier_arrive, grid_barrier, grid_arrive, grid_wait, cluster_*, load_remote, store_remote,
+//   dependen* words     lop3, prmt, popcount, highest_bit, dp4a, pack_fp16, pack_bf16, float_from_fp16 matrices
+//   load_matrix, load_matrix_transposed, mma, mma_sparse
 //
 // Kernels contain no asm and no intrinsic of their own but __syncthreads and __syncwarp, so that a plain C++20
 // compiler, with host/ptx.cuh in this file's place, builds and runs them on a CPU. All instructions are of the sm_80
@@ -262,23 +262,31 @@ __device__ inline void barrier_arrive(unsigned barrier, unsigned threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// Waits for all threads of a grid that launch_cooperative started. `counter` is zero but for its upper bit, which turns
-// with every round: it needs no reset, in a kernel or after it.
+// A thread of each block of a grid that launch_cooperative started arrives, once, and whichever thread waits then knows
+// what those threads did and knew. `counter` is zero but for its upper bit, which turns with every round: it needs no
+// reset, in a kernel or after it. grid_wait takes what grid_arrive gave the block.
+__device__ inline uint32_t grid_arrive(uint32_t* counter) {
+  const bool first = blockIdx.x + blockIdx.y + blockIdx.z == 0;
+  const uint32_t others = gridDim.x * gridDim.y * gridDim.z - 1;
+  uint32_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(first ? 0x80000000u - others : 1u)
+               : "memory");
+  return before;
+}
+
+__device__ inline void grid_wait(const uint32_t* counter, uint32_t before) {
+  uint32_t now;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+  } while ((before ^ now) >> 31 == 0);
+}
+
+// Waits for all threads of such a grid.
 __device__ inline void grid_barrier(uint32_t* counter) {
   __syncthreads();
-  if (threadIdx.x + threadIdx.y + threadIdx.z == 0) {
-    constexpr uint32_t kTurn = 0x80000000u;
-    const bool first = blockIdx.x + blockIdx.y + blockIdx.z == 0;
-    const uint32_t others = gridDim.x * gridDim.y * gridDim.z - 1;
-    uint32_t before, now;
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
-                 : "=r"(before)
-                 : "l"(counter), "r"(first ? kTurn - others : 1u)
-                 : "memory");
-    do {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
-    } while (((before ^ now) & kTurn) == 0);
-  }
+  if (threadIdx.x + threadIdx.y + threadIdx.z == 0) grid_wait(counter, grid_arrive(counter));
   __syncthreads();
 }
 

@@ -13,6 +13,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/operand.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/tile_of.cuh"
 
 namespace burnish {
 
@@ -27,19 +28,6 @@ struct Sparse24Problem {
   int special_rows, special_parts;
   Format bias_format;
   Format y_format;
-};
-
-// Blocks that are neighbours share rows of x and of the weight in L2: they take the tiles of eight row tiles together.
-struct TileOf {
-  int channel, row;
-
-  __device__ TileOf(int tile, int channel_tiles, int row_tiles) {
-    constexpr int kTogether = 8;
-    const int first = tile / (kTogether * channel_tiles) * kTogether, within = tile % (kTogether * channel_tiles);
-    const int together = row_tiles - first < kTogether ? row_tiles - first : kTogether;
-    row = first + within % together;
-    channel = within / together;
-  }
 };
 
 template <class T>

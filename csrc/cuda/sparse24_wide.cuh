@@ -20,6 +20,7 @@
 
 #include "cuda/sparse24.cuh"
 #include "cuda/warpgroup.cuh"
+#include "cuda/wide.cuh"
 
 namespace burnish {
 
@@ -28,19 +29,17 @@ struct Wide24 {
   using T = T_;
   using Sum = Sum24<T>;
   static constexpr int kRows = kRows_;
-  static constexpr int kChannels = 128, kBlock = 3 * kWarpgroup;
+  static constexpr int kChannels = kWideChannels, kBlock = kWideBlock;
   static constexpr int kStages = kRows == 256 ? 4 : 6;
   static constexpr bool kSplits = kRows <= 128;                               // whether blocks may share a tile's depth
   static constexpr int kValueBytes = 64, kXBytes = 128, kMetadataBytes = 16;  // of a row in a stage, or in kTurn
   static constexpr int kTurn = kQuantised24<T> ? 1 : 2;
   static constexpr int kMetadataSlots = (kStages - 1) / kTurn + 1 + (kTurn - 1);
-  static constexpr int kOutRows = 64, kOutBytes = 128;  // of y, stored at a time by a warpgroup
-  static constexpr int kOut = kOutRows * kOutBytes;
   static constexpr int kPitch = kChannels + 4;  // of sums in the ring's place: a warp then writes to 32 different banks
   // shared memory, in bytes
   static constexpr int kX = 0, kValues = kX + kStages * kRows * kXBytes;
   static constexpr int kY = kValues + kStages * kChannels * kValueBytes;
-  static constexpr int kMetadata = kY + 2 * 2 * kOut;
+  static constexpr int kMetadata = kY + kYPlaces;
   static constexpr int kBarriers = kMetadata + kMetadataSlots * kChannels * kMetadataBytes;
   static constexpr size_t kShared = kBarriers + 2 * kStages * sizeof(TileBarrier) + kSharedAlignment;
   static_assert(kShared <= (227 << 10), "more shared memory than a block gets");
@@ -64,34 +63,23 @@ inline bool wide24_takes(const Sparse24Problem& p, const DeviceLimits& limits) {
 
 template <class S>
 WideMaps wide_maps(const Sparse24Problem& p) {
-  const auto map = [](const Operand& of, int rows, int bytes, Swizzle swizzle) {
-    return tile_map(
-        {of.data, of.rows, of.width, of.stride, static_cast<unsigned>(rows), static_cast<unsigned>(bytes), swizzle});
-  };
-  const int width = p.values.rows * 2;
-  const Operand y{static_cast<const unsigned char*>(p.y), width, p.x.rows, width, true};
-  return {map(p.values, S::kChannels, S::kValueBytes, Swizzle::k64),
-          map(p.metadata, S::kChannels, S::kMetadataBytes, Swizzle::kNone),
-          map(p.x, S::kRows, S::kXBytes, Swizzle::k128), map(y, S::kOutRows, S::kOutBytes, Swizzle::k128)};
+  return {wide_map(p.values, S::kChannels, S::kValueBytes, Swizzle::k64),
+          wide_map(p.metadata, S::kChannels, S::kMetadataBytes, Swizzle::kNone),
+          wide_map(p.x, S::kRows, S::kXBytes, Swizzle::k128), wide_map_of_y(p.y, p.x.rows, p.values.rows)};
 }
 
-// A place in the ring of stages, and how often it has come round.
+// A place in the ring, and that of the stage's metadata in theirs.
 template <class S>
-struct RingPlace {
-  int slot = 0;
-  unsigned turn = 0;  // its parity
-  int metadata = 0;   // slot of the stage's metadata
-  int part = 0;       // of the metadata's stages
+struct RingPlace24 : RingPlace {
+  int metadata = 0;  // slot
+  int part = 0;      // of the slot's stages
 
   __device__ void advance() {
     if (++part == S::kTurn) {
       part = 0;
       metadata = metadata + 1 == S::kMetadataSlots ? 0 : metadata + 1;
     }
-    if (++slot == S::kStages) {
-      slot = 0;
-      turn ^= 1;
-    }
+    RingPlace::advance(S::kStages);
   }
 };
 
@@ -112,23 +100,16 @@ struct WideBlock {
     return shared + S::kMetadata + slot * (S::kChannels * S::kMetadataBytes);
   }
 
-  __device__ int channel_tiles() const { return (p.values.rows - 1) / S::kChannels + 1; }
-  __device__ int row_tiles() const { return (p.x.rows - 1) / S::kRows + 1; }
-
   // body(tile) for the block's tiles, in order.
   template <class Body>
   __device__ void each_tile(const Body& body) const {
-    const int columns = channel_tiles(), rows = row_tiles(), all = columns * rows;
-#pragma unroll 1
-    for (int i = static_cast<int>(blockIdx.x) / splits; i < all; i += static_cast<int>(gridDim.x) / splits) {
-      body(TileOf(i, columns, rows));
-    }
+    each_wide_tile(p.values.rows, S::kChannels, p.x.rows, S::kRows, splits, body);
   }
 
   // By one thread.
   __device__ void fetch(const WideMaps& maps) const {
     constexpr unsigned kStage = S::kRows * S::kXBytes + S::kChannels * S::kValueBytes;
-    RingPlace<S> at;
+    RingPlace24<S> at;
     each_tile([&](const TileOf& tile) {
       const int row = tile.row * S::kRows, channel = tile.channel * S::kChannels;
 #pragma unroll 1
@@ -149,7 +130,7 @@ struct WideBlock {
   // By one warp. Says of each tile of rows, and of the block's depth, whether x has an infinity or a NaN there.
   __device__ void watch() const {
     const int lane = static_cast<int>(threadIdx.x % 32);
-    RingPlace<S> at;
+    RingPlace24<S> at;
     each_tile([&](const TileOf& tile) {
       uint32_t seen = 0;
 #pragma unroll 1
@@ -175,9 +156,9 @@ struct WideBlock {
   }
 
   // By a warpgroup: the sums of its 64 channels.
-  __device__ void multiply(RingPlace<S>& at, int first_channel, typename S::Sum (&sum)[S::kRows / 2]) const {
+  __device__ void multiply(RingPlace24<S>& at, int first_channel, typename S::Sum (&sum)[S::kRows / 2]) const {
     using T = typename S::T;
-    const int channel = first_channel + static_cast<int>(threadIdx.x % kWarpgroup / 32) * 16;  // the warp's
+    const int channel = first_channel + warp_channel();
     const bool speaks = threadIdx.x % 32 == 0;
     if (S::kSplits && begin >= end) {  // of a depth that ends before the block's part of it
 #pragma unroll
@@ -207,63 +188,30 @@ struct WideBlock {
     if (speaks) tile_barrier_arrive(empty(before));
   }
 
-  // Two neighbours of a column of y.
-  __device__ uint32_t packed(float low, float high) const {
-    return p.y_format == Format::kBf16 ? pack_bf16(low, high) : pack_fp16(low, high);
-  }
-
-  // By a warpgroup: y of its channels, turned in shared memory, kOutRows rows at a time.
+  // By a warpgroup: y of its channels.
   __device__ void write(const WideMaps& maps, const TileOf& tile, int first_channel,
                         const typename S::Sum (&sum)[S::kRows / 2]) const {
     using T = typename S::T;
-    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x % kWarpgroup / 32);
-    const unsigned group = threadIdx.x / kWarpgroup;  // 1 or 2: its barrier too
-    const bool speaks = threadIdx.x % kWarpgroup == 0;
-    const int channel = tile.channel * S::kChannels + first_channel, row = tile.row * S::kRows;
+    const int lane = static_cast<int>(threadIdx.x % 32), channel = tile.channel * S::kChannels + first_channel;
     float bias[2] = {}, scale[2] = {};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int own = channel + warp * 16 + lane / 4 + i * 8;
+      const int own = channel + warp_channel() + lane / 4 + i * 8;
       if (own >= p.values.rows) continue;
       if (p.bias != nullptr) bias[i] = load_as_float(p.bias, own, p.bias_format);
       if (kQuantised24<T>) scale[i] = load(p.scale + own);
     }
-#pragma unroll
-    for (int chunk = 0; chunk < S::kRows / S::kOutRows; ++chunk) {
-      unsigned char* const out = shared + S::kY + (static_cast<int>(group - 1) * 2 + chunk % 2) * S::kOut;
-      if (speaks) store_tile_wait<1>();
-      barrier_sync(group, kWarpgroup);
-#pragma unroll
-      for (int pair = 0; pair < S::kOutRows / 16; ++pair) {
-        uint32_t tiles[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {  // rows of x from 8 (i / 2) on, channels from 8 (i % 2) on
-          const int rows = chunk * S::kOutRows + pair * 16 + i / 2 * 8;
-          float z[2];
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const int own = row + rows + lane % 4 * 2 + r;
-            const float row_scale = kQuantised24<T> && own < p.x.rows ? load(p.row_scale + own) : 0.0f;
-            z[r] = finished<T>(p, sum[rows / 8 * 4 + i % 2 * 2 + r], row_scale, scale[i % 2], bias[i % 2]);
-          }
-          tiles[i] = packed(z[0], z[1]);
-        }
-        const int line = pair * 16 + lane / 16 * 8 + lane % 8, unit = warp * 2 + lane / 8 % 2;
-        store_matrix_transposed(out + line * S::kOutBytes + (unit ^ line % 8) * 16, tiles);
-      }
-      copies_see_stores();
-      barrier_sync(group, kWarpgroup);
-      if (speaks) {
-        store_tile(maps.y, out, channel * 2, row + chunk * S::kOutRows);
-        store_tile_commit();
-      }
-    }
+    const auto finish = [&](typename S::Sum total, int row, int i) {
+      const float row_scale = kQuantised24<T> && row < p.x.rows ? load(p.row_scale + row) : 0.0f;
+      return finished<T>(p, total, row_scale, scale[i], bias[i]);
+    };
+    write_wide(maps.y, shared + S::kY, tile.row * S::kRows, channel, p.y_format == Format::kBf16, sum, finish);
   }
 
   // By a warpgroup: its sums to the ring's place, for the blocks of the cluster.
   __device__ void share(int first_channel, const typename S::Sum (&sum)[S::kRows / 2]) const {
-    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x % kWarpgroup / 32);
-    auto* sums = reinterpret_cast<typename S::Sum*>(shared) + first_channel + warp * 16 + lane / 4;
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    auto* sums = reinterpret_cast<typename S::Sum*>(shared) + first_channel + warp_channel() + lane / 4;
 #pragma unroll
     for (int i = 0; i < S::kRows / 2; ++i) {
       store(sums + (i / 4 * 8 + lane % 4 * 2 + i % 2) * S::kPitch + i / 2 % 2 * 8, sum[i]);
@@ -304,8 +252,8 @@ __global__ void __launch_bounds__(S::kBlock, 1)
       }
     } else {
       warpgroup_registers<232, true>();
-      const int first_channel = (static_cast<int>(threadIdx.x) / kWarpgroup - 1) * 64;
-      RingPlace<S> at;
+      const int first_channel = multiplier() * 64;
+      RingPlace24<S> at;
       typename S::Sum sum[S::kRows / 2];
       block.each_tile([&](const TileOf& tile) {
         block.multiply(at, first_channel, sum);

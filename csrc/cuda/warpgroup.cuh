@@ -1,9 +1,10 @@
 // What sm_90a adds, each instruction wrapped once as in ptx.cuh: four warps that multiply tiles out of shared memory,
 // an engine that copies tiles of a matrix there and back, and barriers in shared memory that count bytes.
 //
-//   tiles        TileMap, tile_map, load_tile, store_tile, store_tile_commit, store_tile_wait, copies_see_stores
+//   tiles        TileMap, tile_map, load_tile, load_tile_to_all, store_tile, store_tile_commit, store_tile_wait,
+//                copies_see_stores, copies_see_global_stores
 //   barriers     TileBarrier, tile_barrier_init, _expect, _arrive, _wait, tile_barriers_ready
-//   warpgroups   shared_tile, warpgroup_mma_sparse, warpgroup_fence, _commit, _wait, _registers
+//   warpgroups   shared_tile, warpgroup_mma, warpgroup_mma_sparse, warpgroup_fence, _commit, _wait, _registers
 //   warps        store_matrix_transposed
 //
 // A kernel of these is compiled for every architecture and has a body where kHasWarpgroups; DeviceLimits::warpgroups
@@ -115,6 +116,16 @@ __device__ inline void tile_barrier_arrive(TileBarrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+// At the barrier in the same place of the cluster's block `rank`.
+__device__ inline void tile_barrier_arrive(TileBarrier* barrier, unsigned rank) {
+  asm volatile(
+      "{\n\t.reg .b32 there;\n\t"
+      "mapa.shared::cluster.u32 there, %0, %1;\n\t"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
 // Waits until the phase of this parity has ended; for one before the first, at once.
 __device__ inline void tile_barrier_wait(TileBarrier* barrier, unsigned parity) {
   uint32_t ended;
@@ -141,6 +152,17 @@ __device__ inline void load_tile(void* shared, const TileMap& map, int byte, int
       : "memory");
 }
 
+// The same to as many blocks of the cluster, from the first on, in the same place of each; their barriers there too.
+template <unsigned Blocks>
+__device__ inline void load_tile_to_all(void* shared, const TileMap& map, int byte, int row, TileBarrier* barrier) {
+  static_assert(Blocks >= 2 && Blocks <= 8);
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(byte), "r"(row), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>((1u << Blocks) - 1))
+      : "memory");
+}
+
 // Starts the copy of a tile to the matrix, where there is one.
 __device__ inline void store_tile(const TileMap& map, const void* shared, int byte, int row) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map),
@@ -159,6 +181,9 @@ __device__ inline void store_tile_wait() {
 
 // What this thread has stored in shared memory is there for copies and products that are started after a barrier.
 __device__ inline void copies_see_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The same of global memory.
+__device__ inline void copies_see_global_stores() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // --- warpgroups: all threads of the four warps together
 
@@ -214,43 +239,65 @@ __device__ inline SharedTile shared_tile(const void* start) {
   "%125, %126, %127"
 // clang-format on
 
-// NAMES and SUMS of the sums; OPERANDS names what comes after them, ADD is whether they are added to.
-#define BURNISH_WARPGROUP_MMA_SPARSE(TYPES, NAMES, SUMS, ADD, OPERANDS)                                               \
-  asm volatile("{\n\t.reg .pred adding;\n\tsetp.ne.u32 adding, " ADD ", 0;\n\twgmma.mma_async.sp.sync.aligned." TYPES \
-               " " NAMES "}, " OPERANDS ";\n\t}"                                                                      \
+// NAMES and SUMS of the sums; OPERANDS names what comes after them, ADD is whether they are added to; then the inputs
+// that come after a, b and that.
+#define BURNISH_WARPGROUP_PRODUCT(INSTRUCTION, NAMES, SUMS, ADD, OPERANDS, ...)                                       \
+  asm volatile("{\n\t.reg .pred adding;\n\tsetp.ne.u32 adding, " ADD ", 0;\n\twgmma.mma_async." INSTRUCTION " " NAMES \
+               "}, " OPERANDS ";\n\t}"                                                                                \
                : SUMS                                                                                                 \
-               : "l"(a.descriptor), "l"(b.descriptor), "r"(kept), "n"(Selector), "r"(uint32_t{add}))
+               : "l"(a.descriptor), "l"(b.descriptor), "r"(uint32_t{add})__VA_OPT__(, ) __VA_ARGS__)
 #define BURNISH_FLOAT(x) "+f"(x)
 #define BURNISH_INT32(x) "+r"(x)
-#define BURNISH_OPERANDS_64 "%64, %65, %66, %67, adding"
-#define BURNISH_OPERANDS_128 "%128, %129, %130, %131, adding"
 #define BURNISH_ROW_MAJOR ", 1, 1, 0, 0"
 
-// Starts sum[64][N] = or += a[64][K] * b[N][K]^T, N = 2 * Words, of which a thread holds what mma would give it: its
-// warp's 16 rows, sum[4 i + r] of the columns from 8 i on. K, a and `kept` are those of mma_sparse for the warp's 16
-// rows: of a's rows 32 bytes are multiplied, of b's 64.
+#define BURNISH_PRODUCT_64(TYPES)                                                                                      \
+  BURNISH_WARPGROUP_PRODUCT("sync.aligned.m64n128k16." TYPES, BURNISH_NAMES_64, BURNISH_64(BURNISH_FLOAT, sum), "%66", \
+                            "%64, %65, adding" BURNISH_ROW_MAJOR)
+#define BURNISH_PRODUCT_128(TYPES)                                                                                \
+  BURNISH_WARPGROUP_PRODUCT("sync.aligned.m64n256k16." TYPES, BURNISH_NAMES_128, BURNISH_128(BURNISH_FLOAT, sum), \
+                            "%130", "%128, %129, adding" BURNISH_ROW_MAJOR)
+
+// Starts sum[64][N] = or += a[64][16] * b[N][16]^T, N = 2 * Words, of which a thread holds what mma would give it: its
+// warp's 16 rows, sum[4 i + r] of the columns from 8 i on. Of a's and b's rows 32 bytes are multiplied.
+template <class A, int Words>
+__device__ inline void warpgroup_mma(float (&sum)[Words], SharedTile a, SharedTile b, bool add) {
+  static_assert((Words == 64 || Words == 128) && (std::is_same_v<A, bf16> || std::is_same_v<A, fp16>));
+  if constexpr (std::is_same_v<A, bf16> && Words == 64) {
+    BURNISH_PRODUCT_64("f32.bf16.bf16");
+  } else if constexpr (std::is_same_v<A, bf16>) {
+    BURNISH_PRODUCT_128("f32.bf16.bf16");
+  } else if constexpr (Words == 64) {
+    BURNISH_PRODUCT_64("f32.f16.f16");
+  } else {
+    BURNISH_PRODUCT_128("f32.f16.f16");
+  }
+}
+
+#define BURNISH_SPARSE_64(TYPES, SUM, LAYOUT)                                                               \
+  BURNISH_WARPGROUP_PRODUCT("sp.sync.aligned.m64n128" TYPES, BURNISH_NAMES_64, BURNISH_64(SUM, sum), "%66", \
+                            "%64, %65, %67, %68, adding" LAYOUT, "r"(kept), "n"(Selector))
+#define BURNISH_SPARSE_128(TYPES, SUM, LAYOUT)                                                                 \
+  BURNISH_WARPGROUP_PRODUCT("sp.sync.aligned.m64n256" TYPES, BURNISH_NAMES_128, BURNISH_128(SUM, sum), "%130", \
+                            "%128, %129, %131, %132, adding" LAYOUT, "r"(kept), "n"(Selector))
+
+// The same with a sparse a, and `kept` as mma_sparse has them for the warp's 16 rows: of a's rows 32 bytes are
+// multiplied, of b's 64.
 template <class A, int Selector = 0, class Sum, int Words>
 __device__ inline void warpgroup_mma_sparse(Sum (&sum)[Words], SharedTile a, SharedTile b, uint32_t kept, bool add) {
   static_assert(Words == 64 || Words == 128);
   static_assert(std::is_same_v<A, bf16> || std::is_same_v<A, fp16> || (std::is_same_v<A, int8_t> && Selector == 0));
   if constexpr (std::is_same_v<A, bf16> && Words == 64) {
-    BURNISH_WARPGROUP_MMA_SPARSE("m64n128k32.f32.bf16.bf16", BURNISH_NAMES_64, BURNISH_64(BURNISH_FLOAT, sum), "%68",
-                                 BURNISH_OPERANDS_64 BURNISH_ROW_MAJOR);
+    BURNISH_SPARSE_64("k32.f32.bf16.bf16", BURNISH_FLOAT, BURNISH_ROW_MAJOR);
   } else if constexpr (std::is_same_v<A, bf16>) {
-    BURNISH_WARPGROUP_MMA_SPARSE("m64n256k32.f32.bf16.bf16", BURNISH_NAMES_128, BURNISH_128(BURNISH_FLOAT, sum), "%132",
-                                 BURNISH_OPERANDS_128 BURNISH_ROW_MAJOR);
+    BURNISH_SPARSE_128("k32.f32.bf16.bf16", BURNISH_FLOAT, BURNISH_ROW_MAJOR);
   } else if constexpr (std::is_same_v<A, fp16> && Words == 64) {
-    BURNISH_WARPGROUP_MMA_SPARSE("m64n128k32.f32.f16.f16", BURNISH_NAMES_64, BURNISH_64(BURNISH_FLOAT, sum), "%68",
-                                 BURNISH_OPERANDS_64 BURNISH_ROW_MAJOR);
+    BURNISH_SPARSE_64("k32.f32.f16.f16", BURNISH_FLOAT, BURNISH_ROW_MAJOR);
   } else if constexpr (std::is_same_v<A, fp16>) {
-    BURNISH_WARPGROUP_MMA_SPARSE("m64n256k32.f32.f16.f16", BURNISH_NAMES_128, BURNISH_128(BURNISH_FLOAT, sum), "%132",
-                                 BURNISH_OPERANDS_128 BURNISH_ROW_MAJOR);
+    BURNISH_SPARSE_128("k32.f32.f16.f16", BURNISH_FLOAT, BURNISH_ROW_MAJOR);
   } else if constexpr (Words == 64) {
-    BURNISH_WARPGROUP_MMA_SPARSE("m64n128k64.s32.s8.s8", BURNISH_NAMES_64, BURNISH_64(BURNISH_INT32, sum), "%68",
-                                 BURNISH_OPERANDS_64);
+    BURNISH_SPARSE_64("k64.s32.s8.s8", BURNISH_INT32, "");
   } else {
-    BURNISH_WARPGROUP_MMA_SPARSE("m64n256k64.s32.s8.s8", BURNISH_NAMES_128, BURNISH_128(BURNISH_INT32, sum), "%132",
-                                 BURNISH_OPERANDS_128);
+    BURNISH_SPARSE_128("k64.s32.s8.s8", BURNISH_INT32, "");
   }
 }
 
@@ -260,12 +307,14 @@ __device__ inline void warpgroup_mma_sparse(Sum (&sum)[Words], SharedTile a, Sha
 #undef BURNISH_128
 #undef BURNISH_NAMES_64
 #undef BURNISH_NAMES_128
-#undef BURNISH_WARPGROUP_MMA_SPARSE
+#undef BURNISH_WARPGROUP_PRODUCT
 #undef BURNISH_FLOAT
 #undef BURNISH_INT32
-#undef BURNISH_OPERANDS_64
-#undef BURNISH_OPERANDS_128
 #undef BURNISH_ROW_MAJOR
+#undef BURNISH_PRODUCT_64
+#undef BURNISH_PRODUCT_128
+#undef BURNISH_SPARSE_64
+#undef BURNISH_SPARSE_128
 
 // --- warps
 

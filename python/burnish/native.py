@@ -26,6 +26,11 @@ def emulating() -> bool:
     return os.environ.get("BURNISH_EMULATE_CUDA") == "1"
 
 
+def warpgroups(device: torch.device) -> bool:
+    """Whether the kernels of csrc/cuda/warpgroup.cuh run on a GPU, or on the CPU in its place."""
+    return emulating() or (torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0))
+
+
 #: the library with the CUDA C++ kernels that this process may load
 CUDA_LIBRARY = "_emulated.so" if emulating() else "_cuda.so"
 if emulating():

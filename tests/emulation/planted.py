@@ -79,7 +79,7 @@ class Planted:
     def run(self, kernel: str, bug: int = 0, seed: int = 0) -> tuple[str | None, np.ndarray, np.ndarray]:
         """One run: the message that stopped it, its result, and the right one."""
         a, b, expected = self._problems[kernel]
-        y, scratch = _on_sector(np.zeros_like(expected)), np.zeros(64, np.int32)
+        y, scratch = _on_sector(np.zeros_like(expected)), _on_sector(np.zeros(64, np.int32))
         message = self._library.run_planted(
             kernel.encode(), bug, ctypes.c_uint64(seed), *map(_data, (a, b, y, scratch))
         )
@@ -88,7 +88,7 @@ class Planted:
     def count(self, kernel: str, seed: int = 0) -> str:
         """The counters of one run, as JSON."""
         a, b, expected = self._problems[kernel]
-        y, scratch = _on_sector(np.zeros_like(expected)), np.zeros(64, np.int32)
+        y, scratch = _on_sector(np.zeros_like(expected)), _on_sector(np.zeros(64, np.int32))
         call = self._library.count_planted
         return call(kernel.encode(), ctypes.c_uint64(seed), *map(_data, (a, b, y, scratch))).decode()
 
@@ -105,6 +105,13 @@ def problem(kernel: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         kept = x.reshape(256, -1, 4)[..., 1:3].reshape(256, -1)
         operands = (_on_sector((each.view(np.uint32) >> 16).astype(np.uint16)) for each in (x, values))
         return *operands, (kept @ values.T).astype(np.float16)
+    if kernel == "pair":
+        words = draw.integers(0, 2**31, 64).astype(np.uint32)
+        blocks = [
+            [2 * (block // 2) + rank + 2 * turn + 1 for rank in range(2)] for block in range(4) for turn in range(2)
+        ]
+        fetched = words.reshape(4, 16)[np.array(blocks) % 4] + np.uint32(1)
+        return _on_sector(words), words, np.append(fetched, np.uint32(1 << 31))
     x = draw.integers(-(2**31), 2**31, {"copy": 1024, "sum": 512}.get(kernel, 256)).astype(np.int32)
     if kernel == "reverse":
         expected = x.reshape(4, 64)[:, ::-1]

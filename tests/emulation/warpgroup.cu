@@ -78,6 +78,69 @@ struct StoreTile {
   }
 };
 
+// Two blocks fetch half of a tile each, for both, in two rounds; a warp of each block says to both when the first has
+// been copied out. y: what each block got, in each round.
+struct LoadToAll {
+  static constexpr Swizzle kLines = Swizzle::k128;
+  static const void* matrix(const Data& d) { return d.a; }
+  static __device__ void run(const Task& task, unsigned char* shared, int thread) {
+    const int half = task.how.tile_rows * static_cast<int>(kLines), rank = static_cast<int>(cluster_rank());
+    TileBarrier *const full = barrier_at(shared, 0), *const empty = barrier_at(shared, 1);
+    if (thread == 0) {
+      tile_barrier_init(full, 1);
+      tile_barrier_init(empty, 2);
+      tile_barriers_ready();
+    }
+    cluster_barrier();
+    for (int round = 0; round < 2; ++round) {
+      if (thread == 0) {
+        tile_barrier_wait(empty, static_cast<unsigned>(round) ^ 1);
+        tile_barrier_expect(full, static_cast<unsigned>(2 * half));
+        load_tile_to_all<2>(shared + rank * half, task.map, task.how.byte,
+                            task.how.row + (2 * round + rank) * task.how.tile_rows, full);
+      }
+      tile_barrier_wait(full, static_cast<unsigned>(round));
+      copy_out(task.data.y + (static_cast<int>(blockIdx.x) * 2 + round) * (half / 2), shared, 2 * half);
+      __syncthreads();
+      if (thread >= 32 && thread < 34) tile_barrier_arrive(empty, static_cast<unsigned>(thread - 32));
+    }
+    cluster_barrier();
+  }
+};
+
+// What a thread of one block has stored in global memory, fetched by one of another once all blocks have arrived.
+// y: the words that were stored, those that were fetched, the counter.
+struct LoadStored {
+  static constexpr Swizzle kLines = Swizzle::kNone;
+  static const void* matrix(const Data& d) { return d.y; }
+  static __device__ void run(const Task& task, unsigned char* shared, int thread) {
+    const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x), bytes = kWarpgroup * 4;
+    uint32_t* const counter = task.data.y + 2 * blocks * kWarpgroup;
+    TileBarrier *const arrived = barrier_at(shared, 0), *const full = barrier_at(shared, 1);
+    auto* const before = reinterpret_cast<uint32_t*>(shared + kMostShared) - 1;
+    if (thread == 0) {
+      tile_barrier_init(arrived, 1);
+      tile_barrier_init(full, 1);
+      tile_barriers_ready();
+    }
+    store(task.data.y + block * kWarpgroup + thread, load(task.data.a + block * kWarpgroup + thread));
+    copies_see_global_stores();
+    __syncthreads();
+    if (thread == 0) {
+      store(before, grid_arrive(counter));
+      tile_barrier_arrive(arrived);
+    } else if (thread == 32) {
+      tile_barrier_wait(arrived, 0);
+      grid_wait(counter, load(before));
+      copies_see_global_stores();
+      tile_barrier_expect(full, static_cast<unsigned>(bytes));
+      load_tile(shared, task.map, 0, (block + 1) % blocks * task.how.tile_rows, full);
+    }
+    tile_barrier_wait(full, 0);
+    copy_out(task.data.y + (blocks + block) * kWarpgroup, shared, bytes);
+  }
+};
+
 // --- barriers
 
 // Warps 0 and 1 hand rounds of 64 words to warps 2 and 3, which store them backwards; a lane of each warp arrives for
@@ -146,6 +209,28 @@ struct TileBytes {
 
 // --- products
 
+// a: 64 lines of 128 bytes, as they lie, then Words * 2 such lines; b: the sums that a thread begins with.
+template <class A, int Words>
+struct DenseProduct {
+  static constexpr int kA = 64 * 128, kB = Words * 2 * 128;
+  static __device__ void run(const Task& task, unsigned char* shared, int thread) {
+    const Data& d = task.data;
+    copy_in(shared, d.a, kA + kB);
+    copies_see_stores();
+    __syncthreads();
+    float sum[Words];
+    const auto* from = reinterpret_cast<const float*>(d.b) + thread * Words;
+    for (int i = 0; i < Words; ++i) sum[i] = load(from + i);
+    warpgroup_fence();
+    warpgroup_mma<A>(sum, shared_tile<Swizzle::k128>(shared + task.how.a),
+                     shared_tile<Swizzle::k128>(shared + kA + task.how.b), task.how.add != 0);
+    warpgroup_commit();
+    warpgroup_wait<0>();
+    auto* to = reinterpret_cast<float*>(d.y) + thread * Words;
+    for (int i = 0; i < Words; ++i) store(to + i, sum[i]);
+  }
+};
+
 // a: 64 lines of 64 or 128 bytes, as they lie, then from 8192 on Words * 2 lines of 128; b: the sums that a thread
 // begins with; c: its metadata.
 template <class A, int Selector, int Words, Swizzle kValues>
@@ -204,7 +289,9 @@ namespace {
 
 using Start = void (*)(const Data&, const How&);
 
-template <class Body>
+enum class Blocks { kOne, kClusters, kTogether };
+
+template <class Body, Blocks kBlocks = Blocks::kOne>
 void start(const Data& data, const How& how) {
   Task task{data, how, {}};
   if constexpr (requires { Body::kLines; }) {
@@ -212,7 +299,14 @@ void start(const Data& data, const How& how) {
                          static_cast<unsigned>(Body::kLines), Body::kLines});
   }
   constexpr size_t kShared = kMostShared + 2 * sizeof(TileBarrier) + kSharedAlignment;
-  launch(warpgroup_kernel<Body>, dim3(1), dim3(kWarpgroup), kShared, nullptr, task);
+  const dim3 block(kWarpgroup);
+  if constexpr (kBlocks == Blocks::kOne) launch(warpgroup_kernel<Body>, dim3(1), block, kShared, nullptr, task);
+  if constexpr (kBlocks == Blocks::kClusters) {
+    launch_cluster(warpgroup_kernel<Body>, dim3(4), block, 2, kShared, nullptr, task);
+  }
+  if constexpr (kBlocks == Blocks::kTogether) {
+    launch_cooperative_clusters(warpgroup_kernel<Body>, dim3(4), block, 2, kShared, nullptr, task);
+  }
 }
 
 const std::map<std::string, Start> kInstructions = {
@@ -222,10 +316,16 @@ const std::map<std::string, Start> kInstructions = {
     {"store_tile 16", start<StoreTile<Swizzle::kNone>>},
     {"store_tile 64", start<StoreTile<Swizzle::k64>>},
     {"store_tile 128", start<StoreTile<Swizzle::k128>>},
+    {"load_tile_to_all", start<LoadToAll, Blocks::kClusters>},
+    {"load_stored", start<LoadStored, Blocks::kTogether>},
     {"tile_barriers", start<TileBarriers>},
     {"tile_bytes", start<TileBytes>},
     {"registers", start<Registers>},
     {"store_matrix_transposed", start<StoreMatrix>},
+    {"mma bf16 128", start<DenseProduct<bf16, 64>>},
+    {"mma bf16 256", start<DenseProduct<bf16, 128>>},
+    {"mma fp16 128", start<DenseProduct<fp16, 64>>},
+    {"mma fp16 256", start<DenseProduct<fp16, 128>>},
     {"mma_sparse bf16 0 128 64", start<Product<bf16, 0, 64, Swizzle::k64>>},
     {"mma_sparse bf16 1 128 64", start<Product<bf16, 1, 64, Swizzle::k64>>},
     {"mma_sparse bf16 0 256 64", start<Product<bf16, 0, 128, Swizzle::k64>>},

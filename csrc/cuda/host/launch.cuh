@@ -81,11 +81,15 @@ void launch_cluster(auto kernel, Grid grid, dim3 block, unsigned cluster, auto..
   launch_as({.cluster = cluster}, kernel, grid, block, rest...);
 }
 
-int resident_blocks(auto /*kernel*/, dim3 block, size_t shared_bytes, int32_t device) {
+void launch_cooperative_clusters(auto kernel, Grid grid, dim3 block, unsigned cluster, auto... rest) {
+  launch_as({.cluster = cluster, .cooperative = true}, kernel, grid, block, rest...);
+}
+
+int resident_blocks(auto /*kernel*/, dim3 block, size_t shared_bytes, int32_t device, unsigned cluster = 1) {
   const DeviceLimits limits = device_limits(device);
   const uint64_t threads = host::volume(block);
   const uint64_t each = std::min<uint64_t>({32, 2048 / threads, limits.shared_memory / (shared_bytes + 1024)});
-  return static_cast<int>(std::min(each * limits.multiprocessors, host::kMaxTogether / threads));
+  return static_cast<int>(std::min(each * limits.multiprocessors, host::kMaxTogether / threads) / cluster * cluster);
 }
 
 }  // namespace burnish

@@ -62,6 +62,7 @@ void thread_entry() {
     if (!here().tile_stores.empty() || !here().products.empty()) {
       stop(machine->launch->where, "ends while stores of tiles or products are under way");
     }
+    ++machine->blocks[here().block].ended;
     machine->idle = 0;
   } catch (...) {
     machine->error = std::current_exception();
@@ -115,13 +116,14 @@ void run_together(uint64_t number) {
   Machine& m = *machine;
   m.began = ++m.now;
   m.everyone = {};
+  m.clusters.assign(m.blocks.size() / m.launch->cluster, {});
   m.idle = 0;
   m.ready.clear();
   m.phases.clear();
   m.arriving.clear();
   m.clocks.assign(1, {});
   for (unsigned b = 0; b < m.blocks.size(); ++b) {
-    m.blocks[b] = {place_in(m.launch->grid, number + b), {}};
+    m.blocks[b] = {place_in(m.launch->grid, number + b), {}, 0};
     fill_shared(b);
   }
   for (unsigned i = 0; i < m.threads.size(); ++i) {
@@ -162,7 +164,8 @@ void run(const Launch& launch) {
   const uint64_t together = launch.cooperative ? blocks : launch.cluster;
   if (threads == 0 || threads > kMaxBlockThreads || launch.block.z > 64 || blocks == 0 || launch.grid.y > 65535 ||
       launch.grid.z > 65535 || launch.grid.x > 0x7fffffffu || launch.shared_bytes > kMaxSharedBytes || together == 0 ||
-      (together < blocks && (together > 16 || launch.grid.x % together != 0)) || threads * together > kMaxTogether) {
+      launch.cluster == 0 || launch.cluster > 16 || launch.grid.x % launch.cluster != 0 ||
+      threads * together > kMaxTogether) {
     stop_launch(say("no GPU takes this launch: ", blocks, " blocks of ", threads, " threads, ", together,
                     " of them together, ", launch.shared_bytes, " bytes of shared memory"));
   }
@@ -205,11 +208,16 @@ void barrier(unsigned id, unsigned count, bool waits, const char* name, Where wh
   come(machine->blocks[here().block].barriers[id], block, count, waits, name, where);
 }
 
-void barrier_together(const char* name, bool cooperative, Where where) {
-  if (machine->launch->cooperative != cooperative) {
-    stop(where, name, " in a launch that is ", cooperative ? "not " : "", "cooperative");
-  }
-  come(machine->everyone, machine->threads, 0, true, name, where);
+void grid_barrier(Where where) {
+  if (!machine->launch->cooperative) stop(where, "grid_barrier in a launch that is not cooperative");
+  come(machine->everyone, machine->threads, 0, true, "grid_barrier", where);
+}
+
+void cluster_barrier(Where where) {
+  const unsigned cluster = here().block / machine->launch->cluster;
+  const size_t threads = size_t{machine->block_threads} * machine->launch->cluster;
+  const std::span mine = std::span(machine->threads).subspan(cluster * threads, threads);
+  come(machine->clusters[cluster], mine, 0, true, "cluster_barrier", where);
 }
 
 void meet(const char* name, Mask mask, void* brought, bool aligned, const std::function<void(const Threads&)>& act) {

@@ -120,6 +120,7 @@ struct Thread {
   std::vector<Deferred> tile_stores{}, products{};
   uint64_t tile_group = 0, product_group = 0;  // of the next one
   uint64_t shown = 0;                          // up to when its stores are there for what goes on beside the threads
+  uint64_t shown_global = 0;                   // the same for those to global memory
   bool fenced = false;                         // its sums are ready for products
   const Clock* clock;
 };
@@ -128,6 +129,7 @@ using Threads = std::vector<Thread*>;  // in ascending order
 struct Block {
   uint3 index;
   std::array<Barrier, kBarriers> barriers;
+  unsigned ended;  // of its threads
 };
 
 // The last store to a word, or the last load of it. Bytes are a bit each.
@@ -161,7 +163,8 @@ struct Machine {
   Thread* current;
   Threads meeting;  // in a collective; kept between them for its memory only
   Barrier everyone;
-  std::unordered_map<const void*, Phases> phases;  // of the barriers in shared memory
+  std::vector<Barrier> clusters;                   // of those that run together
+  std::unordered_map<const void*, Phases> phases;  // of the barriers that threads arrive at without waiting
   std::vector<std::function<void()>> arriving;     // tiles that are on their way there
   std::deque<Clock> clocks;                        // that these threads have had
   uint64_t now;                                    // ticks whenever threads meet
@@ -192,8 +195,9 @@ void pause(Where where);
 // Waits until `count` threads have come to barrier `id` of the block, 0 for all; or only says that it has come.
 void barrier(unsigned id, unsigned count, bool waits, const char* name, Where where);
 
-// Waits for all threads of the blocks that run together: those of a cooperative launch, or else of a cluster.
-void barrier_together(const char* name, bool cooperative, Where where);
+// Waits for all threads of a cooperative launch, or of the cluster.
+void grid_barrier(Where where);
+void cluster_barrier(Where where);
 
 // An argument, and the line that passes it.
 template <class T>
@@ -254,6 +258,7 @@ void access(Access kind, const void* address, size_t bytes, Where where);
 // The block's shared memory, and where an address in it lies in that of another block of the cluster.
 void* shared_memory();
 void* in_block(const void* shared, unsigned rank, Where where);
+bool has_ended(unsigned block);  // then its shared memory is no longer its own
 bool in_shared(const void* address);
 
 // Asynchronous copies of this thread. The bytes arrive at once or not before a wait asks for their group, as the seed
@@ -264,7 +269,7 @@ void copy_wait(unsigned pending, Where where);
 // The launch before this one has ended and its writes are visible.
 void dependency_wait();
 
-// For a read of shared memory by what goes on beside the threads: it sees a thread's stores once they have been shown.
+// For a read by what goes on beside the threads: it sees a thread's stores once they have been shown.
 void access_beside(const void* address, size_t bytes, Where where);
 
 // Where the block's shared memory has an address; stops for any other.
@@ -277,6 +282,10 @@ void arrived(const void* to, size_t bytes);
 
 // A tile arrives that was on its way, if any was.
 bool one_arrives();
+
+// What ptx.cuh has by these names, once in a launch.
+void grid_arrive(uint32_t* counter, Where where);
+void grid_wait(const uint32_t* counter, Where where);
 
 // One of the groups that a thread waits for, and those before it, are done.
 void finish(std::vector<Deferred>& all, uint64_t groups);

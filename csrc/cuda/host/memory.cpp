@@ -139,11 +139,15 @@ void check_shared(unsigned block) {
 void* shared_memory() { return shared_of(here().block); }
 
 void* in_block(const void* shared, unsigned rank, Where where) {
-  const size_t blocks = machine->launch->cooperative ? 1 : machine->blocks.size();
-  if (rank >= blocks) stop(where, "the cluster has no block ", rank);
+  const unsigned cluster = machine->launch->cluster;
+  if (rank >= cluster) stop(where, "the cluster has no block ", rank);
   if (!in_shared(shared)) stop(where, "an access to another block's shared memory names an address outside of its own");
-  return shared_of(rank) + (static_cast<const unsigned char*>(shared) - shared_of(here().block));
+  const unsigned there = here().block / cluster * cluster + rank;
+  if (has_ended(there)) stop(where, "an access to the shared memory of a block that has ended");
+  return shared_of(there) + (static_cast<const unsigned char*>(shared) - shared_of(here().block));
 }
+
+bool has_ended(unsigned block) { return machine->blocks[block].ended == machine->block_threads; }
 
 bool in_shared(const void* address) { return offset_of(address) < memory().shared.size(); }
 
@@ -212,12 +216,18 @@ size_t shared_offset(const void* address, Where where) {
 
 void access_beside(const void* address, size_t bytes, Where where) {
   access(Access::kTileLoad, address, bytes, where);
+  const size_t offset = offset_of(address);
+  const bool shared = offset < memory().shared.size();
+  const Touch* const stores = shared ? &memory().stores[offset / kWord] : global_stores(address, false);
+  if (stores == nullptr) return;
   each_word(address, bytes, [&](size_t i, uint8_t) {
-    const Touch& store = memory().stores[offset_of(address) / kWord + i];
-    const Thread& by = machine->threads[store.thread - machine->threads[0].number];
-    if (!store.beside && by.shown <= store.time) {
+    const Touch& store = stores[i];
+    const uint32_t thread = store.thread - machine->threads[0].number;
+    if (store.beside || store.time < machine->began || thread >= machine->threads.size()) return;
+    const Thread& by = machine->threads[thread];
+    if ((shared ? by.shown : by.shown_global) <= store.time) {
       stop(where, "reads beside the threads what thread number ", by.in_block, " wrote at ", text(store.where),
-           ", without copies_see_stores");
+           ", without copies_see_", shared ? "" : "global_", "stores");
     }
   });
 }

@@ -188,17 +188,26 @@ inline void barrier_arrive(unsigned barrier, unsigned threads, Where where = Whe
   host::barrier(barrier, threads, false, "barrier_arrive", where);
 }
 
+inline uint32_t grid_arrive(uint32_t* counter, Where where = Where::current()) {
+  host::grid_arrive(counter, where);
+  return 0;
+}
+
+inline void grid_wait(const uint32_t* counter, uint32_t, Where where = Where::current()) {
+  host::grid_wait(counter, where);
+}
+
 inline void grid_barrier(uint32_t* counter, Where where = Where::current()) {
   host::access(Access::kAtomic, counter, sizeof *counter, where);
   if (*counter << 1 != 0) host::stop(where, "grid_barrier: its counter was not zero before the launch");
   const unsigned thread = threadIdx.x + threadIdx.y + threadIdx.z, block = blockIdx.x + blockIdx.y + blockIdx.z;
   if (thread + block == 0) *counter ^= 0x80000000u;
-  host::barrier_together("grid_barrier", true, where);
+  host::grid_barrier(where);
 }
 
-inline unsigned cluster_rank() { return host::machine->launch->cooperative ? 0 : host::here().block; }
+inline unsigned cluster_rank() { return host::here().block % host::machine->launch->cluster; }
 
-inline void cluster_barrier(Where where = Where::current()) { host::barrier_together("cluster_barrier", false, where); }
+inline void cluster_barrier(Where where = Where::current()) { host::cluster_barrier(where); }
 
 auto load_remote(const auto* shared, unsigned rank, Where where = Where::current()) {
   static_assert(sizeof *shared == 4);

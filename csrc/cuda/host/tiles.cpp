@@ -31,6 +31,26 @@ void end_if_complete(Phases& phases) {
   count_event("tile_barriers");
 }
 
+void arrive_at(Phases& phases) {
+  --phases.lacking;
+  share({&here()});
+  phases.known.join(*here().clock);
+  end_if_complete(phases);
+}
+
+void wait_at(Phases& phases, unsigned parity, const char* name, Where where) {
+  pause(where);
+  while (phases.ended % 2 == parity) wait_for(&phases, name, where);
+  share({&here()}, phases.published);
+}
+
+// A tile arrives beside the threads, so that none of them takes an exception: the launch ends when the next one would
+// run.
+void late(Where where) try { stop(where, "a tile arrives in a block that has ended"); } catch (...) {
+  machine->error = std::current_exception();
+  machine->ready.clear();
+}
+
 unsigned char* in_tile(unsigned char* tile, const TileMap& map, int row, int byte) {
   unsigned char* const shared = static_cast<unsigned char*>(shared_memory());
   const size_t offset = static_cast<size_t>(tile - shared) + static_cast<size_t>(row) * map.tile_bytes + byte;
@@ -55,11 +75,10 @@ void each_unit(const TileMap& map, int byte, int row, const auto& fn) {
   }
 }
 
-// Of a unit in global memory, all or what there is, by its bytes.
-void access_part(Access kind, const unsigned char* address, size_t bytes, Where where) {
+// fn(address, bytes) for a unit in global memory, or for each byte of what there is of one.
+void each_part(const unsigned char* unit, size_t bytes, const auto& fn) {
   const size_t step = bytes == kUnit ? kUnit : 1;
-  for (size_t i = 0; i < bytes; i += step) access(kind, address + i, step, where);
-  count_tile(kind, address, bytes);
+  for (size_t i = 0; i < bytes; i += step) fn(unit + i, step);
 }
 
 }  // namespace
@@ -83,25 +102,36 @@ void init(TileBarrier* barrier, unsigned arrivals, Where where) {
 void arrive(TileBarrier* barrier, unsigned bytes, Where where) {
   Phases& phases = phases_of(barrier, where);
   if (phases.lacking == 0) stop(where, "arrives at a barrier of tiles for which all have arrived");
-  --phases.lacking;
   phases.bytes += bytes;
-  share({&here()});
-  phases.known.join(*here().clock);
-  end_if_complete(phases);
+  arrive_at(phases);
 }
 
 void wait(TileBarrier* barrier, unsigned parity, Where where) {
   Phases& phases = phases_of(barrier, where);
   if (draw() & 1) one_arrives();
-  pause(where);
-  while (phases.ended % 2 == parity) wait_for(&phases, "tile_barrier_wait", where);
-  share({&here()}, phases.published);
+  wait_at(phases, parity, "tile_barrier_wait", where);
 }
 
-void load_tile(unsigned char* to, const TileMap& map, int byte, int row, TileBarrier* barrier, Where where) {
+void grid_arrive(uint32_t* counter, Where where) {
+  access(Access::kAtomic, counter, sizeof *counter, where);
+  if (!machine->launch->cooperative) stop(where, "grid_arrive in a launch that is not cooperative");
+  const auto blocks = static_cast<unsigned>(volume(machine->launch->grid));
+  const auto [found, first] = machine->phases.try_emplace(counter, Phases{blocks, blocks, 0, 0, {}, {}});
+  if (first && *counter << 1 != 0) stop(where, "grid_arrive: its counter was not zero before the launch");
+  if (found->second.ended > 0) stop(where, "grid_arrive: all blocks have arrived before");
+  if (here().block == 0) *counter ^= 0x80000000u;
+  arrive_at(found->second);
+}
+
+void grid_wait(const uint32_t* counter, Where where) {
+  const auto found = machine->phases.find(counter);
+  if (found == machine->phases.end()) stop(where, "grid_wait before any grid_arrive");
+  wait_at(found->second, 0, "grid_wait", where);
+}
+
+void load_tile(unsigned char* to, const TileMap& map, int byte, int row, TileBarrier* barrier, Where where,
+               unsigned blocks) {
   check_tile("load_tile", to, map, byte, where);
-  Phases& phases = phases_of(barrier, where);
-  access_beside(barrier, sizeof *barrier, where);
   struct Unit {
     unsigned char* to;
     const unsigned char* from;
@@ -110,21 +140,35 @@ void load_tile(unsigned char* to, const TileMap& map, int byte, int row, TileBar
   std::vector<Unit> units;
   each_unit(map, byte, row, [&](int r, int b, const unsigned char* from, size_t bytes) {
     units.push_back({in_tile(to, map, r, b), from, bytes});
-    access_part(Access::kTileLoad, from, bytes, where);
-    access(Access::kTileCopy, units.back().to, kUnit, where);
+    each_part(from, bytes, [&](const unsigned char* part, size_t size) { access_beside(part, size, where); });
+    count_tile(Access::kTileLoad, from, bytes);
   });
   const uint32_t number = here().number;
-  machine->arriving.push_back([units = std::move(units), number, &phases] {
-    for (const Unit& unit : units) {
-      std::memset(unit.to, 0, kUnit);
-      std::memcpy(unit.to, unit.from, unit.bytes);
-      arrived(unit.to, kUnit);
+  for (unsigned block = 0; block < std::max(blocks, 1u); ++block) {
+    const auto there = [&](auto* own) { return static_cast<decltype(own)>(in_block(own, block, where)); };
+    std::vector<Unit> arriving = units;
+    if (blocks > 0) {
+      for (Unit& unit : arriving) unit.to = there(unit.to);
     }
-    phases.bytes -= static_cast<int64_t>(units.size()) * kUnit;
-    phases.known.join(Clock({number}, machine->now++));
-    end_if_complete(phases);
-  });
-  if (draw() & 1) one_arrives();
+    TileBarrier* const counts = blocks > 0 ? there(barrier) : barrier;
+    Phases& phases = phases_of(counts, where);
+    access_beside(counts, sizeof *counts, where);
+    for (const Unit& unit : arriving) access(Access::kTileCopy, unit.to, kUnit, where);
+    const unsigned cluster = machine->launch->cluster, own = here().block;
+    const unsigned to_block = blocks > 0 ? own / cluster * cluster + block : own;
+    machine->arriving.push_back([units = std::move(arriving), number, &phases, to_block, where] {
+      if (has_ended(to_block)) return late(where);
+      for (const Unit& unit : units) {
+        std::memset(unit.to, 0, kUnit);
+        std::memcpy(unit.to, unit.from, unit.bytes);
+        arrived(unit.to, kUnit);
+      }
+      phases.bytes -= static_cast<int64_t>(units.size()) * kUnit;
+      phases.known.join(Clock({number}, machine->now++));
+      end_if_complete(phases);
+    });
+    if (draw() & 1) one_arrives();
+  }
 }
 
 void store_tile(const TileMap& map, const unsigned char* from, int byte, int row, Where where) {
@@ -134,7 +178,9 @@ void store_tile(const TileMap& map, const unsigned char* from, int byte, int row
       if (bytes == 0) return;
       const unsigned char* unit = in_tile(const_cast<unsigned char*>(from), map, r, b);
       access_beside(unit, kUnit, where);
-      access_part(Access::kTileCopy, to, bytes, where);
+      each_part(to, bytes,
+                [&](const unsigned char* part, size_t size) { access(Access::kTileCopy, part, size, where); });
+      count_tile(Access::kTileCopy, to, bytes);
       std::memcpy(const_cast<unsigned char*>(to), unit, bytes);
     });
   };

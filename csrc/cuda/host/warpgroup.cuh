@@ -40,20 +40,21 @@ TileMap checked_map(const TileSource& from);
 void init(TileBarrier* barrier, unsigned arrivals, Where where);
 void arrive(TileBarrier* barrier, unsigned bytes, Where where);
 void wait(TileBarrier* barrier, unsigned parity, Where where);
-void load_tile(unsigned char* to, const TileMap& map, int byte, int row, TileBarrier* barrier, Where where);
+void load_tile(unsigned char* to, const TileMap& map, int byte, int row, TileBarrier* barrier, Where where,
+               unsigned blocks = 0);  // of the cluster; none for the thread's own
 void store_tile(const TileMap& map, const unsigned char* from, int byte, int row, Where where);
 
 // --- products
 
-template <class A, int Selector, class Sum, int Words>
+// A warp's part of one: a's values in a row of 16 are Depth, those of b that many times as many, and column(row, i) is
+// where among them the i-th of a's stands.
+template <class A, int Depth, int Times, class Sum, int Words>
 struct WarpProduct {
-  static constexpr int kColumns = Words * 2, kKept = 32 / sizeof(A);
-  const char* name;
+  static constexpr int kColumns = Words * 2;
   Where where;
   SharedTile a, b;  // a's rows are the warp's
   bool add;
   std::array<Sum*, 32> sums;
-  std::array<uint32_t, 32> kept;
 
   const unsigned char* unit(SharedTile tile, int row, int byte) const {
     const size_t line = static_cast<size_t>(tile.swizzle), offset = tile.offset + row * line + byte;
@@ -70,19 +71,17 @@ struct WarpProduct {
     }
   }
 
-  void run() const {
-    A left[16][kKept], right[kColumns][2 * kKept];
+  void run(const auto& column) const {
+    A left[16][Depth], right[kColumns][Times * Depth];
     for (int row = 0; row < 16; ++row) read(left[row], a, row);
     for (int row = 0; row < kColumns; ++row) read(right[row], b, row);
     for (int row = 0; row < 16; ++row) {
-      int column[kKept];
-      for (int i = 0; i < kKept; ++i) {
-        column[i] = kept_column<A, Selector>(name, [&](int lane) { return kept[lane]; }, row, i, where);
-      }
+      int columns[Depth];
+      for (int i = 0; i < Depth; ++i) columns[i] = column(row, i);
       for (int n = 0; n < kColumns; ++n) {
         Sum& sum = sums[row % 8 * 4 + n % 8 / 2][n / 8 * 4 + row / 8 * 2 + n % 2];
         auto exactly = add ? decltype(exact(A()))(sum) : 0;
-        for (int i = 0; i < kKept; ++i) exactly += exact(left[row][i]) * exact(right[n][column[i]]);
+        for (int i = 0; i < Depth; ++i) exactly += exact(left[row][i]) * exact(right[n][columns[i]]);
         sum = static_cast<Sum>(exactly);
       }
     }
@@ -92,6 +91,33 @@ struct WarpProduct {
 
 // Runs act() for a warp, at once or when a wait asks for it.
 void start_product(const Threads& warp, std::function<void()> act);
+
+// The current thread's part of a product; columns(every lane's word) makes the product's column().
+template <class A, int Times, class Sum, int Words>
+void start_products(const char* name, Sum (&sum)[Words], SharedTile a, SharedTile b, uint32_t word, bool add,
+                    Where where, const auto& columns) {
+  if (!here().fenced) stop(where, name, " without warpgroup_fence after its sums were waited for");
+  struct Lane {
+    Sum* sum;
+    uint32_t word;
+    SharedTile a, b;
+    bool add;
+  } mine{sum, word, a, b, add};
+  meet(name, {kFullWarp, where}, &mine, true, [&](const Threads& warp) {
+    WarpProduct<A, 32 / sizeof(A), Times, Sum, Words> product{where, a, b, add, {}};
+    product.a.offset += warp[0]->in_block / 32 % 4 * 16 * static_cast<size_t>(a.swizzle);
+    std::array<uint32_t, 32> words;
+    for (unsigned i = 0; i < 32; ++i) {
+      const Lane& lane = *static_cast<const Lane*>(warp[i]->wait.brought);
+      if (std::pair(lane.a.offset, lane.b.offset) != std::pair(a.offset, b.offset) || lane.add != add) {
+        stop(where, name, ": the lanes of a warp name different tiles");
+      }
+      product.sums[i] = lane.sum;
+      words[i] = lane.word;
+    }
+    start_product(warp, [product, column = columns(words)] { product.run(column); });
+  });
+}
 
 }  // namespace host
 
@@ -116,6 +142,10 @@ inline void tile_barrier_arrive(TileBarrier* barrier, Where where = Where::curre
   host::arrive(barrier, 0, where);
 }
 
+inline void tile_barrier_arrive(TileBarrier* barrier, unsigned rank, Where where = Where::current()) {
+  host::arrive(static_cast<TileBarrier*>(host::in_block(barrier, rank, where)), 0, where);
+}
+
 inline void tile_barrier_wait(TileBarrier* barrier, unsigned parity, Where where = Where::current()) {
   host::wait(barrier, parity, where);
 }
@@ -123,6 +153,13 @@ inline void tile_barrier_wait(TileBarrier* barrier, unsigned parity, Where where
 inline void load_tile(void* shared, const TileMap& map, int byte, int row, TileBarrier* barrier,
                       Where where = Where::current()) {
   host::load_tile(static_cast<unsigned char*>(shared), map, byte, row, barrier, where);
+}
+
+template <unsigned Blocks>
+void load_tile_to_all(void* shared, const TileMap& map, int byte, int row, TileBarrier* barrier,
+                      Where where = Where::current()) {
+  static_assert(Blocks >= 2 && Blocks <= 8);
+  host::load_tile(static_cast<unsigned char*>(shared), map, byte, row, barrier, where, Blocks);
 }
 
 inline void store_tile(const TileMap& map, const void* shared, int byte, int row, Where where = Where::current()) {
@@ -138,6 +175,8 @@ void store_tile_wait() {
 }
 
 inline void copies_see_stores() { host::here().shown = ++host::machine->now; }
+
+inline void copies_see_global_stores() { host::here().shown_global = ++host::machine->now; }
 
 template <int Registers, bool More>
 void warpgroup_registers() {
@@ -164,31 +203,23 @@ SharedTile shared_tile(const void* start, Where where = Where::current()) {
   return {host::shared_offset(start, where), kSwizzle};
 }
 
+template <class A, int Words>
+void warpgroup_mma(float (&sum)[Words], SharedTile a, SharedTile b, bool add, Where where = Where::current()) {
+  static_assert(Words == 64 || Words == 128);
+  host::start_products<A, 1>("warpgroup_mma", sum, a, b, 0, add, where,
+                             [](const auto&) { return [](int, int i) { return i; }; });
+}
+
 template <class A, int Selector = 0, class Sum, int Words>
 void warpgroup_mma_sparse(Sum (&sum)[Words], SharedTile a, SharedTile b, uint32_t kept, bool add,
                           Where where = Where::current()) {
   static_assert((Words == 64 || Words == 128) && std::is_integral_v<A> == std::is_integral_v<Sum>);
   static_assert(Selector >= 0 && Selector < int(sizeof(A)));
   constexpr const char* kName = "warpgroup_mma_sparse";
-  if (!host::here().fenced) host::stop(where, kName, " without warpgroup_fence after its sums were waited for");
-  struct Lane {
-    Sum* sum;
-    uint32_t kept;
-    SharedTile a, b;
-    bool add;
-  } mine{sum, kept, a, b, add};
-  host::meet(kName, {kFullWarp, where}, &mine, true, [&](const host::Threads& warp) {
-    host::WarpProduct<A, Selector, Sum, Words> product{kName, where, a, b, add, {}, {}};
-    product.a.offset += warp[0]->in_block / 32 % 4 * 16 * static_cast<size_t>(a.swizzle);
-    for (unsigned i = 0; i < 32; ++i) {
-      const Lane& lane = *static_cast<const Lane*>(warp[i]->wait.brought);
-      if (std::pair(lane.a.offset, lane.b.offset) != std::pair(a.offset, b.offset) || lane.add != add) {
-        host::stop(where, kName, ": the lanes of a warp name different tiles");
-      }
-      product.sums[i] = lane.sum;
-      product.kept[i] = lane.kept;
-    }
-    host::start_product(warp, [product] { product.run(); });
+  host::start_products<A, 2>(kName, sum, a, b, kept, add, where, [where](const std::array<uint32_t, 32>& words) {
+    return [words, where](int row, int i) {
+      return host::kept_column<A, Selector>(kName, [&](int lane) { return words[lane]; }, row, i, where);
+    };
   });
 }
 

@@ -39,8 +39,11 @@ from torch import Tensor
 from burnish import dispatch, dropout
 from burnish.bases import BASES, format_of
 from burnish.checks import FLOATING, check_devices
+from burnish.native import warpgroups
 from burnish.ops.int8_linear import make as make_int8
+from burnish.ops.int8_quantize_rows import supports_native as on_device
 from burnish.ops.lowrank_linear import INVALID as INVALID_FACTORS
+from burnish.ops.lowrank_linear import NATIVE_ROWS
 from burnish.ops.lowrank_linear import as_rows, case_of, check_bias, check_factors, check_gradient, new_gradients
 from burnish.ops.lowrank_linear import backward_make as make_backward_factors
 from burnish.ops.lowrank_linear import make as make_factors
@@ -192,6 +195,8 @@ _TEST_CASES = (
     *(case_of(18, 40, 1500, 7, dtype, p=True) for dtype in FLOATING),
     *(case_of(9, 40, 48, 8, dtype, bias=torch.float32) for dtype in (torch.bfloat16, torch.float16)),
     *(case_of(7, 33, 64, 12, dtype, bias=False) for dtype in FLOATING),
+    # many rows of whole lines, which warpgroups multiply
+    *(case_of(70, 136, 128, 16, dtype, v, p=True) for dtype in FLOATING[1:] for v in ("normal", "integers")),
 )
 _BENCH_CASES = (
     *(case_of(m, 4096, 4096, 16, bias=False, p=p) for m in (128, 512) for p in (False, True)),
@@ -224,6 +229,9 @@ _INVALID = (
     Invalid("format", lambda *a: (*a[:9], 7), "format is 7, expected 0 to 1"),
 )
 
+#: the largest rank that the kernel for more than NATIVE_ROWS rows takes; csrc/cuda/lora_wide.cuh has it too
+NATIVE_WIDE_RANK = 64
+
 _KERNELS = "burnish.kernels.lowrank.lora_linear"
 
 SPEC = register(
@@ -249,10 +257,20 @@ SPEC = register(
 def supports_native(
     x: Tensor, weight: Tensor, weight_scale: OptTensor, bias: OptTensor, A: Tensor, *_: Any
 ) -> str | None:
-    """The CUDA C++ kernel streams base and factors once for a few rows."""
+    """The CUDA C++ kernels stream base and factors once for a few rows, and multiply many by warpgroups on sm_90."""
     if weight.dtype == torch.uint8:
         return "the weight is in the vnni layout, the kernel takes rows"
-    return supports_factors(x, A)
+    m, sizes = x.shape[:-1].numel(), (x.shape[-1], weight.shape[0], A.shape[0])
+    if m <= NATIVE_ROWS:
+        return supports_factors(x, A)
+    if weight.element_size() != 2:
+        return f"M is {m} and the weight {dtype_name(weight.dtype)}, the large-M kernel takes bf16 and fp16"
+    if any(size % 8 or size == 0 for size in sizes) or sizes[2] > NATIVE_WIDE_RANK:
+        return (
+            f"M is {m} and (K, N, R) {sizes}, the large-M kernel takes multiples of 8 and ranks up to "
+            f"{NATIVE_WIDE_RANK}"
+        )
+    return on_device(x) or (None if warpgroups(x.device) else f"M is {m}, the large-M kernel needs sm_90")
 
 
 def backward_reference(
