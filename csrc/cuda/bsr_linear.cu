@@ -8,6 +8,7 @@
 #include "check.h"
 #include "cuda/bsr_wide.cuh"
 #include "cuda/counters.cuh"
+#include "cuda/warpgroup.cuh"
 #include "rows.h"
 
 namespace burnish {

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "cuda/format.cuh"
+#include "cuda/warpgroup.cuh"
 #include "cuda/wide_ring.cuh"
 
 namespace burnish {
