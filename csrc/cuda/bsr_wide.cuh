@@ -4,12 +4,18 @@
 // takes tile after tile of a stripe by kRows rows of x. Its warps:
 //
 //   0        fetches: a stage is half of a block, 64 columns, and those columns of x. It draws the tiles, reads which
-//            blocks they have, a block ahead, and passes on what is to be multiplied; the ring runs on from tile to
-//            tile
+//            blocks they have, a block ahead, and passes on what is to be multiplied; the ring runs on between tiles
 //   4 to 11  two warpgroups of 64 channels each multiply, and write while the next tile is fetched
 //
-// Stripes differ in their numbers of blocks, and the last tiles decide how long the GPU waits. So tiles are handed out
-// as multiprocessors become free, those of the longest stripes first.
+// Stripes differ in their numbers of blocks, and the last tiles decide how long the GPU waits. So a block draws its
+// next tile when it has fetched the one before, and tiles of the longest stripes come first, in each eight tiles of
+// rows. By a simulation of 32 stripes with 16 or 3 of 32 blocks on average, 16 tiles of rows, 132 multiprocessors, and
+// tiles that take the time of 0.2 blocks beside their products, 0.95 and 0.89 of the time is products; tiles that are
+// drawn in the stripes' own order have 0.87 and 0.75, and blocks that walk the tiles in steps of their number 0.83 and
+// 0.63, whichever stripes come first.
+//
+// The 0.2 are because the second warpgroup begins two stages behind the first: one multiplies while the other writes.
+// By a simulation of the two, with 1280 cycles for y, it is 0.6 where they begin together.
 #pragma once
 
 #include "cuda/format.cuh"
@@ -42,7 +48,7 @@ struct WideBsr {
   static constexpr int kRows = kRows_, kStageBytes = Ring::kStageBytes;
   static constexpr int kHalves = 2, kBlockBytes = kHalves * kStageBytes;  // of a row of a block
   static constexpr int kParts = 4;                                        // tiles that the fetching warp may be ahead
-  static constexpr int kLag = 2;  // stages that a warpgroup begins behind the other
+  static constexpr int kLag = 2;  // stages that the second warpgroup begins behind the first
   // shared memory behind the ring, in bytes
   static constexpr int kPart = Ring::kEnd;
   static constexpr int kPartBarriers = kPart + kParts * static_cast<int>(sizeof(Bytes16));
