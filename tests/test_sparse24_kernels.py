@@ -120,3 +120,5 @@ def test_which_calls_it_takes() -> None:
     x, *rest = made(65, 136, 128)
     apart = torch.zeros(65, 129, dtype=x.dtype)[:, :128].copy_(x)  # nor rows of x
     assert torch.equal(native_result((apart, *rest)), native_result((x, *rest)))
+    repeated = x[:1].expand(65, -1)  # rows of x that lie over each other
+    assert torch.equal(native_result((repeated, *rest)), native_result((repeated.contiguous(), *rest)))

@@ -22,7 +22,6 @@
 
 namespace burnish {
 
-constexpr int64_t kMaxWideRows = 1 << 30;
 constexpr int kMaxWideRank = 64;  // burnish/ops/lora_linear.py knows it too
 
 template <class T_, int kRows_>

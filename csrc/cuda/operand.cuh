@@ -29,9 +29,10 @@ inline Operand operand_of(const Rows& rows, int64_t element) {
           static_cast<int>(width), aligned};
 }
 
-// The rows, or a copy of them, so that their operand is aligned where its width is.
+// The rows, or a copy of them, so that their operand is aligned where its width is, and none lies over another.
 inline Rows aligned_rows(const Rows& rows, int64_t element) {
-  return operand_of(rows, element).aligned ? rows : as_rows(aligned(rows.tensor));
+  const bool apart = rows.count == 1 || rows.stride >= rows.width;
+  return apart && operand_of(rows, element).aligned ? rows : as_rows(aligned(rows.tensor));
 }
 
 // 16 bytes of a row, with zeros from `end` on; none of a row that is not there.

@@ -53,11 +53,11 @@ struct WideMaps {
   TileMap values, metadata, x, y;
 };
 
-// Whether all that is copied by tiles is there and has the alignment for it, whole metadata of a stage, and y two bytes
-// an element.
+// Whether all that is copied by tiles is there and has the alignment for it, rows of x do not lie over each other,
+// metadata is whole for a stage, and y has two bytes an element.
 inline bool wide24_takes(const Sparse24Problem& p, const DeviceLimits& limits) {
-  const bool whole =
-      p.values.width > 0 && p.values.aligned && p.metadata.aligned && p.metadata.width % 16 == 0 && p.x.aligned;
+  const bool whole = p.values.width > 0 && p.values.aligned && p.metadata.aligned && p.metadata.width % 16 == 0 &&
+                     p.x.aligned && p.x.stride >= p.x.width;
   return limits.warpgroups && whole && p.y_format != Format::kFloat && p.values.rows % 8 == 0;
 }
 

@@ -10,6 +10,7 @@ namespace burnish {
 
 // A block: a warpgroup that fetches and two that multiply, 64 channels each by all rows of the tile.
 constexpr int kWideBlock = 3 * kWarpgroup, kWideChannels = 128;
+constexpr int kMaxWideRows = 1 << 29;      // of a matrix: coordinates of tiles are ints
 constexpr int kYRows = 64, kYBytes = 128;  // of y, stored at a time by a warpgroup, from one of its two places
 constexpr int kYPlaces = 2 * 2 * kYRows * kYBytes;
 

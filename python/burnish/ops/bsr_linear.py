@@ -46,13 +46,15 @@ from burnish.block_format import compress as compress  # beside the op, as users
 from burnish.block_format import expand as expand
 from burnish.block_format import transpose_index as transpose_index
 from burnish.checks import FLOATING
+from burnish.native import warpgroups
 from burnish.ops.int8_linear import MAX_K
 from burnish.ops.int8_linear import reference as int8_reference
 from burnish.ops.int8_linear import surrogate as int8_surrogate
 from burnish.ops.int8_linear_pack import reference as int8_pack
 from burnish.ops.int8_quantize_rows import make_rows
+from burnish.ops.int8_quantize_rows import supports_native as on_device
 from burnish.ops.lowrank_linear import as_rows, check_bias, check_gradient
-from burnish.registry import Autograd, Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, register
+from burnish.registry import Autograd, Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, dtype_name, register
 from burnish.sparse_formats import dense_gradients
 
 OptTensor = Tensor | None
@@ -198,6 +200,8 @@ _TEST_CASES = (
     *(case_of(m, 70, 100, 32, 0.4, dtype, "integers") for dtype in FLOATING for m in (1, 29)),
     *(case_of(13, 130, 200, 64, 0.5, dtype, "integers") for dtype in (_BF16, _FP32)),
     *(case_of(m, 140, 300, 128, 0.6, _BF16, "integers") for m in (6, 18)),
+    *(case_of(m, 264, 200, 128, 0.6, dtype) for m, dtype in ((65, _BF16), (130, _FP16))),
+    *(case_of(m, 136, 264, 128, 0.6, dtype, "integers") for m, dtype in ((130, _BF16), (67, _FP16))),
     *(case_of(m, 33, 50, block, 0.5, _BF16) for block in ("1x16", "4x16") for m in (1, 3, 20)),
     *(case_of(m, 33, 50, "1x16", 0.5, _FP32, "integers") for m in (1, 3, 20)),
     *(case_of(m, 33, 50, "4x16", 0.5, _FP16, "integers") for m in (1, 4, 20)),
@@ -245,6 +249,9 @@ _INVALID = (
 )
 
 
+#: blocks and rows of x, more than so many, that the CUDA C++ kernel takes; csrc/cuda/bsr_linear.cu knows both too
+NATIVE_BLOCK, NATIVE_ROWS = (128, 128), 64
+
 _KERNELS = "burnish.kernels.sparse.bsr_linear"
 
 SPEC = register(
@@ -255,13 +262,33 @@ SPEC = register(
         reference=reference,
         fake=fake,
         autograd=Autograd(setup_context, backward, surrogate),
-        impls=(Impl("triton", f"{_KERNELS}:bsr_linear", f"{_KERNELS}:supports"),),
+        impls=(
+            Impl("native", "torch.ops:burnish.bsr_linear.native", f"{__name__}:supports_native"),
+            Impl("triton", f"{_KERNELS}:bsr_linear", f"{_KERNELS}:supports"),
+        ),
         cases=Cases(test=_TEST_CASES, bench=_BENCH_CASES, invalid=_INVALID, wide=_WIDE_CASES),
         make=make,
         cost=cost,
         baseline=baseline,
     )
 )
+
+
+def supports_native(
+    x: Tensor, values: Tensor, crow_indices: Tensor, col_indices: Tensor, transposed: Tensor, scale: OptTensor,
+    bias: OptTensor, N: int,
+) -> str | None:  # fmt: skip
+    """The CUDA C++ kernel multiplies large blocks and many rows by warpgroups."""
+    (m, k), (_, bn, bk) = (x.shape[:-1].numel(), x.shape[-1]), values.shape
+    if values.element_size() != 2:
+        return f"values are {dtype_name(values.dtype)}, the kernel takes bf16 and fp16"
+    if (bn, bk) != NATIVE_BLOCK:
+        return f"blocks are {bn}x{bk}, the kernel takes {NATIVE_BLOCK[0]}x{NATIVE_BLOCK[1]}"
+    if m <= NATIVE_ROWS:
+        return f"M is {m}, the kernel takes more than {NATIVE_ROWS}"
+    if k == 0 or k % 8 or N % 8:
+        return f"K is {k} and N {N}, the kernel takes multiples of 8"
+    return on_device(x) or (None if warpgroups(x.device) else "the kernel needs sm_90")
 
 
 def backward_reference(
