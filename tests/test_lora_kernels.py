@@ -125,6 +125,8 @@ def test_x_of_any_strides() -> None:
     x, *rest = made(96, 136, 64, 16)
     expected = exactly((x, *rest)).reshape(4, 24, 136)
     assert torch.equal(native_result((x.reshape(4, 24, 64), *rest)), expected)
+    one = x[:1].expand(96, 64)  # rows that lie over each other
+    assert torch.equal(native_result((one, *rest[:5], None, *rest[6:])), exactly((one, *rest[:5], None, *rest[6:])))
     turned = x.reshape(4, 24, 64).transpose(0, 1).contiguous().transpose(0, 1)
     assert torch.equal(native_result((turned, *rest)), expected)
 

@@ -43,8 +43,15 @@ from burnish.native import warpgroups
 from burnish.ops.int8_linear import make as make_int8
 from burnish.ops.int8_quantize_rows import supports_native as on_device
 from burnish.ops.lowrank_linear import INVALID as INVALID_FACTORS
-from burnish.ops.lowrank_linear import NATIVE_ROWS
-from burnish.ops.lowrank_linear import as_rows, case_of, check_bias, check_factors, check_gradient, new_gradients
+from burnish.ops.lowrank_linear import (
+    NATIVE_ROWS,
+    as_rows,
+    case_of,
+    check_bias,
+    check_factors,
+    check_gradient,
+    new_gradients,
+)
 from burnish.ops.lowrank_linear import backward_make as make_backward_factors
 from burnish.ops.lowrank_linear import make as make_factors
 from burnish.ops.lowrank_linear import supports_native as supports_factors
