@@ -48,7 +48,6 @@ struct WideBsr {
   static constexpr int kRows = kRows_, kStageBytes = Ring::kStageBytes;
   static constexpr int kHalves = 2, kBlockBytes = kHalves * kStageBytes;  // of a row of a block
   static constexpr int kParts = 4;                                        // tiles that the fetching warp may be ahead
-  static constexpr int kLag = 2;  // stages that the second warpgroup begins behind the first
   // shared memory behind the ring, in bytes
   static constexpr int kPart = Ring::kEnd;
   static constexpr int kPartBarriers = kPart + kParts * static_cast<int>(sizeof(Bytes16));
@@ -171,7 +170,7 @@ struct WideBsrBlock {
     RingPlace at, from;
     float sum[S::kRows / 2];
     Part next = take(from);
-    if (multiplier() == 1 && next.stages > S::kLag) tile_barrier_wait(ring.full(S::kLag), 0);
+    ring.stagger(next.stages);
 #pragma unroll 1
     for (; next.stages > 0; next = take(from)) {
       const int channel = next.channel + multiplier() * 64;

@@ -260,6 +260,7 @@ __global__ void __launch_bounds__(kWideBlock, 1)
       warpgroup_registers<200, true>();
       RingPlace at;
       float sum[S::kRows / 2];
+      block.ring.stagger(block.stages() + 1);
       block.each_tile([&](const TileOf& tile) {
         block.multiply(at, sum);
         block.write(maps, tile, sum);

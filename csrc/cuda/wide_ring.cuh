@@ -56,6 +56,13 @@ struct WideRing {
     at.advance(kStages);
   }
 
+  // By a warpgroup, before its first tile, which has so many stages: the second one begins kLag behind the first, so that
+  // one multiplies while the other writes.
+  __device__ void stagger(int stages) const {
+    constexpr int kLag = 2;
+    if (multiplier() == 1 && stages > kLag) tile_barrier_wait(full(kLag), 0);
+  }
+
   // By a warpgroup: one of a stage's products.
   __device__ void multiply_step(float (&sum)[kRows / 2], int slot, int step, bool add) const {
     const unsigned char* a = W(slot) + multiplier() * (64 * kStageBytes) + step * 32;
