@@ -197,12 +197,11 @@ __global__ void __launch_bounds__(kWideBlock, 1)
     const WideBsrBlock<S> block{p, {aligned_shared_memory<unsigned char>()}};
     if (threadIdx.x == 0) block.initialize();
     block.sort();
-    // 3 x 128 threads have 168 registers each: those that multiply need more, with 128 sums
     if (threadIdx.x < kWarpgroup) {
       warpgroup_registers<40, false>();
       if (threadIdx.x == 0) block.fetch(maps);
     } else {
-      warpgroup_registers<232, true>();
+      warpgroup_registers<kMultiplierRegisters<40>, true>();
       block.multiply_all(maps);
     }
   }

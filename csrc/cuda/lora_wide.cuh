@@ -146,8 +146,9 @@ struct WideLoraBlock {
   // Zeros where x drops out, in the warp's 16 rows of a stage.
   __device__ void drop_out(uint64_t seed, unsigned char* tile, int first_line, int first_row, int stage) const {
     constexpr int kUnits = S::kStageBytes / 16;
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x % 32); i < 16 * kUnits; i += 32) {
+#pragma unroll 2
+    for (int turn = 0; turn < 16 * kUnits / 32; ++turn) {
+      const int i = turn * 32 + static_cast<int>(threadIdx.x % 32);
       const int line = first_line + i / kUnits, group = stage * kUnits + i % kUnits;
       const uint32_t kept = kept_bits(dropout_words(seed, first_row + line, group), p.threshold);
       Bytes16* const slot = unit_of(tile, line, i % kUnits);
@@ -249,15 +250,14 @@ __global__ void __launch_bounds__(kWideBlock, 1)
     const WideLoraBlock<S> block{p, low, {aligned_shared_memory<unsigned char>()}};
     if (threadIdx.x == 0) block.initialize();
     cluster_barrier();
-    // 3 x 128 threads have 168 registers each: those that multiply need more, with 128 sums
     if (threadIdx.x < kWarpgroup) {
-      warpgroup_registers<104, false>();
+      warpgroup_registers<120, false>();
       const int warp = static_cast<int>(threadIdx.x) / 32;
       if (warp == 1 || warp == 2) block.multiply_low();
       if (threadIdx.x == 0) block.fetch(maps);
       if (threadIdx.x == 96) block.fetch_low(maps);
     } else {
-      warpgroup_registers<200, true>();
+      warpgroup_registers<kMultiplierRegisters<120>, true>();
       RingPlace at;
       float sum[S::kRows / 2];
       block.ring.stagger(block.stages() + 1);

@@ -242,7 +242,6 @@ __global__ void __launch_bounds__(S::kBlock, 1)
     }
     __syncthreads();
     dependents_start();
-    // 3 x 128 threads have 168 registers each: those that multiply need more, with 128 sums
     if (threadIdx.x < kWarpgroup) {
       warpgroup_registers<40, false>();
       if (threadIdx.x == 0) block.fetch(maps);
@@ -251,7 +250,7 @@ __global__ void __launch_bounds__(S::kBlock, 1)
         if (splits > 1) barrier_arrive(S::kRead, 32 * S::kReaders);
       }
     } else {
-      warpgroup_registers<232, true>();
+      warpgroup_registers<kMultiplierRegisters<40>, true>();
       const int first_channel = multiplier() * 64;
       RingPlace24<S> at;
       typename S::Sum sum[S::kRows / 2];

@@ -14,6 +14,10 @@ constexpr int kMaxWideRows = 1 << 29;      // of a matrix: coordinates of tiles 
 constexpr int kYRows = 64, kYBytes = 128;  // of y, stored at a time by a warpgroup, from one of its two places
 constexpr int kYPlaces = 2 * 2 * kYRows * kYBytes;
 
+// A block's threads have 168 registers each. Those that multiply need more, with 128 sums: what the others leave them.
+template <int kOthers>
+constexpr int kMultiplierRegisters = (3 * 168 - kOthers) / 2 / 8 * 8;
+
 inline TileMap wide_map(const Operand& of, int rows, int bytes, Swizzle swizzle) {
   return tile_map(
       {of.data, of.rows, of.width, of.stride, static_cast<unsigned>(rows), static_cast<unsigned>(bytes), swizzle});
