@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from burnish import dispatch, native, registry
+from burnish import dispatch, dropout, native, registry
 from burnish.bench import counters, select_cases
 from burnish.ops.lora_linear import NATIVE_WIDE_RANK
 from burnish.registry import Case
@@ -54,6 +54,19 @@ def test_shapes(shape: tuple[int, ...], dtype: torch.dtype, p: bool) -> None:
     expected = exactly(args)
     for seed in range(3):
         assert torch.equal(native_result(args, seed), expected)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_sums_are_fp32(dtype: torch.dtype) -> None:
+    """Of Gaussian values: s is rounded, the sum of base and adapter once."""
+    case = Case({"M": 70, "N": 136, "K": 512, "R": 16}, dtype, "normal", options={"p": True})
+    x, weight, _, bias, A, B, seed, scale, p, _ = args = SPEC.make(case, "native", 0)
+    h = torch.where(dropout.keep(seed, 70, 512, p), x, 0.0).double()
+    s = (scale * dropout.factor(p) * (h @ A.double().T)).to(dtype).double()
+    expected = x.double() @ weight.double().T + bias.double() + s @ B.double().T
+    half_a_place = expected.abs() * torch.finfo(dtype).eps / 2
+    flipped = (s @ B.double().T).abs().max() * torch.finfo(dtype).eps / 4  # where a sum of s rounds the other way
+    assert ((native_result(args).double() - expected).abs() <= 1.01 * half_a_place + flipped).all()
 
 
 def test_a_block_takes_tile_after_tile_and_chunk_after_chunk() -> None:
