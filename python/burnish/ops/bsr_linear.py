@@ -201,6 +201,7 @@ _TEST_CASES = (
     *(case_of(13, 130, 200, 64, 0.5, dtype, "integers") for dtype in (_BF16, _FP32)),
     *(case_of(m, 140, 300, 128, 0.6, _BF16, "integers") for m in (6, 18)),
     *(case_of(m, 264, 200, 128, 0.6, dtype) for m, dtype in ((65, _BF16), (130, _FP16))),
+    *(case_of(*edge, 128, 0.6, _BF16) for edge in ((66, 136, 136), (130, 136, 264))),
     *(case_of(m, 136, 264, 128, 0.6, dtype, "integers") for m, dtype in ((130, _BF16), (67, _FP16))),
     *(case_of(m, 33, 50, block, 0.5, _BF16) for block in ("1x16", "4x16") for m in (1, 3, 20)),
     *(case_of(m, 33, 50, "1x16", 0.5, _FP32, "integers") for m in (1, 3, 20)),
