@@ -56,8 +56,8 @@ struct WideRing {
     at.advance(kStages);
   }
 
-  // By a warpgroup, before its first tile, which has so many stages: the second one begins kLag behind the first, so that
-  // one multiplies while the other writes.
+  // By a warpgroup, before its first tile, which has so many stages: the second one begins kLag behind the first, so
+  // that one multiplies while the other writes.
   __device__ void stagger(int stages) const {
     constexpr int kLag = 2;
     if (multiplier() == 1 && stages > kLag) tile_barrier_wait(full(kLag), 0);
