@@ -142,6 +142,16 @@ def test_implementations_agree(spec: OpSpec, case: Case) -> None:
         (assert_close if divides else assert_same)(other, first)
 
 
+def check_native_again_and_again(spec: registry.OpSpec, case: Case) -> None:
+    """Twenty calls, all as the reference says, where the kernel takes the case."""
+    args = inputs(spec, "native", case, 0)
+    if reason := calls.objection(spec, "native", args):
+        pytest.skip(reason)
+    expected = spec.reference(*args)
+    for _ in range(20):
+        assert_same(calls.run(spec, "native", args), (expected,))
+
+
 @pytest.mark.parametrize("values", ["integers", "extreme", "normal"])
 @pytest.mark.parametrize("rows", [1, 2, 8, 9, 16])
 @pytest.mark.parametrize(("n", "k"), [(1, 131072), (64, 65536), (200, 20000), (4096, 4096), (8200, 4100)])
@@ -149,12 +159,7 @@ def test_native_int8_linear_streams_any_shape(rows: int, n: int, k: int, values:
     """Narrow and long weights are split over blocks; wide ones give each block several tiles."""
     spec = registry.get("int8_linear")
     case = Case({"M": rows, "N": n, "K": k}, torch.bfloat16, values)
-    args = inputs(spec, "native", case, 0)
-    if reason := calls.objection(spec, "native", args):
-        pytest.skip(reason)
-    expected = spec.reference(*args)
-    for _ in range(20):
-        assert_same(calls.run(spec, "native", args), (expected,))
+    check_native_again_and_again(spec, case)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -164,9 +169,4 @@ def test_native_bsr_linear_hands_out_tiles(m: int, n: int, k: int, density: floa
     """Multiprocessors draw tiles of different length beside one another, call after call."""
     spec = registry.get("bsr_linear")
     case = Case({"M": m, "N": n, "K": k}, dtype, "integers", {"block": "128x128", "density": density})
-    args = inputs(spec, "native", case, 0)
-    if reason := calls.objection(spec, "native", args):
-        pytest.skip(reason)
-    expected = spec.reference(*args)
-    for _ in range(20):
-        assert_same(calls.run(spec, "native", args), (expected,))
+    check_native_again_and_again(spec, case)

@@ -9,6 +9,7 @@ with PyTorch and does nothing else: no build, no CUDA start.
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ def emulating() -> bool:
     return os.environ.get("BURNISH_EMULATE_CUDA") == "1"
 
 
+@cache
 def warpgroups(device: torch.device) -> bool:
     """Whether the kernels of csrc/cuda/warpgroup.cuh run on a GPU, or on the CPU in its place."""
     return emulating() or (torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0))
