@@ -9,6 +9,7 @@
 #include "cuda/bsr_wide.cuh"
 #include "cuda/counters.cuh"
 #include "cuda/warpgroup.cuh"
+#include "math/pack.h"
 #include "rows.h"
 
 namespace burnish {
@@ -20,8 +21,6 @@ using torch::stable::Tensor;
 constexpr int64_t kFewRows = 64, kAlignment = 8;  // burnish/ops/bsr_linear.py knows both
 constexpr int64_t kMost = kMaxWideRows;           // columns too: 32 bits count the bytes of a row
 constexpr int64_t kMaxBlocks = 1 << 22;           // rows of values are rows as well
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // An index of `size` elements, one after the other.
 Tensor index_of(const Tensor& indices, const char* name, int64_t size) {

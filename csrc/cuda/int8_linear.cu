@@ -201,8 +201,6 @@ __global__ void __launch_bounds__(kThreads, 2) int8_linear_fwd_kernel(Problem p)
   }
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // kStages fills 68 to 80 KB of shared memory: two blocks fit an A100 or H100 multiprocessor and one fits those with
 // 99 KB. Two blocks then have 64 to 96 KB of weights under way, where 3.35 TB/s x 600 ns / 132 = 15 KB would do on an
 // H100: what is left covers the tail, when part of the multiprocessors have run out of tiles.

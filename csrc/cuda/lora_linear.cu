@@ -60,7 +60,6 @@ BaseTensors set_int8_base(LowRankProblem& p, const LowRankCall& call, const Tens
 
 template <class S>
 void start_wide(LowRankProblem p, const Tensor& x) {
-  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t tiles = ceil_div(p.x.rows, S::kRows) * ceil_div(p.B.rows, S::kTileChannels);
   BURNISH_CHECK(tiles < (int64_t{1} << 31), "lora_linear.native: y has ", p.x.rows, " rows of ", p.B.rows,
                 ", more than a kernel counts");

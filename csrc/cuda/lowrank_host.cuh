@@ -118,7 +118,6 @@ inline LowRankProblem LowRankCall::problem(Tensor& y, double factor) const {
 // Plans and starts a kernel whose body is lowrank_forward<T, ..., S>; fills in what the plan decides.
 template <class T, class S>
 void start_lowrank(void (*kernel)(LowRankProblem), LowRankProblem p, const Tensor& x) {
-  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const auto bytes = [](const Operand& of) { return int64_t{of.rows} * of.width; };
   p.padded_rank = static_cast<int>(round_up(p.rank, 8));
   p.rank_tiles = static_cast<int>(ceil_div(p.rank, S::kChannels));

@@ -39,8 +39,6 @@ constexpr int64_t kMaxChannels = 1 << 30;  // likewise
 constexpr int64_t kFewRows = 16;
 constexpr int64_t kWideRows = 64;  // from more on, where the device has warpgroups
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // A stage of a warp's ring, in units of 16 bytes: values [channels][8], x [rows][16], metadata [channels][1 or 2].
 template <class T_, int kRowTiles_, int kChannelTiles_, int kStages_>
 struct Few {

@@ -10,9 +10,9 @@ constexpr int64_t kGroup = 16;       // the last panel is a multiple of this wid
 constexpr int64_t kDepth = 4;        // consecutive k of one channel
 constexpr int64_t kRowPadding = 16;  // bytes that a row of the rows layout is a multiple of
 
-BURNISH_HD inline int64_t round_up(int64_t size, int64_t multiple) {
-  return (size + multiple - 1) / multiple * multiple;
-}
+BURNISH_HD inline int64_t ceil_div(int64_t size, int64_t part) { return (size + part - 1) / part; }
+
+BURNISH_HD inline int64_t round_up(int64_t size, int64_t multiple) { return ceil_div(size, multiple) * multiple; }
 
 // Channels of panel p: 64, but for the last one what is left, rounded up.
 BURNISH_HD inline int64_t panel_width(int64_t channels, int64_t p) {
