@@ -1,26 +1,27 @@
 #include "cpu/float_product.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "cpu/parallel.h"
 
 namespace burnish {
 namespace {
 
-constexpr int64_t kPanelBytes = int64_t{128} << 10;  // of W, packed together: they stay in L2
-constexpr int64_t kLongest = 4096;         // elements of W's rows that are: sums in one go lose little up to there
-constexpr int64_t kChunkTransposed = 256;  // rows of a transposed W that are
-constexpr int64_t kPanelsTransposed = 4;   // panels of a transposed W that are: its rows are read 512 bytes at a time
-constexpr int64_t kFewRows = 8;            // up to which a projection reads W as it lies
-constexpr int64_t kTileBytes = int64_t{256} << 10;  // of sums that a group of panels may take
+constexpr int64_t kPackedBytes = int64_t{128} << 10;  // of W, packed together: they stay in L2
+constexpr int64_t kLongest = 4096;  // elements of a column that are: sums in one go lose little up to there
+constexpr int64_t kFewRows = 8;     // up to which a projection reads W as it lies
 constexpr int64_t kPackedWhole = int64_t{256} << 10;
 constexpr int64_t kRowsByRows = 12;
 constexpr int64_t kRowBlock = 512;  // rows that meet a packed panel: x's chunk of them stays in L2
 constexpr int64_t kPartialBytes = int64_t{4} << 20;
 
-// Elements of `columns` rows of W that are packed together: whole bytes of a bitmap and of dropout's bits.
-int64_t longest(int64_t columns, Format format) {
-  return std::min(kPanelBytes / (round_up(columns, 16) * size_of(format)) / 8 * 8, kLongest);
+// The depth of W that is packed and summed in one go: whole bytes of a bitmap and of dropout's bits. It depends neither
+// on how W lies nor on which columns a thread has, so sums do not: of the ranges of columns, only one that ends with W
+// ends before kColumnBlock.
+int64_t longest(Range columns, Format format) {
+  const int64_t width = round_up(std::min(kColumnBlock, columns.end), 16);
+  return std::min(kPackedBytes / (width * size_of(format)) / 8 * 8, kLongest);
 }
 
 // A piece of a term's depth, packed at once.
@@ -29,11 +30,10 @@ struct Step {
   Range depth;
 };
 
-// `columns`: of a panel.
-std::vector<Step> steps_of(const std::vector<Term>& terms, int64_t columns) {
+std::vector<Step> steps_of(const std::vector<Term>& terms, Range columns) {
   std::vector<Step> steps;
   for (const Term& term : terms) {
-    const int64_t chunk = term.weight.transposed ? kChunkTransposed : longest(columns, term.x.format);
+    const int64_t chunk = longest(columns, term.x.format);
     for (int64_t k = 0; k < term.depth; k += chunk) steps.push_back({&term, {k, std::min(k + chunk, term.depth)}});
     if (term.depth == 0 && &term == &terms.back() && steps.empty()) steps.push_back({&term, {0, 0}});
   }
@@ -90,7 +90,7 @@ void pack(const Kernels& level, const Step& step, Range columns, char* panels, i
 // memory likes better than a panel of all rows.
 void add_product_by_rows(const Kernels& level, const Step& step, int64_t rows, Range columns, const Sink& y) {
   static thread_local Scratch scratch;
-  const int64_t panels = (columns.size() + level.panel_columns - 1) / level.panel_columns;
+  const int64_t panels = ceil_div(columns.size(), level.panel_columns);
   const int64_t panel_bytes = packed_bytes(level, step);
   scratch.reserve(Scratch::bytes<char>(panels * panel_bytes));
   char* packed = scratch.take<char>(panels * panel_bytes);
@@ -107,41 +107,36 @@ void add_product_by_rows(const Kernels& level, const Step& step, int64_t rows, R
 void add_products(const Kernels& level, const std::vector<Term>& terms, int64_t rows, Range columns, const Sink& sink,
                   const Dropout* dropout, int64_t mask_row) {
   static thread_local Scratch scratch;
-  const std::vector<Step> steps = steps_of(terms, std::min(level.panel_columns, columns.size()));
+  const std::vector<Step> steps = steps_of(terms, columns);
   if (steps.size() == 1 && sink.y != nullptr && rows >= 2 * kRowsByRows && dropout == nullptr &&
       terms[0].weight.dropout == nullptr && terms[0].weight.compressed == nullptr &&
-      packed_bytes(level, steps[0]) * ((columns.size() + level.panel_columns - 1) / level.panel_columns) <=
-          kPackedWhole) {
+      packed_bytes(level, steps[0]) * ceil_div(columns.size(), level.panel_columns) <= kPackedWhole) {
     return add_product_by_rows(level, steps[0], rows, columns, sink);
   }
-  // a transposed W is read some panels wide, as far as their sums still leave room in L2
-  const int64_t wide =
-      std::clamp<int64_t>(kTileBytes / std::max<int64_t>(1, rows * level.panel_columns * 4), 1, kPanelsTransposed);
-  const int64_t group = (terms[0].weight.transposed ? wide : 1) * level.panel_columns;
-  const int64_t panel_bytes = kPanelBytes + 64 * level.panel_columns;
+  constexpr int64_t kPacked = kPackedBytes + 4 * kColumnBlock;  // a panel's rows are whole words
   const Format format = terms[0].x.format;
-  const bool transposed = terms[0].weight.transposed;
-  const int64_t kept_rows = transposed ? kChunkTransposed : group;
-  const int64_t kept_columns = transposed ? group : longest(std::min(level.panel_columns, columns.size()), format);
-  scratch.reserve(Block::bytes(rows, group, Format::kFloat) +
-                  Scratch::bytes<char>(group / level.panel_columns * panel_bytes) +
+  const int64_t chunk = longest(columns, format);
+  const auto [kept_rows, kept_columns] =
+      terms[0].weight.transposed ? std::pair{chunk, kColumnBlock} : std::pair{kColumnBlock, chunk};
+  scratch.reserve(Block::bytes(rows, kColumnBlock, Format::kFloat) + Scratch::bytes<char>(kPacked) +
                   Block::bytes(kept_rows, kept_columns, format));
-  const Block tile = Block::take(scratch, rows, group, Format::kFloat);
-  char* panels = scratch.take<char>(group / level.panel_columns * panel_bytes);
+  const Block tile = Block::take(scratch, rows, kColumnBlock, Format::kFloat);
+  char* panels = scratch.take<char>(kPacked);
   const Block kept = Block::take(scratch, kept_rows, kept_columns, format);
-  for (int64_t n = columns.begin; n < columns.end; n += group) {
-    const Range here{n, std::min(n + group, columns.end)};
+  for (int64_t n = columns.begin; n < columns.end; n += kColumnBlock) {
+    const Range here{n, std::min(n + kColumnBlock, columns.end)};
     Sink sums = sink.at(0, n);
     if (sink.y != nullptr) sums = tile.sums(false);
     for (size_t i = 0; i < steps.size(); ++i) {
       const Step& step = steps[i];
       const bool last = i + 1 == steps.size();
+      const int64_t panel_bytes = packed_bytes(level, step);
       pack(level, step, here, panels, panel_bytes, kept);
       Ahead ahead;
       if (!last) {
         ahead = memory_of(steps[i + 1], here);
       } else if (here.end < columns.end) {
-        ahead = memory_of(steps[0], {here.end, std::min(here.end + group, columns.end)});
+        ahead = memory_of(steps[0], {here.end, std::min(here.end + kColumnBlock, columns.end)});
       }
       Sink to = sums;
       if (last && sink.y != nullptr) {
@@ -150,7 +145,7 @@ void add_products(const Kernels& level, const std::vector<Term>& terms, int64_t 
         to.sums_stride = tile.stride / 4;
       }
       to.add = i > 0 || (sink.y == nullptr && sink.add);
-      const int64_t count = (here.size() + level.panel_columns - 1) / level.panel_columns;
+      const int64_t count = ceil_div(here.size(), level.panel_columns);
       for (int64_t p = 0; p < count; ++p) {
         const int64_t from = p * level.panel_columns;
         level.multiply(step.term->x.at(0, step.depth.begin), rows, panels + p * panel_bytes,
@@ -172,8 +167,7 @@ void add_products_parallel(const Kernels& level, const std::vector<Term>& terms,
     for (const Term& term : terms) below.push_back(term.below(row.begin));
     add_products(level, below, row.size(), column, sink.at(row.begin, 0), dropout, row.begin);
   };
-  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock,
-                panels = (columns + level.panel_columns - 1) / level.panel_columns;
+  const int64_t blocks = ceil_div(rows, kRowBlock), parts = ceil_div(columns, kColumnBlock);
   const auto row_range = [&](int64_t block) {
     return Range{block * kRowBlock, std::min((block + 1) * kRowBlock, rows)};
   };
@@ -183,8 +177,8 @@ void add_products_parallel(const Kernels& level, const std::vector<Term>& terms,
     });
   }
   for (int64_t block = 0; block < blocks; ++block) {
-    parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-      some(row_range(block), {begin * level.panel_columns, std::min(end * level.panel_columns, columns)});
+    parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      some(row_range(block), {begin * kColumnBlock, std::min(end * kColumnBlock, columns)});
     });
   }
 }

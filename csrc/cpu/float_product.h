@@ -65,8 +65,12 @@ class Compressed {
   virtual void take(const Kernels& level, Range rows, Range columns, const Block& out) const = 0;
 };
 
-// `columns` (from a whole panel on) of sink = the sum of the terms, for `rows` rows of X. With `dropout`, the first
-// term's product is dropped where row `mask_row` + i, column j is; at least one more term or sums must follow it.
+// Columns of W that are packed together, in panels.
+constexpr int64_t kColumnBlock = 64;
+
+// `columns` (from a multiple of kColumnBlock on, and to one or the last) of sink = the sum of the terms, for `rows`
+// rows of X. With `dropout`, the first term's product is dropped where row `mask_row` + i, column j is; at least one
+// more term or sums must follow it.
 void add_products(const Kernels& level, const std::vector<Term>& terms, int64_t rows, Range columns, const Sink& sink,
                   const Dropout* dropout = nullptr, int64_t mask_row = 0);
 

@@ -121,6 +121,8 @@ struct Kernels {
   // columns].
   void (*pack_rows)(const Matrix& w, int64_t columns, int64_t depth, void* panel);
   void (*pack_columns)(const Matrix& w, int64_t columns, int64_t depth, void* panel);
+  // to [columns, rows] = from [rows, columns], of one format, whichever.
+  void (*turn)(const Matrix& from, int64_t rows, int64_t columns, const Matrix& to);
   // C = X W on one panel. X is in a product format.
   void (*multiply)(const Matrix& x, int64_t rows, const void* panel, int64_t columns, int64_t depth, const Sink& sink,
                    const Ahead& ahead);

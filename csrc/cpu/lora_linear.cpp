@@ -26,8 +26,8 @@ class FloatBase : public Base {
   void forward(const Kernels& level, const Operand& x, const Term& low, const Sink& y) const override {
     static thread_local Scratch copies;
     const int64_t M = x.rows.count, K = x.rows.width, N = turned_ ? weight_.rows.width : weight_.rows.count;
-    if (low.x.format == x.matrix.format && M <= kFewRows && !turned_) {
-      return add_few_rows(level, {low, {x.matrix, {weight_.matrix, false}, K}}, M, N, y);
+    if (low.x.format == x.matrix.format && M <= kFewRows) {
+      return add_few_rows(level, {low, {x.matrix, {weight_.matrix, turned_}, K}}, M, N, y);
     }
     const Matrix from = in_product_format(level, x.matrix, M, K, copies);
     add_products_parallel(level, {low, {from, {weight_.matrix, turned_}, K}}, M, N, y);

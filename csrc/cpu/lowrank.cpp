@@ -11,7 +11,8 @@ namespace {
 constexpr int64_t kGatherRows = 256;  // rows of dy that are read at a time, from L2 the second time
 constexpr int64_t kGatherParts = 16;  // of the columns of dy, at most
 constexpr int64_t kPartialBytes = int64_t{4} << 20;
-constexpr int64_t kWideRows = 256;  // of a block, which repay packing factors of any rank
+constexpr int64_t kTurnedBytes = 256;  // of a row of a transposed weight that are read together
+constexpr int64_t kWideRows = 256;     // of a block, which repay packing factors of any rank
 
 }  // namespace
 
@@ -21,18 +22,36 @@ void add_few_rows(const Kernels& level, const std::vector<Term>& terms, int64_t 
   const Block sums = Block::take(scratch, rows, N, Format::kFloat);
   int64_t depth = 0;
   for (const Term& term : terms) depth += term.depth;
+  const auto add = [&](size_t i, const Matrix& weight, Range columns) {
+    const Term& term = terms[i];
+    Sink to = sums.sums(i > 0).at(0, columns.begin);
+    if (i + 1 == terms.size()) {
+      to = y.at(0, columns.begin);
+      to.sums = sums.floats(0) + columns.begin;
+      to.sums_stride = sums.stride / 4;
+      to.add = i > 0;
+    }
+    level.dot(term.x, rows, weight, columns.size(), term.depth, to);
+  };
   const int64_t grain = std::max<int64_t>(16, 32768 / std::max<int64_t>(1, depth));
   parallel_for(0, N, grain, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch copies;
     for (size_t i = 0; i < terms.size(); ++i) {
       const Term& term = terms[i];
-      Sink to = sums.sums(i > 0).at(0, begin);
-      if (i + 1 == terms.size()) {
-        to = y.at(0, begin);
-        to.sums = sums.floats(0) + begin;
-        to.sums_stride = sums.stride / 4;
-        to.add = i > 0;
+      if (!term.weight.transposed) {
+        add(i, term.weight.matrix.at(begin, 0), {begin, end});
+        continue;
       }
-      level.dot(term.x, rows, term.weight.matrix.at(begin, 0), end - begin, term.depth, to);
+      const Format format = term.weight.matrix.format;
+      const int64_t width = std::min(end - begin, kTurnedBytes / size_of(format));
+      copies.reserve(Block::bytes(width, term.depth, format));
+      const Block turned = Block::take(copies, width, term.depth, format);
+      for (int64_t n = begin; n < end; n += width) {
+        const Range columns{n, std::min(n + width, end)};
+        level.turn(term.weight.matrix.at(0, n), term.depth, columns.size(), turned.matrix());
+        add(i, turned.matrix(), columns);
+      }
+      copies.trim();
     }
   });
 }

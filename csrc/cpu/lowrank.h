@@ -63,8 +63,8 @@ Tensor lowrank_forward(const Tensor& x, const Factors& factors, const Base* base
 // The gradients of that.
 Gradients lowrank_backward(const Tensor& dy, const Tensor& x, const Factors& factors, const Base* base, Wanted wanted);
 
-// y = the sum of the terms for all rows: for a few (kFewRows), each weight [N, depth] is read as it lies, from memory;
-// X is then in the weights' own format.
+// y = the sum of the terms for all rows: for a few (kFewRows), each weight is read as it lies, from memory, or where it
+// is transposed turned a piece at a time; X is then in the weights' own format.
 constexpr int64_t kFewRows = 2;
 void add_few_rows(const Kernels& level, const std::vector<Term>& terms, int64_t rows, int64_t N, const Sink& y);
 

@@ -13,7 +13,8 @@ namespace {
 constexpr int kRows = 4, kColumns = 4;
 constexpr int kBlock = 16;  // columns that are finished together
 
-template <class Dot, int MR>
+// MR rows of X, NC of W: sums are formed alike whatever the tile.
+template <class Dot, int MR, int NC>
 void tile(const char* x, int64_t x_stride, const char* w, int64_t w_stride, int64_t depth, float* out) {
   using Stored = typename Dot::Stored;
   Vec sum[MR][kColumns];
@@ -25,9 +26,9 @@ void tile(const char* x, int64_t x_stride, const char* w, int64_t w_stride, int6
     BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
       left[m] = Dot::load_part(reinterpret_cast<const Stored*>(x + m * x_stride) + k, count...);
     }
-    BURNISH_UNROLL for (int n = 0; n < kColumns; ++n) {
+    BURNISH_UNROLL for (int n = 0; n < NC; ++n) {
       const auto* from = reinterpret_cast<const Stored*>(w + n * w_stride) + k;
-      __builtin_prefetch(from + kColumns * w_stride / static_cast<int64_t>(sizeof(Stored)), 0, 2);
+      __builtin_prefetch(from + NC * w_stride / static_cast<int64_t>(sizeof(Stored)), 0, 2);
       const auto right = Dot::load_part(from, count...);
       BURNISH_UNROLL for (int m = 0; m < MR; ++m) Dot::multiply_add(sum[m][n], right, left[m]);
     }
@@ -39,7 +40,7 @@ void tile(const char* x, int64_t x_stride, const char* w, int64_t w_stride, int6
       step(k);
       if (k % kShortSum != kShortSum - 1 && k + 1 < depth) continue;
       for (int m = 0; m < MR; ++m) {
-        for (int n = 0; n < kColumns; ++n) {
+        for (int n = 0; n < NC; ++n) {
           total[m][n] = total[m][n] + sum[m][n];
           sum[m][n] = Vec(0.0f);
         }
@@ -50,24 +51,11 @@ void tile(const char* x, int64_t x_stride, const char* w, int64_t w_stride, int6
     for (; k + Dot::kDepth <= depth; k += Dot::kDepth) step(k);
     if (k < depth) step(k, depth - k);
   }
-  BURNISH_UNROLL for (int m = 0; m < MR; ++m) add_lanes(sum[m], out + m * kBlock);
-}
-
-// One row against fewer columns than a tile has.
-template <class Dot>
-void single(const char* x, const char* w, int64_t depth, float* out) {
-  using Stored = typename Dot::Stored;
-  Vec sum[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
-  const auto* left = reinterpret_cast<const Stored*>(x);
-  const auto* right = reinterpret_cast<const Stored*>(w);
-  int64_t k = 0;
-  for (; k + Dot::kDepth <= depth; k += Dot::kDepth) {
-    Dot::multiply_add(sum[0], Dot::load_part(right + k), Dot::load_part(left + k));
+  BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
+    float sums[kColumns];
+    add_lanes(sum[m], sums);
+    std::copy(sums, sums + NC, out + m * kBlock);
   }
-  if (k < depth) Dot::multiply_add(sum[0], Dot::load_part(right + k, depth - k), Dot::load_part(left + k, depth - k));
-  float sums[4];
-  add_lanes(sum, sums);
-  *out = sums[0];
 }
 
 template <class Dot>
@@ -79,16 +67,13 @@ void dot_rows(const Matrix& x, int64_t rows, const Matrix& w, int64_t columns, i
     const int64_t count = columns - n < kBlock ? columns - n : kBlock;
     for (int64_t m = 0; m < rows; m += kRows) {
       const int64_t left = rows - m < kRows ? rows - m : kRows;
-      int64_t i = 0;
-      for (; i + kColumns <= count; i += kColumns) {
-        static constexpr decltype(&tile<Dot, 1>) kTable[kRows] = {tile<Dot, 1>, tile<Dot, 2>, tile<Dot, 3>,
-                                                                  tile<Dot, 4>};
-        kTable[left - 1](xs + m * x.stride, x.stride, ws + (n + i) * w.stride, w.stride, depth, out + i);
-      }
-      for (; i < count; ++i) {
-        for (int64_t r = 0; r < left; ++r) {
-          single<Dot>(xs + (m + r) * x.stride, ws + (n + i) * w.stride, depth, out + r * kBlock + i);
-        }
+      static constexpr decltype(&tile<Dot, 1, 1>) kTiles[2][kRows] = {
+          {tile<Dot, 1, 1>, tile<Dot, 2, 1>, tile<Dot, 3, 1>, tile<Dot, 4, 1>},
+          {tile<Dot, 1, kColumns>, tile<Dot, 2, kColumns>, tile<Dot, 3, kColumns>, tile<Dot, 4, kColumns>}};
+      for (int64_t i = 0; i < count;) {
+        const bool whole = i + kColumns <= count;
+        kTiles[whole][left - 1](xs + m * x.stride, x.stride, ws + (n + i) * w.stride, w.stride, depth, out + i);
+        i += whole ? kColumns : 1;
       }
       for (int64_t r = 0; r < left; ++r) finish_row(out + r * kBlock, count, sink.at(m + r, n));
     }

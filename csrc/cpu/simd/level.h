@@ -19,6 +19,7 @@ void slope_row(const void* dy, Format format, const float* z, int activation, co
 Format product_format(Format format);
 void pack_rows(const Matrix& w, int64_t columns, int64_t depth, void* panel);
 void pack_columns(const Matrix& w, int64_t columns, int64_t depth, void* panel);
+void turn(const Matrix& from, int64_t rows, int64_t columns, const Matrix& to);
 void multiply(const Matrix& x, int64_t rows, const void* panel, int64_t columns, int64_t depth, const Sink& sink,
               const Ahead& ahead);
 void multiply_panels(const Matrix& x, int64_t rows, const char* panels, int64_t panel_bytes, int64_t columns,

@@ -8,6 +8,7 @@ namespace burnish::BURNISH_ISA {
 namespace {
 
 constexpr int64_t kReadAhead = 512;  // bytes of a row that packing prefetches
+constexpr int64_t kTurned = 32;      // rows that turning prefetches ahead
 
 #if defined(__AVX512F__)
 
@@ -98,18 +99,21 @@ void pack_words(const char* w, int64_t stride, int64_t rows, int64_t bytes, char
   }
 }
 
+// Which elements of 16 bits of two vectors a, b make a[0], b[0], a[1], b[1], ..: the first half of that, and the
+// second.
+alignas(64) constexpr struct Interleaved {
+  uint16_t low[32], high[32];
+  constexpr Interleaved() : low(), high() {
+    for (int i = 0; i < 32; ++i) {
+      low[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
+      high[i] = static_cast<uint16_t>(low[i] + 16);
+    }
+  }
+} kInterleaved;
+
 // Pairs of rows, interleaved: (w[k][n], w[k + 1][n]) for 32 columns a step.
 void pack_pairs(const Matrix& w, int64_t columns, int64_t depth, char* panel, int64_t step_bytes) {
-  alignas(64) static constexpr struct Order {
-    uint16_t low[32], high[32];
-    constexpr Order() : low(), high() {
-      for (int i = 0; i < 32; ++i) {
-        low[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
-        high[i] = static_cast<uint16_t>(low[i] + 16);
-      }
-    }
-  } kOrder;
-  const __m512i low = _mm512_load_si512(kOrder.low), high = _mm512_load_si512(kOrder.high);
+  const __m512i low = _mm512_load_si512(kInterleaved.low), high = _mm512_load_si512(kInterleaved.high);
   for (int64_t k = 0; k < depth; k += 2) {
     const char* first = static_cast<const char*>(w.data) + k * w.stride;
     char* to = panel + k / 2 * step_bytes;
@@ -122,6 +126,42 @@ void pack_pairs(const Matrix& w, int64_t columns, int64_t depth, char* panel, in
       _mm512_storeu_si512(to + n * 4, _mm512_permutex2var_epi16(a, low, b));
       if (count > 16) _mm512_storeu_si512(to + n * 4 + 64, _mm512_permutex2var_epi16(a, high, b));
     }
+  }
+}
+
+// A block of up to 16 words of rows and 16 columns, turned: a word is one element, or two of 16 bits.
+template <class T>
+void turn_block(const Matrix& from, int64_t rows, int64_t columns, const Matrix& to) {
+  constexpr int64_t kDepth = 4 / sizeof(T);  // rows of a word
+  const __m512i interleaved = _mm512_load_si512(kInterleaved.low);
+  const auto mask = static_cast<__mmask16>((1 << columns) - 1);
+  const auto row = [&](int64_t r) __attribute__((always_inline)) {
+    const void* at = from.at(r, 0).data;
+    __builtin_prefetch(static_cast<const char*>(at) + kTurned * from.stride, 0, 2);
+    if (r >= rows) return _mm512_setzero_si512();
+    if constexpr (kDepth == 1) return _mm512_maskz_loadu_epi32(mask, at);
+    return _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask, at));
+  };
+  __m512i block[16];
+  BURNISH_UNROLL for (int64_t i = 0; i < 16; ++i) {
+    block[i] = row(i * kDepth);
+    if constexpr (kDepth == 2) block[i] = _mm512_permutex2var_epi16(block[i], interleaved, row(i * kDepth + 1));
+  }
+  transpose(block);
+  const auto bytes = rows * sizeof(T);
+  const __mmask64 written = bytes < 64 ? (__mmask64{1} << bytes) - 1 : ~__mmask64{0};
+  BURNISH_UNROLL for (int64_t i = 0; i < 16; ++i) {
+    if (i < columns) _mm512_mask_storeu_epi8(const_cast<void*>(to.at(i, 0).data), written, block[i]);
+  }
+}
+
+#else
+
+template <class T>
+void turn_block(const Matrix& from, int64_t rows, int64_t columns, const Matrix& to) {
+  for (int64_t i = 0; i < columns; ++i) {
+    auto* out = static_cast<T*>(const_cast<void*>(to.at(i, 0).data));
+    for (int64_t r = 0; r < rows; ++r) out[r] = static_cast<const T*>(from.at(r, 0).data)[i];
   }
 }
 
@@ -170,6 +210,19 @@ void pack_columns(const Matrix& w, int64_t columns, int64_t depth, void* panel) 
       float* to = static_cast<float*>(panel) + k * padded;
       for (int64_t n = 0; n < padded; n += Vec::kLanes) {
         store(to + n, load(from + n, columns - n), Vec::kLanes);
+      }
+    }
+  });
+}
+
+void turn(const Matrix& from, int64_t rows, int64_t columns, const Matrix& to) {
+  with_type(from.format, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    constexpr int64_t kBlock = 64 / sizeof(T);
+    for (int64_t r = 0; r < rows; r += kBlock) {
+      for (int64_t n = 0; n < columns; n += 16) {
+        turn_block<T>(from.at(r, n), rows - r < kBlock ? rows - r : kBlock, columns - n < 16 ? columns - n : 16,
+                      to.at(n, r));
       }
     }
   });

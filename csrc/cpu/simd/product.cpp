@@ -115,10 +115,11 @@ BURNISH_INLINE void step(Vec (&sum)[MR][NV], const char* x, int64_t x_stride, co
   }
 }
 
-// Where there are registers for it, sums of a long depth are formed in blocks, and the blocks added up: that keeps the
-// rounding error near that of a short sum. Results in bf16 hide it.
-template <class Element, int MR, int NV>
-constexpr bool kTwoLevels = Element::kDepth == 1 && (Vec::kLanes == 1 || 2 * NV * MR <= kSums);
+// Where there are registers for it whatever the rows of a tile, of which sums must not depend, those of a long depth
+// are formed in blocks, and the blocks added up: that keeps the rounding error near that of a short sum. Results in
+// bf16 hide it.
+template <class Element, int NV>
+constexpr bool kTwoLevels = Element::kDepth == 1 && (Vec::kLanes == 1 || 2 * NV * kRows <= kSums);
 
 template <class Element, int MR, int NV>
 void tile(const char* x, int64_t x_stride, const char* panel, int64_t depth, Walker& walker, int64_t lines,
@@ -130,7 +131,7 @@ void tile(const char* x, int64_t x_stride, const char* panel, int64_t depth, Wal
   const int64_t steps = depth / Element::kDepth;
   const int64_t every = lines > 0 && steps / lines > 0 ? steps / lines : 1;  // steps between two prefetches
   int64_t k = 0;
-  if constexpr (kTwoLevels<Element, MR, NV>) {
+  if constexpr (kTwoLevels<Element, NV>) {
     Vec total[MR][NV];
     BURNISH_UNROLL for (int m = 0; m < MR; ++m) { BURNISH_UNROLL for (int v = 0; v < NV; ++v) total[m][v] = Vec(0.0f); }
     int64_t wait = 0;

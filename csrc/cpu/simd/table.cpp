@@ -20,6 +20,7 @@ const Kernels& kernels_of<Isa::BURNISH_ISA>() {
                                   kPanelColumns,
                                   pack_rows,
                                   pack_columns,
+                                  turn,
                                   multiply,
                                   multiply_panels,
                                   dot,
