@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from burnish import optim
+from burnish.optim import norm
 from optimizers import OPTIMIZERS
 from torch import nn
 
@@ -346,3 +347,27 @@ def test_groups_differ_in_what_they_keep() -> None:
     for each, parameter in zip(alone, params, strict=False):
         (other, state), *_ = each.state.items()
         torch.testing.assert_close((parameter, optimizer.state[parameter]), (other, state), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("done", [True, False])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_held_steps_are_done_when_they_are_released_or_never(name: str, done: bool) -> None:
+    params = [nn.Parameter(torch.ones(300)) for _ in range(2)]
+    for parameter in params:
+        parameter.grad = torch.ones(300)
+    optimizer = OPTIMIZERS[name].ours([{"params": [each]} for each in params], **OPTIMIZERS[name].options)
+    optimizer.step()
+    before = [parameter.detach().clone() for parameter in params]
+    torch.ops.burnish.hold_steps()
+    try:
+        ((batch, state), _) = optimizer._known()
+        scaling = norm.Scaling.of(optimizer, [batch])
+        optimizer.update(batch, state, batch.arguments(state, scaling))
+        assert torch.equal(params[0], before[0])
+        assert state["step"][0] == 1
+    finally:
+        torch.ops.burnish.release_steps(done)
+    assert torch.equal(params[0], before[0]) != done
+    assert state["step"][0] == 1 + done
+    optimizer.step()
+    assert not torch.equal(params[1], before[1])

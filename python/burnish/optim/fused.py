@@ -26,6 +26,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from burnish import native
 from burnish.optim import norm, options, tensors
 from burnish.optim.batch import Batch, Columns, next_seed
 from burnish.optim.masks import Masks
@@ -168,34 +169,26 @@ class FusedOptimizer(torch.optim.Optimizer):
         known = self._known()
         work = known or self._all()
         try:
-            rest = self._begin(work)
+            self._run(work)
         except RuntimeError:
             if not known:
                 raise
             work = self._all()  # raises, naming the parameter, where a gradient is what an op refused
-            rest = self._begin(work)
-        for call in rest:
-            self.update(*call)
+            self._run(work)
         for group in self.param_groups if work else ():
             if group["stochastic_rounding"]:
                 group["seed"] = next_seed(group["seed"])
         return result
 
-    def _begin(self, work: Sequence[tuple[Batch, Columns]]) -> list[tuple[Batch, Columns, dict[str, Any]]]:
-        """Step the first of some batches, and return the calls that step the others.
-
-        An op looks at all of its tensors before it writes. So that none refuses its own after another has written, the
-        later ones are first called to look alone; not on a GPU, where that would be launches.
-        """
+    def _run(self, work: Sequence[tuple[Batch, Columns]]) -> None:
+        """Step batches. On a CPU all of them are checked before one is written; of others the first is."""
         if not work:
-            return []
+            return
         scaling = norm.Scaling.of(self, [batch for batch, _ in work])
-        first, *rest = [(batch, state, batch.arguments(state, scaling)) for batch, state in work]
-        for batch, state, arguments in rest:
-            if batch.device.type == "cpu":
-                self.update(batch, state, arguments | {"found_inf": torch.ones(())})
-        self.update(*first)
-        return rest
+        waits = len(work) > 1 and any(batch.device.type == "cpu" for batch, _ in work) and not native.lacks("burnish")
+        with _held() if waits else contextlib.nullcontext():
+            for batch, state in work:
+                self.update(batch, state, batch.arguments(state, scaling))
 
     def _known(self) -> list[tuple[Batch, Columns]]:
         """The groups, each as one batch, where they have all of their state; nothing where there is more to be seen.
@@ -370,3 +363,15 @@ def _alike(group: Mapping[str, Any], grads: Sequence[Any]) -> bool:
         and (not (group["stochastic_rounding"] or group["master_weights"]) or len(set(map(_dtype, params))) == 1)
         and not (group.get("capturable") and params[0].device.type == "cpu")
     )
+
+
+@contextlib.contextmanager
+def _held() -> Iterator[None]:
+    """Steps of a CPU that are asked for inside are checked at once, and done afterwards; none, where one is refused."""
+    torch.ops.burnish.hold_steps()
+    try:
+        yield
+    except BaseException:
+        torch.ops.burnish.release_steps(False)
+        raise
+    torch.ops.burnish.release_steps(True)
