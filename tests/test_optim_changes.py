@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from burnish import optim
+from burnish.optim import norm
 from optimizers import OPTIMIZERS
 from torch import nn
 
@@ -170,7 +171,7 @@ def shuffle(optimizer: torch.optim.Optimizer) -> None:
 
 
 def lose(optimizer: torch.optim.Optimizer) -> None:
-    del optimizer.state[optimizer.param_groups[0]["params"][1]]
+    del optimizer.state[optimizer.param_groups[-1]["params"][-1]]
 
 
 CHANGES: dict[str, Any] = {
@@ -184,23 +185,34 @@ CHANGES: dict[str, Any] = {
     "moment in place": lambda o, p, s: s["exp_avg"].fill_(0.25),
     "memory of a moment": lambda o, p, s: setattr(s["exp_avg_sq"], "data", torch.ones(300)),
     "count": lambda o, p, s: s.update(step=torch.tensor(7.0)),
-    "rate": lambda o, p, s: o.param_groups[0].update(lr=0.3),
-    "decay": lambda o, p, s: o.param_groups[0].update(weight_decay=0.7, betas=(0.5, 0.6), eps=1e-3, maximize=True),
+    "rate": lambda o, p, s: o.param_groups[-1].update(lr=0.3),
+    "rate that is a tensor": lambda o, p, s: o.param_groups[-1].update(lr=torch.tensor(0.3)),
+    "decay": lambda o, p, s: o.param_groups[-1].update(weight_decay=0.7, betas=(0.5, 0.6), eps=1e-3, maximize=True),
     "frozen": lambda o, p, s: setattr(p, "grad", None),
     "order": lambda o, p, s: shuffle(o),
     "lost": lambda o, p, s: lose(o),
     "all lost": lambda o, p, s: o.state.clear(),
+    "removed": lambda o, p, s: o.param_groups[-1]["params"].pop(),
+    "another": lambda o, p, s: o.param_groups[-1]["params"].append(nn.Parameter(torch.ones(3))),
+    "no parameters": lambda o, p, s: o.param_groups[0]["params"].clear(),
     "another group": lambda o, p, s: o.add_param_group({"params": [nn.Parameter(torch.ones(3))]}),
     "loaded": lambda o, p, s: o.load_state_dict(copy.deepcopy(o.state_dict())),
 }
 
 
+def grouped(params: list[nn.Parameter], groups: int) -> list[dict[str, Any]]:
+    """The first parameter in a group of its own, if there are two."""
+    cuts = [params] if groups == 1 else [params[:1], params[1:]]
+    return [{"params": list(cut), "weight_decay": 0.1 * number} for number, cut in enumerate(cuts)]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_changes_between_steps_is_what_is_stepped(change: Any) -> None:
+def test_what_changes_between_steps_is_what_is_stepped(change: Any, groups: int) -> None:
     both = []
     for make in (optim.AdamW, torch.optim.AdamW):
         params = parameters()
-        optimizer = make(params, lr=0.1)
+        optimizer = make(grouped(params, groups), lr=0.1)
         for step in range(5):
             push(params, step)
             if step == 3:
@@ -279,3 +291,83 @@ def test_a_parameter_in_place_of_another_is_stepped(at: int) -> None:
             optimizer.step()
         both.append(params)
     torch.testing.assert_close(*both, rtol=1e-5, atol=1e-6)
+
+
+#: kinds of steps of several groups, by the optimizer's options and the parameters' dtype
+KINDS: dict[str, tuple[dict[str, Any], torch.dtype]] = {
+    "plain": ({}, torch.float32),
+    "clipped": ({"max_grad_norm": 1.0, "maximize": True}, torch.float32),
+    "codes": ({"state_dtype": "int8", "ema_decay": 0.9}, torch.float32),
+    "at random": ({"state_dtype": "bf16", "stochastic_rounding": True, "seed": 3}, torch.bfloat16),
+    "masters": ({"master_weights": "split"}, torch.bfloat16),
+    "rate that is a tensor": ({"lr": torch.tensor(0.02)}, torch.float16),
+}
+
+
+@pytest.mark.parametrize(("options", "dtype"), KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_groups_that_are_known_are_stepped_as_those_that_are_looked_at(
+    name: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """The same bits, also where rates, gradients' dtypes and groups change between the steps."""
+    both = []
+    for known in (True, False):
+        params = parameters(dtype)
+        optimizer = OPTIMIZERS[name].ours(grouped(params[:-1], 2), **OPTIMIZERS[name].options, **options)
+        for step in range(6):
+            push(params, step)
+            if step == 2:
+                optimizer.param_groups[1]["lr"] = 2 * optimizer.param_groups[1]["lr"]
+            if step == 3:
+                params[1].grad_dtype = None
+                params[1].grad = params[1].grad.bfloat16()
+            if step == 4:
+                optimizer.add_param_group({"params": params[-1:]})
+            if known:
+                assert bool(optimizer._known()) == (step not in (0, 4))
+            else:
+                optimizer._known = list
+            optimizer.step()
+        both.append([params, [list(optimizer.state[parameter].values()) for parameter in params]])
+    torch.testing.assert_close(*both, rtol=0, atol=0)
+
+
+def test_groups_differ_in_what_they_keep() -> None:
+    """And each is known by its own state."""
+    params = parameters(torch.bfloat16)
+    kinds = ({"state_dtype": "int8"}, {"amsgrad": True}, {"master_weights": "fp32", "ema_decay": 0.5})
+    optimizer = optim.AdamW([{"params": [each], **kind} for each, kind in zip(params, kinds, strict=False)])
+    alone = [optim.AdamW([each], **kind) for each, kind in zip(parameters(torch.bfloat16), kinds, strict=False)]
+    for step in range(3):
+        assert bool(optimizer._known()) == (step > 0)
+        push(params, step)
+        push([each.param_groups[0]["params"][0] for each in alone], step)
+        for each in (optimizer, *alone):
+            each.step()
+    for each, parameter in zip(alone, params, strict=False):
+        (other, state), *_ = each.state.items()
+        torch.testing.assert_close((parameter, optimizer.state[parameter]), (other, state), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("done", [True, False])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_held_steps_are_done_when_they_are_released_or_never(name: str, done: bool) -> None:
+    params = [nn.Parameter(torch.ones(300)) for _ in range(2)]
+    for parameter in params:
+        parameter.grad = torch.ones(300)
+    optimizer = OPTIMIZERS[name].ours([{"params": [each]} for each in params], **OPTIMIZERS[name].options)
+    optimizer.step()
+    before = [parameter.detach().clone() for parameter in params]
+    torch.ops.burnish.hold_steps()
+    try:
+        ((batch, state), _) = optimizer._known()
+        scaling = norm.Scaling.of(optimizer, [batch])
+        optimizer.update(batch, state, batch.arguments(state, scaling))
+        assert torch.equal(params[0], before[0])
+        assert state["step"][0] == 1
+    finally:
+        torch.ops.burnish.release_steps(done)
+    assert torch.equal(params[0], before[0]) != done
+    assert state["step"][0] == 1 + done
+    optimizer.step()
+    assert not torch.equal(params[1], before[1])

@@ -147,6 +147,11 @@ LAST: dict[str, tuple[Any, type[Exception], str]] = {
         RuntimeError,
         r"AdamW: state of parameter 0 of group 1: exp_avg has the shape \(7,\), expected \(4, 3\)",
     ),
+    "other moment": (
+        lambda o, p: o.state[p].update(exp_avg_sq=torch.ones(7)),
+        RuntimeError,
+        r"adam_step: exp_avg_sqs\[0\] has shape \(7,\), expected \(4, 3\)",
+    ),
     "no tensor": (
         lambda o, p: o.state[p].update(exp_avg_sq=[1.0]),
         RuntimeError,

@@ -278,7 +278,7 @@ def test_a_gradient_that_the_op_refuses_is_named(name: str, grad: Tensor, match:
     for parameter in params:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    assert optimizer._lone()
+    assert optimizer._known()
     before = snapshot(optimizer)
     params[1].grad_dtype = None
     params[1].grad = grad

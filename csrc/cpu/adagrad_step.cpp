@@ -35,7 +35,7 @@ void adagrad_step(const Tensors& params, const Tensors& grads, const Tensors& st
             .grad_scale = grad_scale,
             .found_inf = found_inf,
             .seed = seed},
-           kernels().adagrad_step, [&](double factor, double rate, double step) {
+           kernels().adagrad_step, [=](double factor, double rate, double step) {
              return adagrad_scalars(factor, rate, step, lr_decay, eps, weight_decay);
            });
 }

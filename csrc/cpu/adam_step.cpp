@@ -39,7 +39,7 @@ void adam_step(const Tensors& params, const Tensors& grads, const Tensors& steps
             .grad_scale = grad_scale,
             .found_inf = found_inf,
             .seed = seed},
-           kernels().adam_step, [&](double factor, double rate, double step) {
+           kernels().adam_step, [=](double factor, double rate, double step) {
              return adam_scalars(factor, rate, step, beta1, beta2, eps, weight_decay, decoupled);
            });
 }

@@ -21,39 +21,38 @@ void lamb_step(const Tensors& params, const Tensors& grads, const Tensors& steps
   const LambNumbers numbers{beta1, beta2, eps, weight_decay, bias_correction};
   numbers.check(kOp);
   check_squares(kOp, squares, params);
-  const OptimizerStep step =
-      prepare_step({.op = kOp,
-                    .params = params,
-                    .grads = grads,
-                    .steps = steps,
-                    .moments = {{"exp_avgs", exp_avgs, true}, {"exp_avg_sqs", exp_avg_sqs, false}},
-                    .scales = scales,
-                    .masters = masters,
-                    .emas = emas,
-                    .masks = masks,
-                    .lr = lr,
-                    .maximize = maximize,
-                    .ema_decay = ema_decay,
-                    .max_grad_norm = max_grad_norm,
-                    .grad_norm = grad_norm,
-                    .grad_scale = grad_scale,
-                    .found_inf = found_inf,
-                    .seed = seed});
-  if (step.tensors.empty()) return;
-  std::vector<LambScalars> scalars =
-      count_steps(step, steps, [&](double factor, double, double count) { return numbers.scalars(factor, count); });
-  std::vector<double> sums(2 * params.size());
-  if (squares.has_value()) {
-    std::copy_n(squares->const_data_ptr<double>(), sums.size(), sums.begin());
-  } else if (adapt) {
-    sums = sum_lamb_squares(step, scalars);
-  }
-  for (size_t i = 0; i < scalars.size(); ++i) {
-    scalars[i].step_size = lamb_step_size(step.lr, sums[2 * i], sums[2 * i + 1], adapt, trust_clip);
-  }
-  const Kernels& level = kernels();
-  for_blocks(step.starts, kBlocksPerTask, [&](size_t i, int64_t begin, int64_t end) {
-    level.lamb_step(step.tensors[i], scalars[i], step.rule, begin, end);
+  OptimizerStep prepared = prepare_step({.op = kOp,
+                                         .params = params,
+                                         .grads = grads,
+                                         .steps = steps,
+                                         .moments = {{"exp_avgs", exp_avgs, true}, {"exp_avg_sqs", exp_avg_sqs, false}},
+                                         .scales = scales,
+                                         .masters = masters,
+                                         .emas = emas,
+                                         .masks = masks,
+                                         .lr = lr,
+                                         .maximize = maximize,
+                                         .ema_decay = ema_decay,
+                                         .max_grad_norm = max_grad_norm,
+                                         .grad_norm = grad_norm,
+                                         .grad_scale = grad_scale,
+                                         .found_inf = found_inf,
+                                         .seed = seed});
+  if (prepared.tensors.empty()) return;
+  std::vector<double> given(squares.has_value() ? 2 * params.size() : 0);
+  if (squares.has_value()) std::copy_n(squares->const_data_ptr<double>(), given.size(), given.begin());
+  do_step([=, step = std::move(prepared), given = std::move(given)] {
+    std::vector<LambScalars> scalars =
+        count_steps(step, [&](double factor, double, double count) { return numbers.scalars(factor, count); });
+    std::vector<double> sums = given;
+    if (sums.empty()) sums = adapt ? sum_lamb_squares(step, scalars) : std::vector<double>(2 * scalars.size());
+    for (size_t i = 0; i < scalars.size(); ++i) {
+      scalars[i].step_size = lamb_step_size(step.lr, sums[2 * i], sums[2 * i + 1], adapt, trust_clip);
+    }
+    const Kernels& level = kernels();
+    for_blocks(step.starts, kBlocksPerTask, [&](size_t i, int64_t begin, int64_t end) {
+      level.lamb_step(step.tensors[i], scalars[i], step.rule, begin, end);
+    });
   });
 }
 

@@ -36,7 +36,7 @@ void lion_step(const Tensors& params, const Tensors& grads, const Tensors& steps
             .found_inf = found_inf,
             .seed = seed},
            kernels().lion_step,
-           [&](double factor, double rate, double) { return lion_scalars(factor, rate, beta1, beta2, weight_decay); });
+           [=](double factor, double rate, double) { return lion_scalars(factor, rate, beta1, beta2, weight_decay); });
 }
 
 }  // namespace

@@ -6,9 +6,11 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "cpu/arguments.h"
+#include "cpu/held_steps.h"
 #include "cpu/parallel.h"
 #include "math/optimizer.h"
 #include "step_arguments.h"
@@ -27,14 +29,19 @@ inline double scalar_value(const std::optional<Tensor>& scalar, double fallback)
 struct OptimizerStep : CheckedStep {
   double factor, lr;            // of the gradients; the learning rate
   std::vector<int64_t> starts;  // tensor i has blocks [starts[i], starts[i + 1]) of all
+  std::vector<float*> counts;   // of each tensor's steps
 };
 
 inline OptimizerStep prepare_step(const StepArguments& given) {
-  OptimizerStep step{check_step(given), 0, scalar_value(given.lr, 0), {0}};
+  OptimizerStep step{check_step(given), 0, scalar_value(given.lr, 0), {0}, {}};
   const double norm = scalar_value(given.grad_norm, 0);
   step.factor = gradient_factor(given.maximize, scalar_value(given.grad_scale, 1), given.max_grad_norm, norm);
   const bool found = scalar_value(given.found_inf, 0) != 0 || (given.found_inf.has_value() && !std::isfinite(norm));
   if (found) step.tensors.clear();
+  if (!step.tensors.empty()) {
+    step.counts.reserve(step.tensors.size());
+    for (const TensorView& count : given.steps) step.counts.push_back(count.mutable_data_ptr<float>());
+  }
   for (const OptimizerTensor& tensor : step.tensors) {
     step.starts.push_back(step.starts.back() + (tensor.count + kStateBlock - 1) / kStateBlock);
   }
@@ -43,15 +50,14 @@ inline OptimizerStep prepare_step(const StepArguments& given) {
 
 // Counts the step of each tensor; scalars(factor, lr, step) gives what it is to it.
 template <class F>
-auto count_steps(const OptimizerStep& step, const Tensors& counts, const F& scalars) {
+auto count_steps(const OptimizerStep& step, const F& scalars) {
   std::vector<decltype(scalars(0.0, 0.0, 0.0))> found;
-  found.reserve(counts.size());
+  found.reserve(step.counts.size());
   float last = 0;
-  for (const TensorView& tensor : counts) {
-    float& count = *tensor.mutable_data_ptr<float>();
-    count += 1;
-    found.push_back(!found.empty() && count == last ? found.back() : scalars(step.factor, step.lr, count));
-    last = count;
+  for (float* const count : step.counts) {
+    *count += 1;
+    found.push_back(!found.empty() && *count == last ? found.back() : scalars(step.factor, step.lr, *count));
+    last = *count;
   }
   return found;
 }
@@ -73,13 +79,16 @@ void for_blocks(const std::vector<int64_t>& starts, int64_t grain, const F& f) {
   });
 }
 
+// `scalars` is kept with the step.
 template <class F, class Kernel>
 void run_step(const StepArguments& given, Kernel kernel, const F& scalars) {
-  const OptimizerStep step = prepare_step(given);
-  if (step.tensors.empty()) return;
-  const auto own = count_steps(step, given.steps, scalars);
-  for_blocks(step.starts, kBlocksPerTask,
-             [&](size_t i, int64_t begin, int64_t end) { kernel(step.tensors[i], own[i], step.rule, begin, end); });
+  OptimizerStep prepared = prepare_step(given);
+  if (prepared.tensors.empty()) return;
+  do_step([step = std::move(prepared), kernel, scalars] {
+    const auto own = count_steps(step, scalars);
+    for_blocks(step.starts, kBlocksPerTask,
+               [&](size_t i, int64_t begin, int64_t end) { kernel(step.tensors[i], own[i], step.rule, begin, end); });
+  });
 }
 
 }  // namespace burnish

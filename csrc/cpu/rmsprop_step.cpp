@@ -43,7 +43,7 @@ void rmsprop_step(const Tensors& params, const Tensors& grads, const Tensors& st
             .grad_scale = grad_scale,
             .found_inf = found_inf,
             .seed = seed},
-           kernels().rmsprop_step, [&](double factor, double rate, double) {
+           kernels().rmsprop_step, [=](double factor, double rate, double) {
              return rmsprop_scalars(factor, rate, alpha, eps, weight_decay, momentum, centered, buffered);
            });
 }

@@ -37,7 +37,7 @@ void sgd_step(const Tensors& params, const Tensors& grads, const Tensors& steps,
             .grad_scale = grad_scale,
             .found_inf = found_inf,
             .seed = seed},
-           kernels().sgd_step, [&](double factor, double rate, double step) {
+           kernels().sgd_step, [=](double factor, double rate, double step) {
              return sgd_scalars(factor, rate, step, momentum, dampening, weight_decay, nesterov);
            });
 }

@@ -18,6 +18,9 @@ import torch
 _probes = torch.library.Library("burnish", "FRAGMENT")
 _probes.define("cpu_isa() -> str")
 _probes.define("cpu_peak(str kind, int millis) -> float")
+# steps of the CPU that are checked wait between the two, see csrc/cpu/held_steps.h
+_probes.define("hold_steps() -> ()")
+_probes.define("release_steps(bool done) -> ()")
 
 _HERE = Path(__file__).parent
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from burnish.ops.adagrad_step import adagrad_step
 from burnish.optim import options
-from burnish.optim.fused import Batch, FusedOptimizer
+from burnish.optim.batch import Batch, Columns
+from burnish.optim.fused import FusedOptimizer
 from burnish.optim.state import Moment
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Adagrad(FusedOptimizer):
         options.check_not_negative(group, "initial_accumulator_value", "initial_accumulator_value value")
         options.check_not_negative(group, "eps", "epsilon value")
 
-    def update(self, batch: Batch, state: Mapping[str, list[Tensor]], common: dict[str, Any]) -> None:
+    def update(self, batch: Batch, state: Columns, common: dict[str, Any]) -> None:
         group = batch.group
         adagrad_step(
             batch.params,

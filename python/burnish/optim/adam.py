@@ -14,7 +14,8 @@ from torch import Tensor
 
 from burnish.ops.adam_step import adam_step
 from burnish.optim import options
-from burnish.optim.fused import Batch, FusedOptimizer
+from burnish.optim.batch import Batch, Columns
+from burnish.optim.fused import FusedOptimizer
 from burnish.optim.state import Moment
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Adam(FusedOptimizer):
         options.check_not_negative(group, "weight_decay", "weight_decay value")
         options.check_betas(self._who, group)
 
-    def update(self, batch: Batch, state: Mapping[str, list[Tensor]], common: dict[str, Any]) -> None:
+    def update(self, batch: Batch, state: Columns, common: dict[str, Any]) -> None:
         group = batch.group
         beta1, beta2 = map(float, group["betas"])
         adam_step(

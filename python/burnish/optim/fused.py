@@ -19,21 +19,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import islice
 from operator import attrgetter, is_, itemgetter
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from burnish import native
 from burnish.optim import norm, options, tensors
+from burnish.optim.batch import Batch, Columns, next_seed
 from burnish.optim.masks import Masks
 from burnish.optim.state import Entry, Moment, complete, entries, fits, loaded, local_scales, of_kind, refitted
 
 _dtype, _grad = map(attrgetter, ("dtype", "grad"))
-_GOLDEN, _WORD = 0x9E3779B97F4A7C15, 2**64 - 1
-
-Columns = dict[str, list[Tensor]]
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -41,40 +40,6 @@ def _not_compiled(function: _F) -> _F:
     """torch.optim's own way to stay out of compiled code: torch.compiler.disable would import the compiler here."""
     kept: _F = torch._disable_dynamo(function)  # type: ignore[attr-defined, assignment]
     return kept
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Parameters of one group, one dtype and one device, which one call steps: what this process holds of each.
-
-    ``state`` has a list for each name of a state's entries, those that this group does not have empty.
-    """
-
-    group: Mapping[str, Any]
-    origin: list[Any]
-    params: list[Tensor]
-    grads: list[Tensor]
-    masks: list[Tensor]
-    lane: int
-
-    @property
-    def device(self) -> torch.device:
-        return self.params[0].device
-
-    @property
-    def seed(self) -> int | None:
-        """The seed of this step's rounding: another for each group, kind of parameter and shard."""
-        if not self.group["stochastic_rounding"]:
-            return None
-        mixed = _mix(_mix(self.group["seed"]) ^ self.lane)
-        return _mix(mixed ^ tensors.shard_index(self.origin[0])) >> 1
-
-
-def _mix(word: int) -> int:
-    """SplitMix64's output function (Steele, Lea and Flood 2014)."""
-    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & _WORD
-    word = (word ^ word >> 27) * 0x94D049BB133111EB & _WORD
-    return word ^ word >> 31
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -119,7 +84,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         options.check_rate(group)
         options.check_extras(self._who, group)
 
-    def update(self, batch: Batch, state: Mapping[str, list[Tensor]], common: dict[str, Any]) -> None:
+    def update(self, batch: Batch, state: Columns, common: dict[str, Any]) -> None:
         """Step the parameters of ``batch``; ``common`` are the arguments that every step op has by keyword."""
         raise NotImplementedError
 
@@ -201,56 +166,70 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._check_stand("step")
         for group in self.param_groups:
             self.check_group(group)
-        lone = self._lone()
+        known = self._known()
+        work = known or self._all()
         try:
-            work = lone or self._all()
             self._run(work)
         except RuntimeError:
-            if not lone:
+            if not known:
                 raise
-            work = self._all()  # raises, naming the parameter, where a gradient is what the op refused
+            work = self._all()  # raises, naming the parameter, where a gradient is what an op refused
             self._run(work)
         for group in self.param_groups if work else ():
             if group["stochastic_rounding"]:
-                group["seed"] = (group["seed"] + _GOLDEN) & _WORD
+                group["seed"] = next_seed(group["seed"])
         return result
 
     def _run(self, work: Sequence[tuple[Batch, Columns]]) -> None:
-        """Step batches of which an op refuses the first, if any, before it writes."""
-        if work:
-            scaling = norm.Scaling.of(self, [batch for batch, _ in work])
-        for batch, state in work:
-            self.update(batch, state, _common(batch, state, scaling))
+        """Step batches. On a CPU all of them are checked before one is written; of others the first is."""
+        if not work:
+            return
+        scaling = norm.Scaling.of(self, [batch for batch, _ in work])
+        waits = len(work) > 1 and any(batch.device.type == "cpu" for batch, _ in work) and not native.lacks("burnish")
+        with _held() if waits else contextlib.nullcontext():
+            for batch, state in work:
+                self.update(batch, state, batch.arguments(state, scaling))
 
-    def _lone(self) -> list[tuple[Batch, Columns]]:
-        """An only group that has all of its state, as one batch; nothing where there is more to be seen.
+    def _known(self) -> list[tuple[Batch, Columns]]:
+        """The groups, each as one batch, where they have all of their state; nothing where there is more to be seen.
 
-        Its tensors are not looked at one by one: the op does so before it writes, and nobody has written before it.
+        Their tensors are not looked at one by one: the ops do so, and nobody has written before.
         """
-        group = self.param_groups[0]
-        params = group["params"]
-        if len(self.param_groups) > 1 or self._masks.of or not params or len(self.state) != len(params):
-            return []
-        grads = list(map(_grad, params))
-        alike = (
-            {*map(type, params), *map(type, grads)} == {torch.nn.Parameter, Tensor}
-            and (not (group["stochastic_rounding"] or group["master_weights"]) or len(set(map(_dtype, params))) == 1)
-            and not (group.get("capturable") and params[0].device.type == "cpu")
-            and all(map(is_, self.state, params))
+        groups = [(number, group) for number, group in enumerate(self.param_groups) if group["params"]]
+        whole = (
+            not self._masks.of
+            and len(self.state) == sum(len(group["params"]) for _, group in groups)
+            and len({group["max_grad_norm"] for _, group in groups}) == 1
+            and (len(groups) == 1 or all(group["params"][0].device.type == "cpu" for _, group in groups))
         )
-        names = entries(params[0], group, self.moments(group)) if alike else {}
-        states = self.state.values()
-        if set(map(len, states)) != {len(names)}:
-            return []
+        owners, states = iter(self.state), iter(self.state.values())
+        work = []
         try:
-            if not of_kind(self.state[params[0]], names):
-                return []
-            columns = {name: list(map(itemgetter(name), states)) for name in names}
-            swaps = torch.__future__.get_swap_module_params_on_conversion()  # of none that C++ refers to
-            self._references.hold(columns if swaps else {**columns, "params": params})
+            for number, group in groups if whole else ():
+                params = group["params"]
+                grads = list(map(_grad, params))
+                if not all(map(is_, params, owners)) or not _alike(group, grads):
+                    return []
+                columns = self._known_columns(group, list(islice(states, len(params))))
+                work.append((Batch(group, params, params, grads, [], number), columns))
+            self._refer(work)
         except (KeyError, AttributeError):
             return []
-        return [(Batch(group, params, params, grads, [], 0), columns)]
+        return work
+
+    def _known_columns(self, group: Mapping[str, Any], states: list[dict[str, Tensor]]) -> Columns:
+        """The state of all parameters of a group by entry; KeyError where one is not there, or is left over."""
+        names = entries(group["params"][0], group, self.moments(group))
+        if set(map(len, states)) != {len(names)} or not of_kind(states[0], names):
+            raise KeyError
+        return {name: list(map(itemgetter(name), states)) for name in names}
+
+    def _refer(self, work: Sequence[tuple[Batch, Columns]]) -> None:
+        """Keep what the next step will find again."""
+        columns = {(batch.lane, name): column for batch, state in work for name, column in state.items()}
+        if not torch.__future__.get_swap_module_params_on_conversion():  # of no parameter that C++ refers to
+            columns |= {(batch.lane, "params"): batch.params for batch, _ in work}
+        self._references.hold(columns)
 
     def _all(self) -> list[tuple[Batch, Columns]]:
         """What is to be stepped, with its state."""
@@ -376,21 +355,23 @@ class FusedOptimizer(torch.optim.Optimizer):
         return super().__getstate__() | {"_masks": self._masks} | made
 
 
-def _common(batch: Batch, state: Mapping[str, list[Tensor]], scaling: norm.Scaling) -> dict[str, Any]:
-    """The arguments of a step that do not depend on the optimizer, parameters, gradients and steps aside."""
-    group = batch.group
-    total, grad_scale, found_inf = scaling.on(batch.device)
-    return {
-        "scales": state.get("scales", []),
-        "masters": state.get("master", []),
-        "emas": state.get("ema", []),
-        "masks": batch.masks,
-        "lr": options.rate(group, batch.device),
-        "maximize": group["maximize"],
-        "ema_decay": group["ema_decay"] or 0.0,
-        "max_grad_norm": scaling.max_grad_norm,
-        "grad_norm": total,
-        "grad_scale": grad_scale,
-        "found_inf": found_inf,
-        "seed": batch.seed,
-    }
+def _alike(group: Mapping[str, Any], grads: Sequence[Any]) -> bool:
+    """Whether the parameters of a group can be one batch, by their types and dtypes; ``grads`` are their gradients."""
+    params = group["params"]
+    return (
+        {*map(type, params), *map(type, grads)} == {torch.nn.Parameter, Tensor}
+        and (not (group["stochastic_rounding"] or group["master_weights"]) or len(set(map(_dtype, params))) == 1)
+        and not (group.get("capturable") and params[0].device.type == "cpu")
+    )
+
+
+@contextlib.contextmanager
+def _held() -> Iterator[None]:
+    """Steps of a CPU that are asked for inside are checked at once, and done afterwards; none, where one is refused."""
+    torch.ops.burnish.hold_steps()
+    try:
+        yield
+    except BaseException:
+        torch.ops.burnish.release_steps(False)
+        raise
+    torch.ops.burnish.release_steps(True)

@@ -14,7 +14,8 @@ from torch import Tensor
 from burnish.ops.lamb_squares import lamb_squares
 from burnish.ops.lamb_step import lamb_step
 from burnish.optim import norm, options, tensors
-from burnish.optim.fused import Batch, FusedOptimizer
+from burnish.optim.batch import Batch, Columns
+from burnish.optim.fused import FusedOptimizer
 from burnish.optim.state import Moment
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class LAMB(FusedOptimizer):
         options.check_not_negative(group, "weight_decay", "weight_decay value")
         options.check_betas(self._who, group)
 
-    def update(self, batch: Batch, state: Mapping[str, list[Tensor]], common: dict[str, Any]) -> None:
+    def update(self, batch: Batch, state: Columns, common: dict[str, Any]) -> None:
         group = batch.group
         beta1, beta2 = map(float, group["betas"])
         numbers: dict[str, Any] = {

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from burnish.ops.lion_step import lion_step
 from burnish.optim import options
-from burnish.optim.fused import Batch, FusedOptimizer
+from burnish.optim.batch import Batch, Columns
+from burnish.optim.fused import FusedOptimizer
 from burnish.optim.state import Moment
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Lion(FusedOptimizer):
         options.check_not_negative(group, "weight_decay", "weight_decay value")
         options.check_betas(self._who, group)
 
-    def update(self, batch: Batch, state: Mapping[str, list[Tensor]], common: dict[str, Any]) -> None:
+    def update(self, batch: Batch, state: Columns, common: dict[str, Any]) -> None:
         group = batch.group
         beta1, beta2 = map(float, group["betas"])
         lion_step(

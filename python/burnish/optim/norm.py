@@ -17,7 +17,8 @@ from burnish.ops.grad_norm import grad_norm
 from burnish.optim import tensors
 
 if TYPE_CHECKING:
-    from burnish.optim.fused import Batch, FusedOptimizer
+    from burnish.optim.batch import Batch
+    from burnish.optim.fused import FusedOptimizer
 
 
 @dataclass(frozen=True)

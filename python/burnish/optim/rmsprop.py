@@ -14,7 +14,8 @@ from torch import Tensor
 
 from burnish.ops.rmsprop_step import rmsprop_step
 from burnish.optim import options
-from burnish.optim.fused import Batch, FusedOptimizer
+from burnish.optim.batch import Batch, Columns
+from burnish.optim.fused import FusedOptimizer
 from burnish.optim.state import Moment
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class RMSprop(FusedOptimizer):
                 "moments lose their difference"
             )
 
-    def update(self, batch: Batch, state: Mapping[str, list[Tensor]], common: dict[str, Any]) -> None:
+    def update(self, batch: Batch, state: Columns, common: dict[str, Any]) -> None:
         group = batch.group
         rmsprop_step(
             batch.params,

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from burnish.ops.sgd_step import sgd_step
 from burnish.optim import options
-from burnish.optim.fused import Batch, Columns, FusedOptimizer
+from burnish.optim.batch import Batch, Columns
+from burnish.optim.fused import FusedOptimizer
 from burnish.optim.state import Moment
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class SGD(FusedOptimizer):
         columns["step"] = [step.clone() if "momentum_buffer" in state else step for step, state in steps]
         return columns
 
-    def update(self, batch: Batch, state: Mapping[str, list[Tensor]], common: dict[str, Any]) -> None:
+    def update(self, batch: Batch, state: Columns, common: dict[str, Any]) -> None:
         group = batch.group
         sgd_step(
             batch.params,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, ClassVar
 
@@ -86,9 +86,9 @@ class References:
     _MOST_ELEMENTS: ClassVar[int] = 4096
 
     def __init__(self) -> None:
-        self._held: dict[str, tuple[tuple[int, ...], list[Tensor]]] = {}
+        self._held: dict[Hashable, tuple[tuple[int, ...], list[Tensor]]] = {}
 
-    def hold(self, columns: Mapping[str, list[Tensor]]) -> None:
+    def hold(self, columns: Mapping[Any, list[Tensor]]) -> None:
         """Refer to the tensors of ``columns``, and to no others.
 
         A column with the ends of the one that is held is taken for it: a look at all of it would cost a third of what
@@ -96,7 +96,7 @@ class References:
         """
         self._held = {name: self._referring(name, column) for name, column in columns.items()}
 
-    def _referring(self, name: str, column: list[Tensor]) -> tuple[tuple[int, ...], list[Tensor]]:
+    def _referring(self, name: Hashable, column: list[Tensor]) -> tuple[tuple[int, ...], list[Tensor]]:
         """What tells a column from others, and views whose bases its small tensors are."""
         ends = len(column), id(column[0]), id(column[-1])
         if name in self._held and self._held[name][0] == ends:
