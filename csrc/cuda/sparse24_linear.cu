@@ -20,6 +20,7 @@
 // depth and read each other's sums from shared memory, in the order of the blocks: nothing but y goes to memory.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "check.h"
@@ -37,7 +38,8 @@ constexpr int64_t kMaxWidth = 131072;      // int32 sums cannot overflow up to h
 constexpr int64_t kMaxRows = 1 << 30;      // an int32 counts rows and channels past the last tile
 constexpr int64_t kMaxChannels = 1 << 30;  // likewise
 constexpr int64_t kFewRows = 16;
-constexpr int64_t kWideRows = 64;  // from more on, where the device has warpgroups
+constexpr int64_t kWideRows = 64;   // from more on, where the device has warpgroups
+constexpr int kMostWideRows = 176;  // of a tile there: sparse24_wide.cuh says why
 
 // A stage of a warp's ring, in units of 16 bytes: values [channels][8], x [rows][16], metadata [channels][1 or 2].
 template <class T_, int kRowTiles_, int kChannelTiles_, int kStages_>
@@ -458,23 +460,20 @@ void start_wide(Sparse24Problem p, const Tensor& x, const DeviceLimits& limits) 
 // there are tiles enough for most multiprocessors.
 template <class T>
 void start(const Sparse24Problem& p, const Tensor& x, const DeviceLimits& limits) {
-  using Large = Tiles<T, 128, 4>;
+  using LargeTiles = Tiles<T, 128, 4>;
   const bool many_channels = p.values.rows >= 24 * int64_t{limits.multiprocessors};
   if (p.x.rows > kWideRows && wide24_takes(p, limits)) {
     using Small = Wide24<T, 1, 128, 1>;
-    using Wide128 = Wide24<T, 2, 128, 2>;
-    using Wide176 = Wide24<T, 2, 176, 2>;
-    using Wide192 = Wide24<T, 2, 192, 2>;
-    const int64_t small = wide_cost<Small>(p, limits), of_128 = wide_cost<Wide128>(p, limits);
-    const int64_t of_176 = wide_cost<Wide176>(p, limits), of_192 = wide_cost<Wide192>(p, limits);
-    const int64_t least = std::min({small, of_128, of_176, of_192});
-    if (small == least) return start_wide<Small>(p, x, limits);
-    if (of_192 == least) return start_wide<Wide192>(p, x, limits);
-    return of_176 == least ? start_wide<Wide176>(p, x, limits) : start_wide<Wide128>(p, x, limits);
+    using Large = Wide24<T, 2, 128, 2>;
+    using Largest = Wide24<T, 2, kMostWideRows, 2>;
+    const int64_t of_small = wide_cost<Small>(p, limits), of_large = wide_cost<Large>(p, limits);
+    const int64_t of_largest = wide_cost<Largest>(p, limits);
+    if (of_small <= std::min(of_large, of_largest)) return start_wide<Small>(p, x, limits);
+    return of_large < of_largest ? start_wide<Large>(p, x, limits) : start_wide<Largest>(p, x, limits);
   }
   if (p.x.rows > kFewRows) {
-    const bool large = p.x.rows > 64 && limits.shared_memory > static_cast<int>(Large::kShared);
-    return large ? start_tiles<Large>(p, x, limits) : start_tiles<Tiles<T, 64, 3>>(p, x, limits);
+    const bool large = p.x.rows > 64 && limits.shared_memory > static_cast<int>(LargeTiles::kShared);
+    return large ? start_tiles<LargeTiles>(p, x, limits) : start_tiles<Tiles<T, 64, 3>>(p, x, limits);
   }
   if (p.x.rows > 8) return start_few<Few<T, 2, 2, 2>>(p, x, limits);
   return many_channels ? start_few<Few<T, 1, 2, 2>>(p, x, limits) : start_few<Few<T, 1, 1, 4>>(p, x, limits);
@@ -528,7 +527,8 @@ Tensor sparse24_linear(const Tensor& x, const Tensor& values, const Tensor& meta
   }
   const int64_t padded = round_up(rows.width, kRowPadding);
   const Tensor q = torch::stable::new_empty(x, {rows.count, padded}, ScalarType::Char);
-  const Tensor row_scale = torch::stable::new_empty(x, {rows.count}, ScalarType::Float);
+  // longer than x by what a tile may lie beyond it: what is read there is not stored
+  const Tensor row_scale = torch::stable::new_empty(x, {rows.count + kMostWideRows}, ScalarType::Float);
   p.x = operand_of({q, rows.count, padded, padded}, 1);
   p.row_scale = row_scale.const_data_ptr<float>();
   quantize_rows(rows, q.mutable_data_ptr<int8_t>(), padded, row_scale.mutable_data_ptr<float>(),

@@ -55,7 +55,7 @@ struct Wide24 {
   static constexpr unsigned kRead = 3;  // the barrier of their threads; 1 and 2 are the warpgroups'
   static constexpr int kFetching = 40;  // registers of the warps that do not multiply
   using Sums = Sum[kTiles][kRows / 2];
-  static_assert(kTiles * y_stores(kRows) % 2 == 0, "the next tile of y begins in the place that the last one ended in");
+  static_assert(kTiles * kYStores<kRows> % 2 == 0, "the next tile of y begins in the place that the last one ended in");
 };
 
 struct WideMaps {
@@ -249,10 +249,10 @@ struct WideBlock {
       if (kQuantised24<T>) scale[half] = load(p.scale + own);
     }
     const auto finish = [&](typename S::Sum total, int own, int half) {
-      const float row_scale = kQuantised24<T> && own < p.x.rows ? load(p.row_scale + own) : 0.0f;
+      const float row_scale = kQuantised24<T> ? load(p.row_scale + own) : 0.0f;
       return finished<T>(p, total, row_scale, scale[half], bias[half]);
     };
-    write_wide(maps.y, shared + S::kY, row, channel, p.y_format == Format::kBf16, sum, finish, i * y_stores(S::kRows));
+    write_wide(maps.y, shared + S::kY, row, channel, p.y_format == Format::kBf16, sum, finish, i * kYStores<S::kRows>);
   }
 
   // By a warpgroup: its sums to the ring's place, for the blocks of the cluster.
@@ -276,6 +276,7 @@ template <class S>
 __global__ void __launch_bounds__(S::kBlock, 1)
     sparse24_linear_fwd_kernel_wide(Sparse24Problem p, const __grid_constant__ WideMaps maps, int splits) {
   if constexpr (kHasWarpgroups) {
+    if (!S::kSplits) splits = 1;  // as the compiler then knows
     const int all = (p.values.width - 1) / S::kValueBytes + 1;
     const int each = ((all - 1) / splits / S::kTurn + 1) * S::kTurn, rank = static_cast<int>(blockIdx.x) % splits;
     const int begin = rank * each, end = begin + each < all ? begin + each : all;
@@ -306,10 +307,10 @@ __global__ void __launch_bounds__(S::kBlock, 1)
       const int first_channel = multiplier() * 64 * S::kTiles;
       RingPlace24<S> at;
       typename S::Sums sums;
-      if (!together || S::kCluster > 1) block.stagger();
+      if (splits == 1) block.stagger();
       block.each_tile([&](const TileOf& tile) {
         block.multiply(at, first_channel, sums);
-        if (!S::kSplits || splits == 1) {
+        if (splits == 1) {
           const int channel = block.channel_tile(tile) * S::kChannels + first_channel;
 #pragma unroll
           for (int i = 0; i < S::kTiles; ++i) block.write(maps, tile.row * S::kRows, channel + i * 64, sums[i], i);
@@ -322,7 +323,7 @@ __global__ void __launch_bounds__(S::kBlock, 1)
     }
     __syncwarp();
     if (together) cluster_barrier();  // until the others neither copy here nor arrive, and have stored their sums
-    if (S::kSplits && splits > 1) {
+    if (splits > 1) {
       if (threadIdx.x >= kWarpgroup) block.each_tile([&](const TileOf& tile) { block.finish(tile); });
       cluster_barrier();  // until the others have read this block's sums
     }

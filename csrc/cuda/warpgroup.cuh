@@ -228,8 +228,7 @@ __device__ inline SharedTile shared_tile(const void* start) {
 #define BURNISH_32(X, v, i) BURNISH_8(X, v, i), BURNISH_8(X, v, i + 8), BURNISH_8(X, v, i + 16), BURNISH_8(X, v, i + 24)
 #define BURNISH_64(X, v) BURNISH_32(X, v, 0), BURNISH_32(X, v, 32)
 #define BURNISH_88(X, v) BURNISH_64(X, v), BURNISH_8(X, v, 64), BURNISH_8(X, v, 72), BURNISH_8(X, v, 80)
-#define BURNISH_96(X, v) BURNISH_64(X, v), BURNISH_32(X, v, 64)
-#define BURNISH_128(X, v) BURNISH_96(X, v), BURNISH_32(X, v, 96)
+#define BURNISH_128(X, v) BURNISH_64(X, v), BURNISH_32(X, v, 64), BURNISH_32(X, v, 96)
 #define BURNISH_NAMES_64 \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
   "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, " \
@@ -237,10 +236,10 @@ __device__ inline SharedTile shared_tile(const void* start) {
 #define BURNISH_NAMES_88 BURNISH_NAMES_64 \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, " \
   "%86, %87"
-#define BURNISH_NAMES_96 BURNISH_NAMES_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
-#define BURNISH_NAMES_128 BURNISH_NAMES_96 \
-  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, " \
-  "%115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define BURNISH_NAMES_128 BURNISH_NAMES_88 \
+  ", %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, " \
+  "%108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, " \
+  "%126, %127"
 // clang-format on
 
 // NAMES and SUMS of the sums; OPERANDS names what comes after them, ADD is whether they are added to; then the inputs
@@ -280,20 +279,18 @@ __device__ inline void warpgroup_mma(float (&sum)[Words], SharedTile a, SharedTi
 #define BURNISH_SPARSE(COLUMNS, TYPES, WORDS, SUM, TILES, ADD, KEPT, LAYOUT)                                        \
   BURNISH_WARPGROUP_PRODUCT("sp.sync.aligned.m64n" COLUMNS TYPES, BURNISH_NAMES_##WORDS, BURNISH_##WORDS(SUM, sum), \
                             ADD, TILES ", " KEPT ", adding" LAYOUT, "r"(kept), "n"(Selector))
-#define BURNISH_SPARSE_OF(TYPES, SUM, LAYOUT)                                      \
-  if constexpr (Words == 64) {                                                     \
-    BURNISH_SPARSE("128", TYPES, 64, SUM, "%64, %65", "%66", "%67, %68", LAYOUT);  \
-  } else if constexpr (Words == 88) {                                              \
-    BURNISH_SPARSE("176", TYPES, 88, SUM, "%88, %89", "%90", "%91, %92", LAYOUT);  \
-  } else {                                                                         \
-    BURNISH_SPARSE("192", TYPES, 96, SUM, "%96, %97", "%98", "%99, %100", LAYOUT); \
+#define BURNISH_SPARSE_OF(TYPES, SUM, LAYOUT)                                     \
+  if constexpr (Words == 64) {                                                    \
+    BURNISH_SPARSE("128", TYPES, 64, SUM, "%64, %65", "%66", "%67, %68", LAYOUT); \
+  } else {                                                                        \
+    BURNISH_SPARSE("176", TYPES, 88, SUM, "%88, %89", "%90", "%91, %92", LAYOUT); \
   }
 
 // The same with a sparse a, and `kept` as mma_sparse has them for the warp's 16 rows: of a's rows 32 bytes are
 // multiplied, of b's 64.
 template <class A, int Selector = 0, class Sum, int Words>
 __device__ inline void warpgroup_mma_sparse(Sum (&sum)[Words], SharedTile a, SharedTile b, uint32_t kept, bool add) {
-  static_assert(Words == 64 || Words == 88 || Words == 96);
+  static_assert(Words == 64 || Words == 88);
   static_assert(std::is_same_v<A, bf16> || std::is_same_v<A, fp16> || (std::is_same_v<A, int8_t> && Selector == 0));
   if constexpr (std::is_same_v<A, bf16>) {
     BURNISH_SPARSE_OF("k32.f32.bf16.bf16", BURNISH_FLOAT, BURNISH_ROW_MAJOR)
@@ -308,11 +305,9 @@ __device__ inline void warpgroup_mma_sparse(Sum (&sum)[Words], SharedTile a, Sha
 #undef BURNISH_32
 #undef BURNISH_64
 #undef BURNISH_88
-#undef BURNISH_96
 #undef BURNISH_128
 #undef BURNISH_NAMES_64
 #undef BURNISH_NAMES_88
-#undef BURNISH_NAMES_96
 #undef BURNISH_NAMES_128
 #undef BURNISH_WARPGROUP_PRODUCT
 #undef BURNISH_FLOAT

@@ -59,7 +59,8 @@ __device__ inline int warp_channel() { return static_cast<int>(threadIdx.x) / 32
 
 // How often a warpgroup stores to write its part of a tile. The last rows that are stored at a time are whole: where
 // the tile's are not, some are stored twice.
-constexpr int y_stores(int rows) { return (rows - 1) / kYRows + 1; }
+template <int kRows>
+constexpr int kYStores = (kRows - 1) / kYRows + 1;
 
 // By a warpgroup: a tile of y, from its first row and the warpgroup's first channel on, turned in shared memory. `out`:
 // kYPlaces bytes of the block; `stored`: how often the warpgroup has stored there before, or a number as odd or even.
@@ -71,7 +72,7 @@ __device__ void write_wide(const TileMap& y, unsigned char* out, int row, int ch
   const unsigned barrier = 1u + static_cast<unsigned>(multiplier());
   const bool speaks = threadIdx.x % kWarpgroup == 0;
 #pragma unroll
-  for (int chunk = 0; chunk < y_stores(Words * 2); ++chunk) {
+  for (int chunk = 0; chunk < kYStores<Words * 2>; ++chunk) {
     const int first = chunk * kYRows < Words * 2 - kYRows ? chunk * kYRows : Words * 2 - kYRows;
     unsigned char* const place = out + (multiplier() * 2 + (stored + chunk) % 2) * (kYRows * kYBytes);
     if (speaks) store_tile_wait<1>();

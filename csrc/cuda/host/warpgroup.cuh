@@ -213,7 +213,7 @@ void warpgroup_mma(float (&sum)[Words], SharedTile a, SharedTile b, bool add, Wh
 template <class A, int Selector = 0, class Sum, int Words>
 void warpgroup_mma_sparse(Sum (&sum)[Words], SharedTile a, SharedTile b, uint32_t kept, bool add,
                           Where where = Where::current()) {
-  static_assert((Words == 64 || Words == 88 || Words == 96) && std::is_integral_v<A> == std::is_integral_v<Sum>);
+  static_assert((Words == 64 || Words == 88) && std::is_integral_v<A> == std::is_integral_v<Sum>);
   static_assert(Selector >= 0 && Selector < int(sizeof(A)));
   constexpr const char* kName = "warpgroup_mma_sparse";
   host::start_products<A, 2>(kName, sum, a, b, kept, add, where, [where](const std::array<uint32_t, 32>& words) {
