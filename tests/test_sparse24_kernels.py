@@ -53,7 +53,7 @@ def test_blocks_share_the_depth(m: int, n: int, k: int, blocks: int, weight: str
         assert torch.equal(native_result(args, seed), expected)
     if weight is None:
         name, grid = kernels(m, n, k)[0]
-        assert name.startswith("wide<Wide24<bf16, 128>")
+        assert name == "wide<Wide24<bf16, 1, 128, 1> >"
         assert grid[0] == blocks * math.ceil(m / 128) * math.ceil(n / 128)
 
 

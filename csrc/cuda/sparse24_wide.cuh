@@ -33,11 +33,12 @@ struct Wide24 {
   static constexpr int kTiles = kTiles_, kRows = kRows_, kCluster = kCluster_;
   static constexpr int kChannels = 2 * 64 * kTiles, kBlock = kWideBlock;
   static constexpr bool kSplits = kCluster == 1;  // whether blocks may share a tile's depth
-  static constexpr int kStages = kTiles == 1 ? 6 : kRows == 128 ? 5 : 4;
-  static constexpr int kValueBytes = 64, kXBytes = 128, kMetadataBytes = 16;  // of a row in a stage, or in kTurn
-  static constexpr int kXRows = kRows / kCluster;                             // of x, fetched at a time
-  static constexpr int kTurn = kQuantised24<T> ? 1 : 2;
-  static constexpr int kMetadataSlots = (kStages - 1) / kTurn + 1 + (kTurn - 1);
+  static constexpr int kStages = kTiles == 1 ? 6 : 4;
+  static constexpr int kValueBytes = 64, kXBytes = 128;  // of a row in a stage
+  static constexpr int kXRows = kRows / kCluster;        // of x, fetched at a time
+  // of metadata a row has a sector for kTurn stages, fewer at the end of a tile but no fewer than kLeast
+  static constexpr int kMetadataBytes = 32, kTurn = kQuantised24<T> ? 2 : 4, kLeast = kTurn / 2;
+  static constexpr int kMetadataSlots = (kStages - 2 + kLeast - 1) / kLeast + 2;  // that kStages may need
   static constexpr int kPitch = kChannels + 4;  // of sums in the ring's place: a warp then writes to 32 different banks
   // what shared memory moves for a stage: W and x are written, W is read once and x for each 64 channels
   static constexpr int kMoved = 2 * kChannels * kValueBytes + (1 + kChannels / 64) * kRows * kXBytes;
@@ -73,7 +74,7 @@ inline bool wide24_takes(const Sparse24Problem& p, const DeviceLimits& limits) {
 template <class S>
 WideMaps wide_maps(const Sparse24Problem& p) {
   return {wide_map(p.values, S::kChannels, S::kValueBytes, Swizzle::k64),
-          wide_map(p.metadata, S::kChannels, S::kMetadataBytes, Swizzle::kNone),
+          wide_map(p.metadata, S::kChannels, S::kMetadataBytes, Swizzle::k32),
           wide_map(p.x, S::kXRows, S::kXBytes, Swizzle::k128), wide_map_of_y(p.y, p.x.rows, p.values.rows)};
 }
 
@@ -84,11 +85,18 @@ struct RingPlace24 : RingPlace {
   int part = 0;      // of the slot's stages
 
   __device__ void advance() {
-    if (++part == S::kTurn) {
-      part = 0;
-      metadata = metadata + 1 == S::kMetadataSlots ? 0 : metadata + 1;
-    }
+    if (++part == S::kTurn) end_turn();
     RingPlace::advance(S::kStages);
+  }
+
+  // The next stage is another tile's.
+  __device__ void end_tile() {
+    if (part > 0) end_turn();
+  }
+
+  __device__ void end_turn() {
+    part = 0;
+    metadata = metadata + 1 == S::kMetadataSlots ? 0 : metadata + 1;
   }
 };
 
@@ -107,6 +115,14 @@ struct WideBlock {
   }
   __device__ unsigned char* metadata(int slot) const {
     return shared + S::kMetadata + slot * (S::kChannels * S::kMetadataBytes);
+  }
+
+  // The stage's first word of metadata of 16 channels, for the lane's eight of them: where it is exchanged to.
+  __device__ const uint32_t* metadata_of(const RingPlace24<S>& at, int channel) const {
+    constexpr int kPart = S::kMetadataBytes / S::kTurn;
+    const int unit = at.part * kPart / 16 ^ static_cast<int>(threadIdx.x) % 32 / 16;
+    return reinterpret_cast<const uint32_t*>(metadata(at.metadata) + channel * S::kMetadataBytes + unit * 16 +
+                                             at.part * kPart % 16);
   }
 
   // body(tile) for the block's tiles, in order.
@@ -144,6 +160,7 @@ struct WideBlock {
         }
         at.advance();
       }
+      at.end_tile();
     });
   }
 
@@ -181,6 +198,7 @@ struct WideBlock {
         release(at.slot);
         at.advance();
       }
+      at.end_tile();
       if (own >= watchers) return;
       const bool found = vote_any(kFullWarp, (seen & kWithoutEnd) != 0);
       if (lane == 0) store(p.special + tile.row * p.special_parts + own * splits + rank, int32_t{found});
@@ -209,8 +227,7 @@ struct WideBlock {
 #pragma unroll
       for (int i = 0; i < S::kTiles; ++i) {
         const int channel = first_channel + i * 64 + warp_channel();
-        const auto* words = reinterpret_cast<const uint32_t*>(metadata(at.metadata) + channel * S::kMetadataBytes);
-        const Stage24<T, 4> places{nullptr, nullptr, words + at.part * 2, S::kMetadataBytes / 4};
+        const Stage24<T, 4> places{nullptr, nullptr, metadata_of(at, channel), S::kMetadataBytes / 4};
         kept[i][0] = places.kept(0, 0);
         kept[i][1] = kQuantised24<T> ? places.kept(0, 1) : kept[i][0];
       }
@@ -231,6 +248,7 @@ struct WideBlock {
       before = at.slot;
       at.advance();
     }
+    at.end_tile();
     warpgroup_wait<0>();
     release(before);
   }

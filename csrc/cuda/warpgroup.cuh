@@ -17,9 +17,10 @@
 namespace burnish {
 
 // How a tile's rows lie in shared memory: one after the other, in lines of that many bytes. The 16-byte units of a line
-// of 128 are exchanged among themselves by its number modulo 8, of one of 64 by half its number modulo 4, so that a
-// unit of eight lines is in all banks. Such a tile starts at a multiple of eight lines.
-enum class Swizzle : int { kNone = 16, k64 = 64, k128 = 128 };
+// of 128 are exchanged among themselves by its number modulo 8, of one of 64 by half its number modulo 4, of one of 32
+// by a quarter of its number modulo 2, so that a unit of eight lines is in all banks. Such a tile starts at a multiple
+// of eight lines.
+enum class Swizzle : int { kNone = 16, k32 = 32, k64 = 64, k128 = 128 };
 
 // Rows of bytes in global memory and the tiles of them that are copied. tile_map makes of it what the copy engine
 // reads, which a kernel takes as `const __grid_constant__ TileMap`.
@@ -75,6 +76,7 @@ inline TileMap tile_map(const TileSource& from) {
   const cuuint32_t box[] = {from.tile_bytes, from.tile_rows}, steps[] = {1, 1};
   const CUtensorMapSwizzle swizzle = from.swizzle == Swizzle::k128  ? CU_TENSOR_MAP_SWIZZLE_128B
                                      : from.swizzle == Swizzle::k64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                     : from.swizzle == Swizzle::k32 ? CU_TENSOR_MAP_SWIZZLE_32B
                                                                     : CU_TENSOR_MAP_SWIZZLE_NONE;
   CUtensorMap map;
   const CUresult status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(from.data), sizes, strides,
@@ -217,7 +219,7 @@ struct SharedTile {
 
 template <Swizzle kSwizzle>
 __device__ inline SharedTile shared_tile(const void* start) {
-  static_assert(kSwizzle != Swizzle::kNone);
+  static_assert(kSwizzle == Swizzle::k64 || kSwizzle == Swizzle::k128);
   constexpr uint64_t kLines = 8 * static_cast<int>(kSwizzle) / 16;  // from eight lines to the next, in 16 bytes
   constexpr uint64_t kMode = kSwizzle == Swizzle::k128 ? 1 : 2;
   return {uint64_t{shared_address(start) >> 4 & 0x3fff} | uint64_t{1} << 16 | kLines << 32 | kMode << 62};

@@ -29,6 +29,8 @@ constexpr size_t exchanged(Swizzle swizzle, size_t offset) {
       return offset ^ (offset >> 3 & 0x70);
     case Swizzle::k64:
       return offset ^ (offset >> 3 & 0x30);
+    case Swizzle::k32:
+      return offset ^ (offset >> 3 & 0x10);
     default:
       return offset;
   }
@@ -199,7 +201,7 @@ void warpgroup_wait(Where where = Where::current()) {
 
 template <Swizzle kSwizzle>
 SharedTile shared_tile(const void* start, Where where = Where::current()) {
-  static_assert(kSwizzle != Swizzle::kNone);
+  static_assert(kSwizzle == Swizzle::k64 || kSwizzle == Swizzle::k128);
   return {host::shared_offset(start, where), kSwizzle};
 }
 
