@@ -54,6 +54,15 @@ SMALL, LARGE, LARGEST = "1, 128, 1", "2, 128, 2", "2, 176, 2"
 def test_a_block_takes_tile_after_tile(m: int, n: int, k: int, tile: str, weight: str | None) -> None:
     """The last ones in part, 132 blocks or 66 pairs of them; the ring runs on between tiles, and goes round in a tile
     that is deep."""
+    check_tiles(m, n, k, tile, weight)
+
+
+def test_a_block_takes_many_tiles_of_one_stage() -> None:
+    """Seven, more than the ring has places for their metadata."""
+    check_tiles(128 * 132 * 6 + 3, 72, 128, SMALL, "int8")
+
+
+def check_tiles(m: int, n: int, k: int, tile: str, weight: str | None) -> None:
     args = made(m, n, k, weight=weight)
     torch.ops.burnish.emulation_count(True)
     try:
@@ -136,7 +145,7 @@ def test_an_infinity_is_found_by_whoever_watches_its_stage() -> None:
     m, n, k = 300, 128 * 66 + 8, 64 * 18
     x, values, metadata, _, bias = made(m, n, k)
     metadata = torch.full_like(metadata, 0x44)  # places 0 and 1
-    places = [(0, 3), (127, 64 * 9 + 3), (128, 64 * 15 + 3), (255, 64 * 16 + 3), (256, 64 * 17 + 3)]
+    places = [(127, 64 * 15 + 3), (128, 64 * 16 + 3), (299, 64 * 17 + 3)]  # one in each tile of rows
     for row, column in places:
         x[row, column] = math.inf
     y = native_result((x, values, metadata, None, bias))

@@ -1,21 +1,41 @@
 // sparse24_linear for many rows on sm_90a: y^T = W x^T by sparse products of whole warpgroups, W and x out of shared
 // memory, where the copy engine has put them.
 //
-// A block stays on its multiprocessor and takes tile after tile of 128 channels by kRows rows of x. Its warps:
+// A block stays on its multiprocessor and takes tile after tile of kChannels channels by kRows rows of x. Its warps:
 //
-//   0        fetches: a stage is 64 bytes of values and 128 of x in each row, two instructions deep; with them comes
-//            the metadata of one or two stages, all by load_tile; the ring of stages runs on from tile to tile
-//   1        watches: on the tiles of the first channels it looks through x for infinities and NaNs, which the sparse
-//            product does not multiply where the weight keeps nothing; what it finds is multiplied again by a kernel of
-//            sparse24_linear.cu, launched behind
-//   4 to 11  two warpgroups of 64 channels each multiply, and write while the next tile is fetched
+//   0        fetches: a stage is 64 bytes of values and 128 of x in each row, two instructions deep; with every few of
+//            them comes their metadata, all by load_tile; the ring of stages runs on from tile to tile
+//   1        watches: it looks through x for infinities and NaNs, which the sparse product does not multiply where the
+//            weight keeps nothing, in turns with the blocks that take other channels of the same rows; what it finds is
+//            multiplied again by a kernel of sparse24_linear.cu, launched behind
+//   4 to 11  two warpgroups of 64 or 128 channels each multiply; one writes while the other multiplies, or while the
+//            next tile is fetched
 //
-// Where the tiles are too few for the multiprocessors, the blocks of a cluster share a tile's depth, and each adds the
-// sums of all for its rows, in the order of the blocks.
+// Large tiles are taken by pairs of blocks, which are a cluster: other channels by the same rows, of which each block
+// fetches half for both. Where small tiles are too few for the multiprocessors, the blocks of a cluster share a tile's
+// depth, and each adds the sums of all for its rows, in the order of the blocks.
 //
-// Per 128 x 256 outputs and stage a multiprocessor moves 40 KB into shared memory and reads 72 KB of it (each warpgroup
-// all of x, twice 32 bytes of its rows), 875 cycles at 128 bytes; the products take 512. So x should be read by as few
-// instructions as the sums' registers allow: 64 channels by 256 rows each.
+// What bounds it is shared memory, at 128 bytes a cycle. Products of 64 channels and N rows, 32 columns deep, take
+// N / 2 cycles and read 64 N bytes of x, which is N / 2 cycles too, and 16 more for W. What a stage multiplies in
+// C R / 64 cycles is read in C R / 64 of x and C / 2 of W, and R and C / 2 are written before: in all as many times
+// 1 + 64 / C + 64 / R. So sums should fill the registers: of a thread's 232 they are 176. Per stage:
+//
+//   C x R                   128 x 128   128 x 256   256 x 128   256 x 176   256 x 192
+//   products, cycles              256         512         512         704         768
+//   bytes moved, KB                64         112         112         142         152
+//   cycles, with metadata         536         920         944        1184        1264
+//   4096 rows and channels       4288        3680        3776        3552        3792    of 132 multiprocessors
+//
+// 192 rows would gain 2 % where there are tiles enough, and leave int8's sums no registers to be scaled in. The caller
+// takes what costs least. The same count gives a gain of 1.25 over dense products for tiles of 128 x 128 in both, where
+// 1.2 was seen of CUTLASS's example 62 on an H100.
+//
+// Values straight from L2 to registers, of which products take W as well, would not move less: loads come by way of L1,
+// which is the same memory, so they are written and read there as often; and half of the 16 bytes that a lane loads are
+// another lane's, because the 16 bytes of x that copies leave together meet the values of two lanes.
+//
+// L2 gives a multiprocessor about 39 bytes a cycle when all ask (5120 for 132). Of a stage of 256 x 176 it is asked for
+// 29 KB: 25 bytes a cycle. Without the other block's half of x it would be 35, and for 128 x 256 46.
 #pragma once
 
 #include "cuda/sparse24.cuh"
@@ -40,8 +60,8 @@ struct Wide24 {
   static constexpr int kMetadataBytes = 32, kTurn = kQuantised24<T> ? 2 : 4, kLeast = kTurn / 2;
   static constexpr int kMetadataSlots = (kStages - 2 + kLeast - 1) / kLeast + 2;  // that kStages may need
   static constexpr int kPitch = kChannels + 4;  // of sums in the ring's place: a warp then writes to 32 different banks
-  // what shared memory moves for a stage: W and x are written, W is read once and x for each 64 channels
-  static constexpr int kMoved = 2 * kChannels * kValueBytes + (1 + kChannels / 64) * kRows * kXBytes;
+  // what shared memory moves for a stage: W and x are written, W is read once and x for each 64 channels; and metadata
+  static constexpr int kMoved = kChannels * (2 * kValueBytes + 24) + (1 + kChannels / 64) * kRows * kXBytes;
   // shared memory, in bytes
   static constexpr int kX = 0, kValues = kX + kStages * kRows * kXBytes;
   static constexpr int kY = kValues + kStages * kChannels * kValueBytes;
@@ -54,7 +74,6 @@ struct Wide24 {
   // a block's warps that read a stage, and those that say when it may be overwritten
   static constexpr unsigned kReaders = 8 + (kQuantised24<T> ? 0 : 1), kReleases = kReaders * kCluster;
   static constexpr unsigned kRead = 3;  // the barrier of their threads; 1 and 2 are the warpgroups'
-  static constexpr int kFetching = 40;  // registers of the warps that do not multiply
   using Sums = Sum[kTiles][kRows / 2];
   static_assert(kTiles * kYStores<kRows> % 2 == 0, "the next tile of y begins in the place that the last one ended in");
 };
@@ -314,14 +333,14 @@ __global__ void __launch_bounds__(S::kBlock, 1)
     }
     dependents_start();
     if (threadIdx.x < kWarpgroup) {
-      warpgroup_registers<S::kFetching, false>();
+      warpgroup_registers<40, false>();
       if (threadIdx.x == 0) block.fetch(maps);
       if (!kQuantised24<typename S::T> && threadIdx.x / 32 == 1) {
         block.watch();
         if (splits > 1) barrier_arrive(S::kRead, 32 * S::kReaders);
       }
     } else {
-      warpgroup_registers<kMultiplierRegisters<S::kFetching>, true>();
+      warpgroup_registers<kMultiplierRegisters<40>, true>();
       const int first_channel = multiplier() * 64 * S::kTiles;
       RingPlace24<S> at;
       typename S::Sums sums;
