@@ -141,11 +141,12 @@ def test_infinities_meet_the_zeros_of_many_tiles(m: int) -> None:
 
 
 def test_an_infinity_is_found_by_whoever_watches_its_stage() -> None:
-    """Of 18 stages, by 16 blocks of those that take the same rows."""
-    m, n, k = 300, 128 * 66 + 8, 64 * 18
+    """Of 18 stages, by 16 blocks of those that take the same rows; and by those that multiply the rows again, of which
+    the first of their tile are in another tile that was watched."""
+    m, n, k = 400, 128 * 66 + 8, 64 * 18
     x, values, metadata, _, bias = made(m, n, k)
     metadata = torch.full_like(metadata, 0x44)  # places 0 and 1
-    places = [(127, 64 * 15 + 3), (128, 64 * 16 + 3), (299, 64 * 17 + 3)]  # one in each tile of rows
+    places = [(200, 64 * 16 + 3), (399, 64 * 17 + 3)]
     for row, column in places:
         x[row, column] = math.inf
     y = native_result((x, values, metadata, None, bias))
