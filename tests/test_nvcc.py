@@ -100,7 +100,7 @@ PROMISED = {
     "warpgroup_commit": r"[HI]GMMA\.[^;]*, gsb0",  # the last product of a group
     "warpgroup_wait": r"WARPGROUP\.DEPBAR\.LE gsb0",
     "warpgroup_mma": r"HGMMA\.64x(128|256)x16",
-    "warpgroup_mma_sparse": r"[HI]GMMA\.SP\.64x(128|256)x(32|64)",
+    "warpgroup_mma_sparse": r"[HI]GMMA\.SP\.64x(128|176)x(32|64)",
     "store_matrix_transposed": r"STSM\.16\.MT88\.4",
 }
 #: what each kernel of INSTRUCTIONS must hold itself: nvcc makes reductions for atomics, for one, of its own accord
@@ -131,19 +131,19 @@ EXACT_WARPGROUP = {
     "TileBytes": [PROMISED[name] for name in ("load_tile", "tile_barrier_expect", "tile_barrier_arrive")],
     "Registers": [r"USETMAXREG\.DEALLOC\S* 0x28\b[\s\S]*USETMAXREG\.TRY_ALLOC\S* \S+, 0x80\b"],
     "StoreMatrix": [PROMISED["store_matrix_transposed"], r"LDSM\.16\.MT88\.4"],
-    **{f"LoadTile<LNS_7SwizzleE{line}E>": [PROMISED["load_tile"]] for line in (16, 64, 128)},
+    **{f"LoadTile<LNS_7SwizzleE{line}E>": [PROMISED["load_tile"]] for line in (16, 32, 64, 128)},
     **{
         f"StoreTile<LNS_7SwizzleE{line}E>": [
             r"FENCE\.VIEW\.ASYNC[\s\S]*BAR\.SYNC[\s\S]*UTMASTG\.2D[\s\S]*UTMACMDFLUSH[\s\S]*DEPBAR\.LE SB0, 0x0"
         ]
-        for line in (16, 64, 128)
+        for line in (16, 32, 64, 128)
     },
 }
 #: products of WARPGROUP: the type, the bytes of a's lines, N and selector; their instructions by the type
 PRODUCTS = [
-    *(("NS_4bf16E", *rest) for rest in ((64, 128, 0), (64, 128, 1), (64, 256, 0), (128, 256, 1))),
-    *(("NS_4fp16E", *rest) for rest in ((64, 128, 0), (128, 128, 1), (64, 256, 0), (64, 256, 1))),
-    *(("a", *rest) for rest in ((64, 128, 0), (128, 128, 0), (64, 256, 0))),
+    *(("NS_4bf16E", *rest) for rest in ((64, 128, 0), (64, 128, 1), (64, 176, 0), (128, 176, 1))),
+    *(("NS_4fp16E", *rest) for rest in ((64, 128, 0), (128, 128, 1), (64, 176, 0), (64, 176, 1))),
+    *(("a", *rest) for rest in ((64, 128, 0), (128, 128, 0), (64, 176, 0))),
 ]
 PRODUCT = {
     "NS_4bf16E": r"HGMMA\.SP\.64x{}x32\.F32\.BF16 [^;]*, 0x{}, gsb0",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -35,12 +36,42 @@ def kernels(m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> list
     return [(launch.kernel.split("_")[-1], launch.grid) for launch in row.launches]
 
 
-def test_a_block_takes_tile_after_tile() -> None:
-    """156 tiles of 128 channels by 256 rows for 132 blocks, the last ones in part; the ring runs on between them."""
-    args = made(256 * 12 + 3, 128 * 11 + 8, 128)
-    expected = SPEC.reference(*args)
-    for seed in range(3):
-        assert torch.equal(native_result(args, seed), expected)
+#: tiles of the kernel of many rows: of a warpgroup's channels, rows, and blocks that share x
+SMALL, LARGE, LARGEST = "1, 128, 1", "2, 128, 2", "2, 176, 2"
+
+
+@pytest.mark.parametrize("weight", [None, "int8"])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "tile"),
+    [
+        (128 * 33 + 3, 520, 128, SMALL),
+        (128 * 15 + 3, 512 * 7 + 136, 128, LARGE),
+        (176 * 15 + 3, 512 * 7 + 136, 128, LARGEST),
+        (300, 128 * 66 + 8, 384, LARGE),
+        (400, 128 * 66 + 8, 384, LARGEST),
+    ],
+)
+def test_a_block_takes_tile_after_tile(m: int, n: int, k: int, tile: str, weight: str | None) -> None:
+    """The last ones in part, 132 blocks or 66 pairs of them; the ring runs on between tiles, and goes round in a tile
+    that is deep."""
+    check_tiles(m, n, k, tile, weight)
+
+
+def test_a_block_takes_many_tiles_of_one_stage() -> None:
+    """Seven, more than the ring has places for their metadata."""
+    check_tiles(128 * 132 * 6 + 3, 72, 128, SMALL, "int8")
+
+
+def check_tiles(m: int, n: int, k: int, tile: str, weight: str | None) -> None:
+    args = made(m, n, k, weight=weight)
+    torch.ops.burnish.emulation_count(True)
+    try:
+        assert torch.equal(native_result(args, seed=k), SPEC.reference(*args))
+        launches = [launch["kernel"] for launch in json.loads(torch.ops.burnish.emulation_counters())]
+    finally:
+        torch.ops.burnish.emulation_count(False)
+    (wide,) = (kernel for kernel in launches if "_wide<" in kernel)
+    assert wide.endswith(f", {tile}> >")
 
 
 @pytest.mark.parametrize("weight", [None, "int8"])
@@ -53,7 +84,7 @@ def test_blocks_share_the_depth(m: int, n: int, k: int, blocks: int, weight: str
         assert torch.equal(native_result(args, seed), expected)
     if weight is None:
         name, grid = kernels(m, n, k)[0]
-        assert name.startswith("wide<Wide24<bf16, 128>")
+        assert name == "wide<Wide24<bf16, 1, 128, 1> >"
         assert grid[0] == blocks * math.ceil(m / 128) * math.ceil(n / 128)
 
 
@@ -88,7 +119,7 @@ def test_infinities_and_nans_meet_the_zeros(shape: tuple[int, int, int], dtype: 
     check_special(*shape, dtype, special)
 
 
-@pytest.mark.parametrize("shape", [(18, 40, 512), (66, 40, 512), (40, 300, 512)])
+@pytest.mark.parametrize("shape", [(18, 40, 512), (66, 40, 512), (40, 300, 512), (66, 264, 512)])
 def test_an_infinity_is_found_wherever_it_is(shape: tuple[int, int, int]) -> None:
     """One at a time, in every stage of the depth, where no channel keeps it."""
     x, values, metadata, _, bias = made(*shape)
@@ -103,9 +134,23 @@ def test_an_infinity_is_found_wherever_it_is(shape: tuple[int, int, int]) -> Non
         assert torch.equal(y[18:], clean[18:])
 
 
-def test_infinities_meet_the_zeros_of_many_tiles() -> None:
-    """So many that they are of 256 rows."""
-    check_special(300, 128 * 66 + 8, 128, torch.bfloat16, math.inf)
+@pytest.mark.parametrize("m", [300, 400])
+def test_infinities_meet_the_zeros_of_many_tiles(m: int) -> None:
+    """So many that pairs of blocks take them: of 128 rows, and of 176, which those that multiply again do not have."""
+    check_special(m, 128 * 66 + 8, 128, torch.bfloat16, math.inf)
+
+
+def test_an_infinity_is_found_by_whoever_watches_its_stage() -> None:
+    """Of 18 stages, by 16 blocks of those that take the same rows; and by those that multiply the rows again, of which
+    the first of their tile are in another tile that was watched."""
+    m, n, k = 400, 128 * 66 + 8, 64 * 18
+    x, values, metadata, _, bias = made(m, n, k)
+    metadata = torch.full_like(metadata, 0x44)  # places 0 and 1
+    places = [(200, 64 * 16 + 3), (399, 64 * 17 + 3)]
+    for row, column in places:
+        x[row, column] = math.inf
+    y = native_result((x, values, metadata, None, bias))
+    assert torch.isnan(y).all(1).nonzero().flatten().tolist() == [row for row, _ in places]
 
 
 def test_which_calls_it_takes() -> None:

@@ -23,7 +23,7 @@ from instructions import ENCODE, check_product, compressed, metadata, operands, 
 
 SOURCE = Path(planted.__file__).with_name("warpgroup.cu")
 SEEDS = range(20)
-LINES = [16, 64, 128]  # bytes: each swizzle's
+LINES = [16, 32, 64, 128]  # bytes: each swizzle's
 Run = Callable[..., np.ndarray]
 
 
@@ -54,6 +54,8 @@ def place(line: int, row: int | np.ndarray, byte: int | np.ndarray) -> np.ndarra
         unit = unit ^ row % 8
     elif line == 64:
         unit = unit ^ row // 2 % 4
+    elif line == 32:
+        unit = unit ^ row // 4 % 2
     return np.asarray(row * line + unit * 16 + rest)
 
 
@@ -235,15 +237,15 @@ def test_warpgroup_mma(run: Run, kind: str, columns: int, exact: bool) -> None:
 PRODUCTS = [
     "mma_sparse bf16 0 128 64",
     "mma_sparse bf16 1 128 64",
-    "mma_sparse bf16 0 256 64",
-    "mma_sparse bf16 1 256 128",
+    "mma_sparse bf16 0 176 64",
+    "mma_sparse bf16 1 176 128",
     "mma_sparse fp16 0 128 64",
     "mma_sparse fp16 1 128 128",
-    "mma_sparse fp16 0 256 64",
-    "mma_sparse fp16 1 256 64",
+    "mma_sparse fp16 0 176 64",
+    "mma_sparse fp16 1 176 64",
     "mma_sparse int8 0 128 64",
     "mma_sparse int8 0 128 128",
-    "mma_sparse int8 0 256 64",
+    "mma_sparse int8 0 176 64",
 ]
 
 

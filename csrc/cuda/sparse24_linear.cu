@@ -20,6 +20,7 @@
 // depth and read each other's sums from shared memory, in the order of the blocks: nothing but y goes to memory.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "check.h"
@@ -37,7 +38,8 @@ constexpr int64_t kMaxWidth = 131072;      // int32 sums cannot overflow up to h
 constexpr int64_t kMaxRows = 1 << 30;      // an int32 counts rows and channels past the last tile
 constexpr int64_t kMaxChannels = 1 << 30;  // likewise
 constexpr int64_t kFewRows = 16;
-constexpr int64_t kWideRows = 64;  // from more on, where the device has warpgroups
+constexpr int64_t kWideRows = 64;   // from more on, where the device has warpgroups
+constexpr int kMostWideRows = 176;  // of a tile there: sparse24_wide.cuh says why
 
 // A stage of a warp's ring, in units of 16 bytes: values [channels][8], x [rows][16], metadata [channels][1 or 2].
 template <class T_, int kRowTiles_, int kChannelTiles_, int kStages_>
@@ -315,10 +317,14 @@ __global__ void __launch_bounds__(S::kBlock, 1) sparse24_linear_fwd_kernel_tiles
                     (p.x.rows - 1) / S::kRows + 1);
   if (p.special != nullptr) {
     dependency_wait();
-    const int32_t* parts = p.special + tile.row * S::kRows / p.special_rows * p.special_parts;
+    // the tiles of rows that were watched and that have rows of this one
+    const int last_row =
+        tile.row * S::kRows + S::kRows - 1 < p.x.rows ? tile.row * S::kRows + S::kRows - 1 : p.x.rows - 1;
+    const int begin = tile.row * S::kRows / p.special_rows * p.special_parts;
+    const int end = (last_row / p.special_rows + 1) * p.special_parts;
     int32_t found = 0;
-    for (int i = 0; i < p.special_parts; ++i) found |= load_coherent(parts + i);
-    if (found == 0) return;
+    for (int i = begin + static_cast<int>(threadIdx.x % 32); i < end; i += 32) found |= load_coherent(p.special + i);
+    if (!vote_any(kFullWarp, found != 0)) return;
   }
   if (threadIdx.x == 0) store(special, 0u);
   const TileRing<S> ring{p, shared, tile.channel * S::kChannels, tile.row * S::kRows};
@@ -406,27 +412,38 @@ void start_tiles(const Sparse24Problem& p, const Tensor& x, const DeviceLimits& 
   }
 }
 
+// The time that all tiles take by the kernel of sparse24_wide.cuh, in bytes of shared memory for each of their stages:
+// that is what it waits for.
+template <class S>
+int64_t wide_cost(const Sparse24Problem& p, const DeviceLimits& limits) {
+  const int64_t tiles = ceil_div(p.x.rows, S::kRows) * ceil_div(p.values.rows, S::kCluster * S::kChannels);
+  return ceil_div(tiles, std::max(1, limits.multiprocessors / S::kCluster)) * S::kMoved;
+}
+
 // Launches the kernel of sparse24_wide.cuh, which leaves out what x's infinities and NaNs make of the places that the
 // weight does not keep, and behind it the one that does all again for tiles of rows that have any.
 template <class S>
 void start_wide(Sparse24Problem p, const Tensor& x, const DeviceLimits& limits) {
-  const int64_t row_tiles = ceil_div(p.x.rows, S::kRows), tiles = row_tiles * ceil_div(p.values.rows, S::kChannels);
+  constexpr int64_t kMostWatchers = 16;
+  const int64_t row_tiles = ceil_div(p.x.rows, S::kRows), across = ceil_div(p.values.rows, S::kChannels);
+  const int64_t tiles = row_tiles * ceil_div(across, S::kCluster);
   BURNISH_CHECK(tiles < (int64_t{1} << 31), "sparse24_linear.native: y has ", p.x.rows, " rows of ", p.values.rows,
                 ", more than a kernel counts");
   const int64_t splits = !S::kSplits ? 1 : splits_of(tiles, ceil_div(p.values.width, S::kValueBytes), limits);
-  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(tiles * splits, limits.multiprocessors)));
+  const int64_t cluster = S::kCluster * splits, places = std::max<int64_t>(1, limits.multiprocessors / cluster);
+  const dim3 grid(static_cast<unsigned>(std::min(tiles, places) * cluster));
   const WideMaps maps = wide_maps<S>(p);
   const cudaStream_t stream = current_stream(x.get_device_index());
   Tensor special;
   if constexpr (!kQuantised24<typename S::T>) {
-    special = torch::stable::new_empty(x, {row_tiles * splits}, ScalarType::Int);
-    p.special = special.mutable_data_ptr<int32_t>();
     p.special_rows = S::kRows;
-    p.special_parts = static_cast<int>(splits);
+    p.special_parts = static_cast<int>(std::min(across, kMostWatchers) * splits);
+    special = torch::stable::new_empty(x, {row_tiles * p.special_parts}, ScalarType::Int);
+    p.special = special.mutable_data_ptr<int32_t>();
   }
-  if (splits > 1) {
-    launch_cluster(sparse24_linear_fwd_kernel_wide<S>, grid, dim3(S::kBlock), static_cast<unsigned>(splits), S::kShared,
-                   stream, p, maps, static_cast<int>(splits));
+  if (cluster > 1) {
+    launch_cluster(sparse24_linear_fwd_kernel_wide<S>, grid, dim3(S::kBlock), static_cast<unsigned>(cluster),
+                   S::kShared, stream, p, maps, static_cast<int>(splits));
   } else {
     launch(sparse24_linear_fwd_kernel_wide<S>, grid, dim3(S::kBlock), S::kShared, stream, p, maps, 1);
   }
@@ -443,16 +460,20 @@ void start_wide(Sparse24Problem p, const Tensor& x, const DeviceLimits& limits) 
 // there are tiles enough for most multiprocessors.
 template <class T>
 void start(const Sparse24Problem& p, const Tensor& x, const DeviceLimits& limits) {
-  using Large = Tiles<T, 128, 4>;
+  using LargeTiles = Tiles<T, 128, 4>;
   const bool many_channels = p.values.rows >= 24 * int64_t{limits.multiprocessors};
   if (p.x.rows > kWideRows && wide24_takes(p, limits)) {
-    using Wide = Wide24<T, 256>;
-    const int64_t tiles = ceil_div(p.x.rows, Wide::kRows) * ceil_div(p.values.rows, Wide::kChannels);
-    return tiles < limits.multiprocessors ? start_wide<Wide24<T, 128>>(p, x, limits) : start_wide<Wide>(p, x, limits);
+    using Small = Wide24<T, 1, 128, 1>;
+    using Large = Wide24<T, 2, 128, 2>;
+    using Largest = Wide24<T, 2, kMostWideRows, 2>;
+    const int64_t of_small = wide_cost<Small>(p, limits), of_large = wide_cost<Large>(p, limits);
+    const int64_t of_largest = wide_cost<Largest>(p, limits);
+    if (of_small <= std::min(of_large, of_largest)) return start_wide<Small>(p, x, limits);
+    return of_large < of_largest ? start_wide<Large>(p, x, limits) : start_wide<Largest>(p, x, limits);
   }
   if (p.x.rows > kFewRows) {
-    const bool large = p.x.rows > 64 && limits.shared_memory > static_cast<int>(Large::kShared);
-    return large ? start_tiles<Large>(p, x, limits) : start_tiles<Tiles<T, 64, 3>>(p, x, limits);
+    const bool large = p.x.rows > 64 && limits.shared_memory > static_cast<int>(LargeTiles::kShared);
+    return large ? start_tiles<LargeTiles>(p, x, limits) : start_tiles<Tiles<T, 64, 3>>(p, x, limits);
   }
   if (p.x.rows > 8) return start_few<Few<T, 2, 2, 2>>(p, x, limits);
   return many_channels ? start_few<Few<T, 1, 2, 2>>(p, x, limits) : start_few<Few<T, 1, 1, 4>>(p, x, limits);
@@ -506,7 +527,8 @@ Tensor sparse24_linear(const Tensor& x, const Tensor& values, const Tensor& meta
   }
   const int64_t padded = round_up(rows.width, kRowPadding);
   const Tensor q = torch::stable::new_empty(x, {rows.count, padded}, ScalarType::Char);
-  const Tensor row_scale = torch::stable::new_empty(x, {rows.count}, ScalarType::Float);
+  // longer than x by what a tile may lie beyond it: what is read there is not stored
+  const Tensor row_scale = torch::stable::new_empty(x, {rows.count + kMostWideRows}, ScalarType::Float);
   p.x = operand_of({q, rows.count, padded, padded}, 1);
   p.row_scale = row_scale.const_data_ptr<float>();
   quantize_rows(rows, q.mutable_data_ptr<int8_t>(), padded, row_scale.mutable_data_ptr<float>(),

@@ -17,9 +17,10 @@
 namespace burnish {
 
 // How a tile's rows lie in shared memory: one after the other, in lines of that many bytes. The 16-byte units of a line
-// of 128 are exchanged among themselves by its number modulo 8, of one of 64 by half its number modulo 4, so that a
-// unit of eight lines is in all banks. Such a tile starts at a multiple of eight lines.
-enum class Swizzle : int { kNone = 16, k64 = 64, k128 = 128 };
+// of 128 are exchanged among themselves by its number modulo 8, of one of 64 by half its number modulo 4, of one of 32
+// by a quarter of its number modulo 2, so that a unit of eight lines is in all banks. Such a tile starts at a multiple
+// of eight lines.
+enum class Swizzle : int { kNone = 16, k32 = 32, k64 = 64, k128 = 128 };
 
 // Rows of bytes in global memory and the tiles of them that are copied. tile_map makes of it what the copy engine
 // reads, which a kernel takes as `const __grid_constant__ TileMap`.
@@ -75,6 +76,7 @@ inline TileMap tile_map(const TileSource& from) {
   const cuuint32_t box[] = {from.tile_bytes, from.tile_rows}, steps[] = {1, 1};
   const CUtensorMapSwizzle swizzle = from.swizzle == Swizzle::k128  ? CU_TENSOR_MAP_SWIZZLE_128B
                                      : from.swizzle == Swizzle::k64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                     : from.swizzle == Swizzle::k32 ? CU_TENSOR_MAP_SWIZZLE_32B
                                                                     : CU_TENSOR_MAP_SWIZZLE_NONE;
   CUtensorMap map;
   const CUresult status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(from.data), sizes, strides,
@@ -217,7 +219,7 @@ struct SharedTile {
 
 template <Swizzle kSwizzle>
 __device__ inline SharedTile shared_tile(const void* start) {
-  static_assert(kSwizzle != Swizzle::kNone);
+  static_assert(kSwizzle == Swizzle::k64 || kSwizzle == Swizzle::k128);
   constexpr uint64_t kLines = 8 * static_cast<int>(kSwizzle) / 16;  // from eight lines to the next, in 16 bytes
   constexpr uint64_t kMode = kSwizzle == Swizzle::k128 ? 1 : 2;
   return {uint64_t{shared_address(start) >> 4 & 0x3fff} | uint64_t{1} << 16 | kLines << 32 | kMode << 62};
@@ -227,16 +229,19 @@ __device__ inline SharedTile shared_tile(const void* start) {
 #define BURNISH_8(X, v, i) X(v[i]), X(v[i + 1]), X(v[i + 2]), X(v[i + 3]), X(v[i + 4]), X(v[i + 5]), X(v[i + 6]), X(v[i + 7])
 #define BURNISH_32(X, v, i) BURNISH_8(X, v, i), BURNISH_8(X, v, i + 8), BURNISH_8(X, v, i + 16), BURNISH_8(X, v, i + 24)
 #define BURNISH_64(X, v) BURNISH_32(X, v, 0), BURNISH_32(X, v, 32)
+#define BURNISH_88(X, v) BURNISH_64(X, v), BURNISH_8(X, v, 64), BURNISH_8(X, v, 72), BURNISH_8(X, v, 80)
 #define BURNISH_128(X, v) BURNISH_64(X, v), BURNISH_32(X, v, 64), BURNISH_32(X, v, 96)
 #define BURNISH_NAMES_64 \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
   "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, " \
   "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define BURNISH_NAMES_128 BURNISH_NAMES_64 \
+#define BURNISH_NAMES_88 BURNISH_NAMES_64 \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, " \
-  "%86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, " \
-  "%107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, " \
-  "%125, %126, %127"
+  "%86, %87"
+#define BURNISH_NAMES_128 BURNISH_NAMES_88 \
+  ", %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, " \
+  "%108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, " \
+  "%126, %127"
 // clang-format on
 
 // NAMES and SUMS of the sums; OPERANDS names what comes after them, ADD is whether they are added to; then the inputs
@@ -273,39 +278,38 @@ __device__ inline void warpgroup_mma(float (&sum)[Words], SharedTile a, SharedTi
   }
 }
 
-#define BURNISH_SPARSE_64(TYPES, SUM, LAYOUT)                                                               \
-  BURNISH_WARPGROUP_PRODUCT("sp.sync.aligned.m64n128" TYPES, BURNISH_NAMES_64, BURNISH_64(SUM, sum), "%66", \
-                            "%64, %65, %67, %68, adding" LAYOUT, "r"(kept), "n"(Selector))
-#define BURNISH_SPARSE_128(TYPES, SUM, LAYOUT)                                                                 \
-  BURNISH_WARPGROUP_PRODUCT("sp.sync.aligned.m64n256" TYPES, BURNISH_NAMES_128, BURNISH_128(SUM, sum), "%130", \
-                            "%128, %129, %131, %132, adding" LAYOUT, "r"(kept), "n"(Selector))
+#define BURNISH_SPARSE(COLUMNS, TYPES, WORDS, SUM, TILES, ADD, KEPT, LAYOUT)                                        \
+  BURNISH_WARPGROUP_PRODUCT("sp.sync.aligned.m64n" COLUMNS TYPES, BURNISH_NAMES_##WORDS, BURNISH_##WORDS(SUM, sum), \
+                            ADD, TILES ", " KEPT ", adding" LAYOUT, "r"(kept), "n"(Selector))
+#define BURNISH_SPARSE_OF(TYPES, SUM, LAYOUT)                                     \
+  if constexpr (Words == 64) {                                                    \
+    BURNISH_SPARSE("128", TYPES, 64, SUM, "%64, %65", "%66", "%67, %68", LAYOUT); \
+  } else {                                                                        \
+    BURNISH_SPARSE("176", TYPES, 88, SUM, "%88, %89", "%90", "%91, %92", LAYOUT); \
+  }
 
 // The same with a sparse a, and `kept` as mma_sparse has them for the warp's 16 rows: of a's rows 32 bytes are
 // multiplied, of b's 64.
 template <class A, int Selector = 0, class Sum, int Words>
 __device__ inline void warpgroup_mma_sparse(Sum (&sum)[Words], SharedTile a, SharedTile b, uint32_t kept, bool add) {
-  static_assert(Words == 64 || Words == 128);
+  static_assert(Words == 64 || Words == 88);
   static_assert(std::is_same_v<A, bf16> || std::is_same_v<A, fp16> || (std::is_same_v<A, int8_t> && Selector == 0));
-  if constexpr (std::is_same_v<A, bf16> && Words == 64) {
-    BURNISH_SPARSE_64("k32.f32.bf16.bf16", BURNISH_FLOAT, BURNISH_ROW_MAJOR);
-  } else if constexpr (std::is_same_v<A, bf16>) {
-    BURNISH_SPARSE_128("k32.f32.bf16.bf16", BURNISH_FLOAT, BURNISH_ROW_MAJOR);
-  } else if constexpr (std::is_same_v<A, fp16> && Words == 64) {
-    BURNISH_SPARSE_64("k32.f32.f16.f16", BURNISH_FLOAT, BURNISH_ROW_MAJOR);
+  if constexpr (std::is_same_v<A, bf16>) {
+    BURNISH_SPARSE_OF("k32.f32.bf16.bf16", BURNISH_FLOAT, BURNISH_ROW_MAJOR)
   } else if constexpr (std::is_same_v<A, fp16>) {
-    BURNISH_SPARSE_128("k32.f32.f16.f16", BURNISH_FLOAT, BURNISH_ROW_MAJOR);
-  } else if constexpr (Words == 64) {
-    BURNISH_SPARSE_64("k64.s32.s8.s8", BURNISH_INT32, "");
+    BURNISH_SPARSE_OF("k32.f32.f16.f16", BURNISH_FLOAT, BURNISH_ROW_MAJOR)
   } else {
-    BURNISH_SPARSE_128("k64.s32.s8.s8", BURNISH_INT32, "");
+    BURNISH_SPARSE_OF("k64.s32.s8.s8", BURNISH_INT32, "")
   }
 }
 
 #undef BURNISH_8
 #undef BURNISH_32
 #undef BURNISH_64
+#undef BURNISH_88
 #undef BURNISH_128
 #undef BURNISH_NAMES_64
+#undef BURNISH_NAMES_88
 #undef BURNISH_NAMES_128
 #undef BURNISH_WARPGROUP_PRODUCT
 #undef BURNISH_FLOAT
@@ -313,8 +317,8 @@ __device__ inline void warpgroup_mma_sparse(Sum (&sum)[Words], SharedTile a, Sha
 #undef BURNISH_ROW_MAJOR
 #undef BURNISH_PRODUCT_64
 #undef BURNISH_PRODUCT_128
-#undef BURNISH_SPARSE_64
-#undef BURNISH_SPARSE_128
+#undef BURNISH_SPARSE
+#undef BURNISH_SPARSE_OF
 
 // --- warps
 

@@ -57,17 +57,24 @@ __device__ void each_wide_tile(int channels, int tile_channels, int rows, int ti
 __device__ inline int multiplier() { return static_cast<int>(threadIdx.x) / kWarpgroup - 1; }
 __device__ inline int warp_channel() { return static_cast<int>(threadIdx.x) / 32 % 4 * 16; }
 
+// How often a warpgroup stores to write its part of a tile. The last rows that are stored at a time are whole: where
+// the tile's are not, some are stored twice.
+template <int kRows>
+constexpr int kYStores = (kRows - 1) / kYRows + 1;
+
 // By a warpgroup: a tile of y, from its first row and the warpgroup's first channel on, turned in shared memory. `out`:
-// kYPlaces bytes of the block. finish(sum, row, which of the thread's two channels) is what y holds.
+// kYPlaces bytes of the block; `stored`: how often the warpgroup has stored there before, or a number as odd or even.
+// finish(sum, row, which of the thread's two channels) is what y holds.
 template <class Sum, int Words>
 __device__ void write_wide(const TileMap& y, unsigned char* out, int row, int channel, bool is_bf16,
-                           const Sum (&sum)[Words], const auto& finish) {
+                           const Sum (&sum)[Words], const auto& finish, int stored = 0) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const unsigned barrier = 1u + static_cast<unsigned>(multiplier());
   const bool speaks = threadIdx.x % kWarpgroup == 0;
 #pragma unroll
-  for (int chunk = 0; chunk < Words * 2 / kYRows; ++chunk) {
-    unsigned char* const place = out + (multiplier() * 2 + chunk % 2) * (kYRows * kYBytes);
+  for (int chunk = 0; chunk < kYStores<Words * 2>; ++chunk) {
+    const int first = chunk * kYRows < Words * 2 - kYRows ? chunk * kYRows : Words * 2 - kYRows;
+    unsigned char* const place = out + (multiplier() * 2 + (stored + chunk) % 2) * (kYRows * kYBytes);
     if (speaks) store_tile_wait<1>();
     barrier_sync(barrier, kWarpgroup);
 #pragma unroll
@@ -75,7 +82,7 @@ __device__ void write_wide(const TileMap& y, unsigned char* out, int row, int ch
       uint32_t tiles[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {  // rows of x from 8 (i / 2) on, channels from 8 (i % 2) on
-        const int rows = chunk * kYRows + pair * 16 + i / 2 * 8;
+        const int rows = first + pair * 16 + i / 2 * 8;
         float z[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -89,7 +96,7 @@ __device__ void write_wide(const TileMap& y, unsigned char* out, int row, int ch
     copies_see_stores();
     barrier_sync(barrier, kWarpgroup);
     if (speaks) {
-      store_tile(y, place, channel * 2, row + chunk * kYRows);
+      store_tile(y, place, channel * 2, row + first);
       store_tile_commit();
     }
   }

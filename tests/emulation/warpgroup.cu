@@ -311,9 +311,11 @@ void start(const Data& data, const How& how) {
 
 const std::map<std::string, Start> kInstructions = {
     {"load_tile 16", start<LoadTile<Swizzle::kNone>>},
+    {"load_tile 32", start<LoadTile<Swizzle::k32>>},
     {"load_tile 64", start<LoadTile<Swizzle::k64>>},
     {"load_tile 128", start<LoadTile<Swizzle::k128>>},
     {"store_tile 16", start<StoreTile<Swizzle::kNone>>},
+    {"store_tile 32", start<StoreTile<Swizzle::k32>>},
     {"store_tile 64", start<StoreTile<Swizzle::k64>>},
     {"store_tile 128", start<StoreTile<Swizzle::k128>>},
     {"load_tile_to_all", start<LoadToAll, Blocks::kClusters>},
@@ -328,15 +330,15 @@ const std::map<std::string, Start> kInstructions = {
     {"mma fp16 256", start<DenseProduct<fp16, 128>>},
     {"mma_sparse bf16 0 128 64", start<Product<bf16, 0, 64, Swizzle::k64>>},
     {"mma_sparse bf16 1 128 64", start<Product<bf16, 1, 64, Swizzle::k64>>},
-    {"mma_sparse bf16 0 256 64", start<Product<bf16, 0, 128, Swizzle::k64>>},
-    {"mma_sparse bf16 1 256 128", start<Product<bf16, 1, 128, Swizzle::k128>>},
+    {"mma_sparse bf16 0 176 64", start<Product<bf16, 0, 88, Swizzle::k64>>},
+    {"mma_sparse bf16 1 176 128", start<Product<bf16, 1, 88, Swizzle::k128>>},
     {"mma_sparse fp16 0 128 64", start<Product<fp16, 0, 64, Swizzle::k64>>},
     {"mma_sparse fp16 1 128 128", start<Product<fp16, 1, 64, Swizzle::k128>>},
-    {"mma_sparse fp16 0 256 64", start<Product<fp16, 0, 128, Swizzle::k64>>},
-    {"mma_sparse fp16 1 256 64", start<Product<fp16, 1, 128, Swizzle::k64>>},
+    {"mma_sparse fp16 0 176 64", start<Product<fp16, 0, 88, Swizzle::k64>>},
+    {"mma_sparse fp16 1 176 64", start<Product<fp16, 1, 88, Swizzle::k64>>},
     {"mma_sparse int8 0 128 64", start<Product<int8_t, 0, 64, Swizzle::k64>>},
     {"mma_sparse int8 0 128 128", start<Product<int8_t, 0, 64, Swizzle::k128>>},
-    {"mma_sparse int8 0 256 64", start<Product<int8_t, 0, 128, Swizzle::k64>>},
+    {"mma_sparse int8 0 176 64", start<Product<int8_t, 0, 88, Swizzle::k64>>},
 };
 
 }  // namespace

@@ -29,6 +29,8 @@ constexpr size_t exchanged(Swizzle swizzle, size_t offset) {
       return offset ^ (offset >> 3 & 0x70);
     case Swizzle::k64:
       return offset ^ (offset >> 3 & 0x30);
+    case Swizzle::k32:
+      return offset ^ (offset >> 3 & 0x10);
     default:
       return offset;
   }
@@ -199,7 +201,7 @@ void warpgroup_wait(Where where = Where::current()) {
 
 template <Swizzle kSwizzle>
 SharedTile shared_tile(const void* start, Where where = Where::current()) {
-  static_assert(kSwizzle != Swizzle::kNone);
+  static_assert(kSwizzle == Swizzle::k64 || kSwizzle == Swizzle::k128);
   return {host::shared_offset(start, where), kSwizzle};
 }
 
@@ -213,7 +215,7 @@ void warpgroup_mma(float (&sum)[Words], SharedTile a, SharedTile b, bool add, Wh
 template <class A, int Selector = 0, class Sum, int Words>
 void warpgroup_mma_sparse(Sum (&sum)[Words], SharedTile a, SharedTile b, uint32_t kept, bool add,
                           Where where = Where::current()) {
-  static_assert((Words == 64 || Words == 128) && std::is_integral_v<A> == std::is_integral_v<Sum>);
+  static_assert((Words == 64 || Words == 88) && std::is_integral_v<A> == std::is_integral_v<Sum>);
   static_assert(Selector >= 0 && Selector < int(sizeof(A)));
   constexpr const char* kName = "warpgroup_mma_sparse";
   host::start_products<A, 2>(kName, sum, a, b, kept, add, where, [where](const std::array<uint32_t, 32>& words) {
