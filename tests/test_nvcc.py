@@ -60,8 +60,8 @@ PROMISED = {
     "grid_wait": r"LD\S*\.STRONG\.GPU",
     "grid_barrier": r"LD\S*\.STRONG\.GPU",
     "cluster_barrier": r"UCGABAR_ARV[\s\S]*UCGABAR_WAIT",
-    "load_remote": r"\bLD\.E ",
-    "store_remote": r"\bST\.E ",
+    "load_remote": r"\bLD\.E(\.128)? ",
+    "store_remote": r"\bST\.E(\.64)? ",
     "dependency_wait": r"ACQBULK",
     "dependents_start": r"PREEXIT",
     "lop3": r"LOP3\.LUT",
@@ -89,6 +89,7 @@ PROMISED = {
     "store_tile_commit": r"UTMACMDFLUSH",
     "store_tile_wait": r"DEPBAR\.LE SB0",
     "copies_see_stores": r"FENCE\.VIEW\.ASYNC",
+    "copies_see_remote_stores": r"FENCE\.VIEW\.ASYNC",
     "copies_see_global_stores": r"FENCE\.VIEW\.ASYNC",
     "tile_barrier_init": r"SYNCS\.EXCH\.64",
     "tile_barriers_ready": r"SYNCS\.EXCH\.64[\s\S]*FENCE\.VIEW\.ASYNC",
@@ -99,7 +100,7 @@ PROMISED = {
     "warpgroup_fence": r"WARPGROUP\.ARRIVE",
     "warpgroup_commit": r"[HI]GMMA\.[^;]*, gsb0",  # the last product of a group
     "warpgroup_wait": r"WARPGROUP\.DEPBAR\.LE gsb0",
-    "warpgroup_mma": r"HGMMA\.64x(128|256)x16",
+    "warpgroup_mma": r"HGMMA\.64x(32|64|128|256)x16",
     "warpgroup_mma_sparse": r"[HI]GMMA\.SP\.64x(128|256)x(32|64)",
     "store_matrix_transposed": r"STSM\.16\.MT88\.4",
 }
@@ -121,7 +122,8 @@ EXACT = {
     "Copies": [PROMISED["copy_async16"], PROMISED["copy_async<8>"], PROMISED["copy_async<4>"]],
     "Barriers": [r"BAR\.SYNC\S* 0x1, 0x40", r"BAR\.SYNC\S* 0x2, 0x40", r"BAR\.ARV 0x1, 0x40", r"BAR\.ARV 0x2, 0x40"],
     "GridBarrier": [r"ATOMG\.E\.ADD\.STRONG\.GPU[\s\S]*LDG\.E\.STRONG\.GPU"],
-    "Cluster": [PROMISED["cluster_barrier"], PROMISED["load_remote"], PROMISED["store_remote"]],
+    "Cluster": [PROMISED["cluster_barrier"]]
+    + [rf"\b{which}\.E{width} " for which, width in (("LD", ""), ("LD", r"\.128"), ("ST", ""), ("ST", r"\.64"))],
 }
 #: the same for WARPGROUP, on sm_90a
 EXACT_WARPGROUP = {
@@ -155,7 +157,7 @@ EXACT_WARPGROUP |= {
         rf"WARPGROUP\.ARRIVE[\s\S]*HGMMA\.64x{columns}x16\.F32{type} [^;]*, gsb0[\s\S]*WARPGROUP\.DEPBAR\.LE gsb0, 0x0"
     ]
     for kind, type in (("NS_4bf16E", r"\.BF16"), ("NS_4fp16E", ""))
-    for columns in (128, 256)
+    for columns in (32, 64, 128, 256)
 }
 EXACT_WARPGROUP |= {
     f"Product<{kind}Li{selector}ELi{columns // 2}ELNS_7SwizzleE{line}E>": [

@@ -212,7 +212,7 @@ def multiply(run: Run, name: str, stored: np.ndarray, right: np.ndarray, c: np.n
 
 
 @pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("columns", [128, 256])
+@pytest.mark.parametrize("columns", [32, 64, 128, 256])
 @pytest.mark.parametrize("kind", ["bf16", "fp16"])
 def test_warpgroup_mma(run: Run, kind: str, columns: int, exact: bool) -> None:
     """Added to the sums or not, from every 32 bytes of either's lines."""

@@ -58,16 +58,17 @@ __device__ inline int multiplier() { return static_cast<int>(threadIdx.x) / kWar
 __device__ inline int warp_channel() { return static_cast<int>(threadIdx.x) / 32 % 4 * 16; }
 
 // By a warpgroup: a tile of y, from its first row and the warpgroup's first channel on, turned in shared memory. `out`:
-// kYPlaces bytes of the block. finish(sum, row, which of the thread's two channels) is what y holds.
+// kYPlaces bytes of the block; `stored`: how often the warpgroup has stored there before, or a number as odd or even.
+// finish(sum, row, which of the thread's two channels) is what y holds.
 template <class Sum, int Words>
 __device__ void write_wide(const TileMap& y, unsigned char* out, int row, int channel, bool is_bf16,
-                           const Sum (&sum)[Words], const auto& finish) {
+                           const Sum (&sum)[Words], const auto& finish, int stored = 0) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const unsigned barrier = 1u + static_cast<unsigned>(multiplier());
   const bool speaks = threadIdx.x % kWarpgroup == 0;
 #pragma unroll
   for (int chunk = 0; chunk < Words * 2 / kYRows; ++chunk) {
-    unsigned char* const place = out + (multiplier() * 2 + chunk % 2) * (kYRows * kYBytes);
+    unsigned char* const place = out + (multiplier() * 2 + (stored + chunk) % 2) * (kYRows * kYBytes);
     if (speaks) store_tile_wait<1>();
     barrier_sync(barrier, kWarpgroup);
 #pragma unroll

@@ -225,9 +225,14 @@ void access_beside(const void* address, size_t bytes, Where where) {
     const uint32_t thread = store.thread - machine->threads[0].number;
     if (store.beside || store.time < machine->began || thread >= machine->threads.size()) return;
     const Thread& by = machine->threads[thread];
-    if ((shared ? by.shown : by.shown_global) <= store.time) {
+    const bool remote = shared && by.block != here().block;
+    if ((remote ? by.shown_remote : shared ? by.shown : by.shown_global) <= store.time) {
       stop(where, "reads beside the threads what thread number ", by.in_block, " wrote at ", text(store.where),
-           ", without copies_see_", shared ? "" : "global_", "stores");
+           ", without copies_see_",
+           remote   ? "remote_"
+           : shared ? ""
+                    : "global_",
+           "stores");
     }
   });
 }

@@ -176,6 +176,8 @@ void store_tile_wait() {
 
 inline void copies_see_stores() { host::here().shown = ++host::machine->now; }
 
+inline void copies_see_remote_stores() { host::here().shown = host::here().shown_remote = ++host::machine->now; }
+
 inline void copies_see_global_stores() { host::here().shown_global = ++host::machine->now; }
 
 template <int Registers, bool More>
@@ -205,7 +207,7 @@ SharedTile shared_tile(const void* start, Where where = Where::current()) {
 
 template <class A, int Words>
 void warpgroup_mma(float (&sum)[Words], SharedTile a, SharedTile b, bool add, Where where = Where::current()) {
-  static_assert(Words == 64 || Words == 128);
+  static_assert(Words == 16 || Words == 32 || Words == 64 || Words == 128);
   host::start_products<A, 1>("warpgroup_mma", sum, a, b, 0, add, where,
                              [](const auto&) { return [](int, int i) { return i; }; });
 }
