@@ -76,22 +76,31 @@ def test_ranks(rank: int) -> None:
 @pytest.mark.parametrize(
     ("shape", "tile", "blocks"),
     [
-        ((1000, 136, 72, 16), "64, 64, 8", 64),
-        ((1000, 136, 72, 72), "64, 128, 8", 64),
-        ((1100, 136, 584, 16), "128, 64, 8", 64),
-        ((1100, 136, 584, 72), "128, 128, 8", 64),
-        ((2100, 1100, 320, 40), "128, 64, 4", 64),
-        ((2100, 1100, 320, 104), "128, 128, 4", 64),
+        ((1000, 136, 72, 16), "64, 64, 8, 1", 128),
+        ((1000, 136, 72, 72), "64, 128, 8, 1", 128),
+        ((1100, 1160, 584, 16), "128, 64, 8, 1", 72),
+        ((1100, 1160, 584, 72), "128, 128, 8, 1", 72),
+        ((2250, 648, 328, 40), "128, 64, 4, 1", 72),
+        ((2060, 648, 328, 104), "128, 128, 4, 1", 68),
+        ((2250, 648, 328, 104), "128, 128, 4, 2", 72),
     ],
 )
-def test_a_cluster_takes_tile_after_tile(shape: tuple[int, ...], tile: str, blocks: int) -> None:
-    """The ring runs on from one to the next, and their parts of s come to the same place."""
-    m, n, k, r = shape[0], shape[1] // 8 * 8, *shape[2:]
-    name, grid = kernel(m, n, k, r)
+def test_tiles(shape: tuple[int, ...], tile: str, blocks: int) -> None:
+    """Smaller ones and larger clusters where there are fewer rows; two tiles a cluster where their number is even."""
+    name, grid = kernel(*shape)
     assert name == f"wide<WideLowRank<bf16, {tile}> >"
     assert grid == blocks
-    assert math.ceil(m / int(tile.split(",")[0])) * int(tile[-1]) > blocks
-    args = made(m, n, k, r)
+    args = made(*shape)
+    assert torch.equal(native_result(args), exactly(args))
+
+
+@pytest.mark.parametrize(("tiles", "rank"), [(34, 24), (35, 72), (36, 120)])
+def test_a_cluster_takes_tile_after_tile(tiles: int, rank: int) -> None:
+    """There are 16 clusters, or 8 for two tiles each: the ring runs on from one to the next, and their parts of s come
+    to the same place."""
+    shape = (tiles * 128 - 9, 648, 72, rank)
+    assert kernel(*shape)[1] == 64
+    args = made(*shape)
     expected = exactly(args)
     for seed in range(2):
         assert torch.equal(native_result(args, seed), expected)
@@ -181,7 +190,7 @@ def test_no_rows_and_the_first_that_are_many() -> None:
     x, *rest = made(65, 136, 64, 16)
     assert native_result((x[:0], *rest)).shape == (0, 136)
     assert native_result((x.reshape(5, 13, 64)[:, :0], *rest)).shape == (5, 0, 136)
-    assert kernel(65, 136, 64, 16) == ("wide<WideLowRank<bf16, 64, 64, 8> >", 16)
+    assert kernel(65, 136, 64, 16) == ("wide<WideLowRank<bf16, 64, 64, 8, 1> >", 16)
     assert not kernel(64, 136, 64, 16)[0].startswith("wide")
 
 

@@ -84,6 +84,7 @@ PROMISED = {
     "mma_sparse": r"[HI]MMA\.SP\.168",
     "mma_sparse<int8_t>": r"IMMA\.SP\.16864\.S8\.S8",
     "load_tile": r"UTMALDG\.2D",
+    "load_tile_to": r"UTMALDG\.2D\.MULTICAST",
     "load_tile_to_all": r"UTMALDG\.2D\.MULTICAST",
     "store_tile": r"UTMASTG\.2D",
     "store_tile_commit": r"UTMACMDFLUSH",
@@ -128,6 +129,7 @@ EXACT = {
 #: the same for WARPGROUP, on sm_90a
 EXACT_WARPGROUP = {
     "TileBarriers": [PROMISED[f"tile_barrier{which}"] for which in ("_init", "s_ready", "_arrive", "_wait")],
+    "LoadToSome": [PROMISED["load_tile_to"], r"SYNCS\.ARRIVE\.TRANS64\.RED\.A1T0"],
     "LoadToAll": [PROMISED["load_tile_to_all"], r"SYNCS\.ARRIVE\.TRANS64\.RED\.A1T0"],
     "LoadStored": [r"FENCE\.VIEW\.ASYNC[\s\S]*ATOMG\.E\.ADD\.STRONG\.GPU", r"LDG\S*\.STRONG\.GPU"],
     "TileBytes": [PROMISED[name] for name in ("load_tile", "tile_barrier_expect", "tile_barrier_arrive")],

@@ -112,6 +112,18 @@ def test_load_tile_to_all(run: Run, tile_rows: int) -> None:
             assert (got[:, round] == expected).all()
 
 
+@pytest.mark.parametrize("tile_rows", [8, 64])
+def test_load_tile_to(run: Run, tile_rows: int) -> None:
+    """Both halves for both blocks of each pair, the last past the matrix."""
+    for seed in SEEDS:
+        matrix = np.random.default_rng(seed).integers(1, 256, (4 * tile_rows - 3, 192)).astype(np.uint8)
+        y = np.zeros((4, 2 * tile_rows * 128), np.uint8)
+        got = run("load_tile_to", matrix, y=y, how=(len(matrix), 192, 192, tile_rows, 128, 0), seed=seed)
+        for rank in range(4):
+            halves = [window(matrix, tile_rows, 128, 128, (rank % 2 + half) * tile_rows) for half in (0, 2)]
+            assert np.array_equal(got[rank], image(np.concatenate(halves), 128))
+
+
 def test_a_tile_of_what_another_block_stored(run: Run) -> None:
     """By grid_arrive and grid_wait, by other threads than those that stored."""
     for seed in SEEDS:

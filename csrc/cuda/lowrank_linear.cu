@@ -14,27 +14,47 @@ __global__ void __launch_bounds__(kThreads, 2) lowrank_linear_fwd_kernel(LowRank
 }
 
 template <class S>
+int64_t clusters_of(const LowRankProblem& p) {
+  return ceil_div(p.x.rows, S::kRows * S::kTiles);
+}
+
+// How many clusters run at the same time.
+template <class S>
+int64_t places(const Tensor& x) {
+  const int blocks = resident_blocks(lowrank_linear_fwd_kernel_wide<S>, dim3(kWideBlock), S::kShared,
+                                     x.get_device_index(), S::kCluster);
+  return std::max(1, blocks / S::kCluster);
+}
+
+// More clusters than there are multiprocessors for are not launched: they take tile after tile.
+template <class S>
 void start_wide(const LowRankProblem& p, const Tensor& x) {
   const auto map = [](const Operand& of, int rows) { return wide_map(of, rows, S::kLineBytes, Swizzle::k128); };
-  const WideLowRankMaps maps{map(p.x, S::kRows), map(p.A, S::kRanks), map(p.B, kWideChannels),
+  const WideLowRankMaps maps{map(p.x, S::kRows), map(p.A, S::kRanks / S::kTiles), map(p.B, kWideChannels / S::kTiles),
                              wide_map_of_y(p.y, p.x.rows, p.B.rows)};
-  const auto kernel = lowrank_linear_fwd_kernel_wide<S>;
-  const dim3 block(kWideBlock);
-  const int64_t places = resident_blocks(kernel, block, S::kShared, x.get_device_index(), S::kCluster);
-  const int64_t blocks = ceil_div(p.x.rows, S::kRows) * S::kCluster;
-  launch_cluster(kernel, dim3(static_cast<unsigned>(std::min(blocks, places))), block, S::kCluster, S::kShared,
-                 current_stream(x.get_device_index()), p, maps);
+  const int64_t wanted = clusters_of<S>(p);
+  const bool all = wanted * S::kCluster <= device_limits(x.get_device_index()).multiprocessors;
+  const int64_t clusters = all ? wanted : std::min(wanted, places<S>(x));
+  launch_cluster(lowrank_linear_fwd_kernel_wide<S>, dim3(static_cast<unsigned>(clusters * S::kCluster)),
+                 dim3(kWideBlock), S::kCluster, S::kShared, current_stream(x.get_device_index()), p, maps);
 }
 
 // As many blocks as there are multiprocessors for: of the smallest tiles, then of the larger ones, which fetch A and B
-// less often for a row, then by smaller clusters, which exchange less.
+// less often for a row, then by smaller clusters, which exchange less. Of many ranks these fetch them for two tiles at
+// a time, where that leaves no block without rows and the device has room for as many of the then larger clusters.
 template <class T, int kRanks>
 void start_ranks(const LowRankProblem& p, const Tensor& x) {
   const int64_t multiprocessors = device_limits(x.get_device_index()).multiprocessors;
   const auto fits = [&](int rows, int cluster) { return ceil_div(p.x.rows, rows) * cluster <= multiprocessors; };
   if (fits(64, 8)) return start_wide<WideLowRank<T, 64, kRanks, 8>>(p, x);
   if (fits(128, 8)) return start_wide<WideLowRank<T, 128, kRanks, 8>>(p, x);
-  start_wide<WideLowRank<T, 128, kRanks, 4>>(p, x);
+  using One = WideLowRank<T, 128, kRanks, 4>;
+  if constexpr (kRanks == 128) {
+    using Two = WideLowRank<T, 128, kRanks, 4, 2>;
+    const auto rounds = [&]<class S>(S) { return ceil_div(clusters_of<S>(p), places<S>(x)); };
+    if (clusters_of<One>(p) % 2 == 0 && rounds(Two()) <= rounds(One())) return start_wide<Two>(p, x);
+  }
+  start_wide<One>(p, x);
 }
 
 template <class T>

@@ -31,17 +31,19 @@ namespace burnish {
 
 constexpr int kMaxWideLowRank = 128;  // burnish/ops/lowrank_linear.py knows it too
 
-// kRows: 64 or 128. kRanks: 64 or 128, at least as many as there are.
-template <class T_, int kRows_, int kRanks_, int kCluster_>
+// kRows: 64 or 128. kRanks: 64 or 128, at least as many as there are. kSlices: blocks that share a tile. kTiles: tiles
+// of a cluster.
+template <class T_, int kRows_, int kRanks_, int kSlices_, int kTiles_ = 1>
 struct WideLowRank {
   using T = T_;
-  static constexpr int kRows = kRows_, kRanks = kRanks_, kCluster = kCluster_;
-  static constexpr int kLineBytes = 128;             // of x and A 64 columns, of s and B 64 ranks
-  static constexpr int kSteps = 4;                   // instructions deep
-  static constexpr int kHalves = kRanks / 64;        // lines of a row of s or B
-  static constexpr int kOwnRows = kRows / kCluster;  // whose parts a block adds
-  static constexpr unsigned kReaders = 8;            // the warps that say when a stage may be overwritten
-  static constexpr unsigned kBoth = 3;               // the warpgroups' barrier; 1 and 2 are each one's
+  static constexpr int kRows = kRows_, kRanks = kRanks_, kSlices = kSlices_, kTiles = kTiles_;
+  static constexpr int kCluster = kSlices * kTiles;
+  static constexpr int kLineBytes = 128;            // of x and A 64 columns, of s and B 64 ranks
+  static constexpr int kSteps = 4;                  // instructions deep
+  static constexpr int kHalves = kRanks / 64;       // lines of a row of s or B
+  static constexpr int kOwnRows = kRows / kSlices;  // whose parts a block adds
+  static constexpr unsigned kReaders = 8 * kTiles;  // the warps that say when a stage may be overwritten
+  static constexpr unsigned kBoth = 3;              // the warpgroups' barrier; 1 and 2 are each one's
   static constexpr int kMultipliers = 2 * kWarpgroup;
   // what a warpgroup has of s
   static constexpr int kSumRanks = kRows == 128 ? kRanks : kRanks / 2;
@@ -94,15 +96,17 @@ struct WideLowRankBlock {
     return reinterpret_cast<Rounded*>(line + (four % 16 / 2 ^ row % 8) * 16) + four % 2;
   }
 
+  // Which of its tile's blocks the block is, and which of the cluster's tiles is its own.
+  __device__ static int slice() { return static_cast<int>(cluster_rank()) % S::kSlices; }
+  __device__ static int tile() { return static_cast<int>(cluster_rank()) / S::kSlices; }
+
   // Of `all` stages, how many are the block's.
-  __device__ static int own(int all) {
-    return (all + S::kCluster - 1 - static_cast<int>(cluster_rank())) / S::kCluster;
-  }
+  __device__ static int own(int all) { return (all + S::kSlices - 1 - slice()) / S::kSlices; }
   __device__ int down_stages() const { return own((p.x.width - 1) / S::kLineBytes + 1); }
   __device__ int up_stages() const { return own((p.B.rows - 1) / kWideChannels + 1); }
 
   // Its i-th, of all.
-  __device__ static int stage_at(int i) { return i * S::kCluster + static_cast<int>(cluster_rank()); }
+  __device__ static int stage_at(int i) { return i * S::kSlices + slice(); }
 
   // By one thread.
   __device__ void initialize() const {
@@ -113,13 +117,26 @@ struct WideLowRankBlock {
     tile_barriers_ready();
   }
 
-  // body(first row) for the cluster's tiles, in order.
+  // body(first row) for the block's tiles, in order, of which the last ones may have no row.
   template <class Body>
   __device__ void each_tile(const Body& body) const {
+    constexpr int kTogether = S::kTiles * S::kRows;
 #pragma unroll 1
-    for (int row = static_cast<int>(blockIdx.x) / S::kCluster * S::kRows; row < p.x.rows;
-         row += static_cast<int>(gridDim.x) / S::kCluster * S::kRows) {
-      body(row);
+    for (int row = static_cast<int>(blockIdx.x) / S::kCluster * kTogether; row < p.x.rows;
+         row += static_cast<int>(gridDim.x) / S::kCluster * kTogether) {
+      body(row + tile() * S::kRows);
+    }
+  }
+
+  // By one thread: as many lines of a factor, of which the blocks of a slice fetch a part each, for all of them.
+  __device__ static void fetch_factor(unsigned char* to, const TileMap& map, int byte, int row, int lines,
+                                      TileBarrier* barrier) {
+    if constexpr (S::kTiles == 1) {
+      load_tile(to, map, byte, row, barrier);
+    } else {
+      constexpr unsigned kFirstOfEach = ((1u << S::kCluster) - 1) / ((1u << S::kSlices) - 1);
+      const int first = tile() * (lines / S::kTiles);
+      load_tile_to(kFirstOfEach << slice(), to + first * S::kLineBytes, map, byte, row + first, barrier);
     }
   }
 
@@ -132,7 +149,7 @@ struct WideLowRankBlock {
       tile_barrier_wait(empty(at.slot), at.turn ^ 1);
       tile_barrier_expect(full(at.slot), S::kDownBytes);
       load_tile(x(at.slot), maps.x, byte, row, full(at.slot));
-      load_tile(A(at.slot), maps.A, byte, 0, full(at.slot));
+      fetch_factor(A(at.slot), maps.A, byte, 0, S::kRanks, full(at.slot));
       at.advance(S::kStages);
     }
   }
@@ -145,7 +162,8 @@ struct WideLowRankBlock {
       tile_barrier_expect(full(at.slot), S::kUpBytes);
 #pragma unroll
       for (int half = 0; half < S::kHalves; ++half) {
-        load_tile(B(at.slot, half), maps.B, half * S::kLineBytes, stage_at(i) * kWideChannels, full(at.slot));
+        fetch_factor(B(at.slot, half), maps.B, half * S::kLineBytes, stage_at(i) * kWideChannels, kWideChannels,
+                     full(at.slot));
       }
       at.advance(S::kStages);
     }
@@ -172,7 +190,12 @@ struct WideLowRankBlock {
 
   // By each warp: what its products have read of a stage may be overwritten.
   __device__ void release(int slot) const {
-    if (threadIdx.x % 32 == 0) tile_barrier_arrive(empty(slot));
+    const unsigned lane = threadIdx.x % 32;
+    if constexpr (S::kTiles == 1) {
+      if (lane == 0) tile_barrier_arrive(empty(slot));
+    } else if (lane < S::kTiles) {
+      tile_barrier_arrive(empty(slot), lane * S::kSlices + static_cast<unsigned>(slice()));
+    }
   }
 
   __device__ static int first_row() { return S::kRows == 128 ? multiplier() * 64 : 0; }
@@ -226,16 +249,17 @@ struct WideLowRankBlock {
   // By both warpgroups: s of the block's rows, to all blocks. All that a thread needs is on its way before it adds.
   __device__ void exchange() const {
     constexpr int kTurns = (S::kOwnRows * (S::kRanks / 4) - 1) / S::kMultipliers + 1;
-    const int fours = p.padded_rank / 4, first = static_cast<int>(cluster_rank()) * S::kOwnRows;
+    const int fours = p.padded_rank / 4, first = slice() * S::kOwnRows;
     const int thread = static_cast<int>(threadIdx.x) - kWarpgroup;
-    Bytes16 parts[kTurns][S::kCluster] = {};
+    const auto first_block = static_cast<unsigned>(tile()) * S::kSlices;
+    Bytes16 parts[kTurns][S::kSlices] = {};
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
       const int i = turn * S::kMultipliers + thread, four = i % fours;
       if (i >= S::kOwnRows * fours || four * 4 >= p.rank) continue;
 #pragma unroll
-      for (unsigned from = 0; from < S::kCluster; ++from) {
-        parts[turn][from] = load_remote(part(first + i / fours, four), from);
+      for (unsigned from = 0; from < S::kSlices; ++from) {
+        parts[turn][from] = load_remote(part(first + i / fours, four), first_block + from);
       }
     }
 #pragma unroll
@@ -244,7 +268,7 @@ struct WideLowRankBlock {
       if (i >= S::kOwnRows * fours) continue;
       float total[4] = {};
 #pragma unroll
-      for (int from = 0; from < S::kCluster; ++from) {
+      for (int from = 0; from < S::kSlices; ++from) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) total[j] += bits_float(parts[turn][from].word[j]);
       }
@@ -252,8 +276,8 @@ struct WideLowRankBlock {
 #pragma unroll
       for (int j = 0; j < 2; ++j) both.word[j] = packed(total[j * 2], total[j * 2 + 1]);
 #pragma unroll
-      for (unsigned to = 0; to < S::kCluster; ++to) {
-        store_remote(rounded(first + i / fours, i % fours), to, both);
+      for (unsigned to = 0; to < S::kSlices; ++to) {
+        store_remote(rounded(first + i / fours, i % fours), first_block + to, both);
       }
     }
     copies_see_remote_stores();
@@ -317,7 +341,7 @@ __global__ void __launch_bounds__(kWideBlock, 1)
   if constexpr (kHasWarpgroups) {
     const WideLowRankBlock<S> block{p, aligned_shared_memory<unsigned char>()};
     if (threadIdx.x == 0) block.initialize();
-    __syncthreads();
+    S::kTiles == 1 ? __syncthreads() : cluster_barrier();
     if (threadIdx.x < kWarpgroup) {
       warpgroup_registers<40, false>();
       block.fetch(maps);
@@ -325,6 +349,7 @@ __global__ void __launch_bounds__(kWideBlock, 1)
       warpgroup_registers<kMultiplierRegisters<40>, true>();
       block.multiply(maps);
     }
+    if constexpr (S::kTiles > 1) cluster_barrier();  // until no other block copies here or arrives
   }
 }
 

@@ -1,8 +1,8 @@
 // What sm_90a adds, each instruction wrapped once as in ptx.cuh: four warps that multiply tiles out of shared memory,
 // an engine that copies tiles of a matrix there and back, and barriers in shared memory that count bytes.
 //
-//   tiles        TileMap, tile_map, load_tile, load_tile_to_all, store_tile, store_tile_commit, store_tile_wait,
-//                copies_see_stores, copies_see_remote_stores, copies_see_global_stores
+//   tiles        TileMap, tile_map, load_tile, load_tile_to, load_tile_to_all, store_tile, store_tile_commit,
+//                store_tile_wait, copies_see_stores, copies_see_remote_stores, copies_see_global_stores
 //   barriers     TileBarrier, tile_barrier_init, _expect, _arrive, _wait, tile_barriers_ready
 //   warpgroups   shared_tile, warpgroup_mma, warpgroup_mma_sparse, warpgroup_fence, _commit, _wait, _registers
 //   warps        store_matrix_transposed
@@ -152,15 +152,21 @@ __device__ inline void load_tile(void* shared, const TileMap& map, int byte, int
       : "memory");
 }
 
-// The same to as many blocks of the cluster, from the first on, in the same place of each; their barriers there too.
-template <unsigned Blocks>
-__device__ inline void load_tile_to_all(void* shared, const TileMap& map, int byte, int row, TileBarrier* barrier) {
-  static_assert(Blocks >= 2 && Blocks <= 8);
+// The same to those blocks of the cluster whose bits are set, in the same place of each; their barriers there too.
+__device__ inline void load_tile_to(unsigned blocks, void* shared, const TileMap& map, int byte, int row,
+                                    TileBarrier* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
       "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(shared)),
-      "l"(&map), "r"(byte), "r"(row), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>((1u << Blocks) - 1))
+      "l"(&map), "r"(byte), "r"(row), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>(blocks))
       : "memory");
+}
+
+// The same to as many blocks, from the first on.
+template <unsigned Blocks>
+__device__ inline void load_tile_to_all(void* shared, const TileMap& map, int byte, int row, TileBarrier* barrier) {
+  static_assert(Blocks >= 2 && Blocks <= 8);
+  load_tile_to((1u << Blocks) - 1, shared, map, byte, row, barrier);
 }
 
 // Starts the copy of a tile to the matrix, where there is one.

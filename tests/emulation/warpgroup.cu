@@ -108,6 +108,29 @@ struct LoadToAll {
   }
 };
 
+// Of four blocks the two whose ranks differ by two fetch half of a tile each, for both. y: what each block got.
+struct LoadToSome {
+  static constexpr Swizzle kLines = Swizzle::k128;
+  static const void* matrix(const Data& d) { return d.a; }
+  static __device__ void run(const Task& task, unsigned char* shared, int thread) {
+    const int half = task.how.tile_rows * static_cast<int>(kLines), rank = static_cast<int>(cluster_rank());
+    TileBarrier* const full = barrier_at(shared, 0);
+    if (thread == 0) {
+      tile_barrier_init(full, 1);
+      tile_barriers_ready();
+    }
+    cluster_barrier();
+    if (thread == 0) {
+      tile_barrier_expect(full, static_cast<unsigned>(2 * half));
+      load_tile_to(5u << rank % 2, shared + rank / 2 * half, task.map, task.how.byte,
+                   task.how.row + rank * task.how.tile_rows, full);
+    }
+    tile_barrier_wait(full, 0);
+    copy_out(task.data.y + static_cast<int>(blockIdx.x) * (half / 2), shared, 2 * half);
+    cluster_barrier();
+  }
+};
+
 // What a thread of one block has stored in global memory, fetched by one of another once all blocks have arrived.
 // y: the words that were stored, those that were fetched, the counter.
 struct LoadStored {
@@ -289,7 +312,7 @@ namespace {
 
 using Start = void (*)(const Data&, const How&);
 
-enum class Blocks { kOne, kClusters, kTogether };
+enum class Blocks { kOne, kClusters, kFour, kTogether };
 
 template <class Body, Blocks kBlocks = Blocks::kOne>
 void start(const Data& data, const How& how) {
@@ -304,6 +327,9 @@ void start(const Data& data, const How& how) {
   if constexpr (kBlocks == Blocks::kClusters) {
     launch_cluster(warpgroup_kernel<Body>, dim3(4), block, 2, kShared, nullptr, task);
   }
+  if constexpr (kBlocks == Blocks::kFour) {
+    launch_cluster(warpgroup_kernel<Body>, dim3(4), block, 4, kShared, nullptr, task);
+  }
   if constexpr (kBlocks == Blocks::kTogether) {
     launch_cooperative_clusters(warpgroup_kernel<Body>, dim3(4), block, 2, kShared, nullptr, task);
   }
@@ -317,6 +343,7 @@ const std::map<std::string, Start> kInstructions = {
     {"store_tile 64", start<StoreTile<Swizzle::k64>>},
     {"store_tile 128", start<StoreTile<Swizzle::k128>>},
     {"load_tile_to_all", start<LoadToAll, Blocks::kClusters>},
+    {"load_tile_to", start<LoadToSome, Blocks::kFour>},
     {"load_stored", start<LoadStored, Blocks::kTogether>},
     {"tile_barriers", start<TileBarriers>},
     {"tile_bytes", start<TileBytes>},
