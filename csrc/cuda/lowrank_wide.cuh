@@ -1,12 +1,12 @@
 // lowrank_linear for many rows on sm_90a: s = x A^T and y^T = B s^T + bias by products of whole warpgroups, x read
 // once, y written once, and s never outside of shared memory.
 //
-// kCluster neighbours are a cluster and take tile after tile of kRows rows of x. For each:
+// kSlices neighbours take tile after tile of kRows rows of x together. For each:
 //
-//   down      a block takes every kCluster-th 64 columns of x and A, a stage of its ring, and has a part of s in fp32
-//   exchange  it leaves that in its shared memory; each block adds the parts of kRows / kCluster rows, always in the
+//   down      a block takes every kSlices-th 64 columns of x and A, a stage of its ring, and has a part of s in fp32
+//   exchange  it leaves that in its shared memory; each block adds the parts of kRows / kSlices rows, always in the
 //             same order, rounds them, once, and stores them as s in the memory of all
-//   up        a block takes every kCluster-th 128 channels, whose B is a stage of the same ring, and has all of s
+//   up        a block takes every kSlices-th 128 channels, whose B is a stage of the same ring, and has all of s
 //
 // A block's warps:
 //
@@ -14,13 +14,17 @@
 //   4 to 11  two warpgroups multiply. Down, each has half of the rows, or of the ranks where there are 64 rows; up, 64
 //            channels. They write y while the other one multiplies, and while B is fetched
 //
-// The memory of a block is never touched by another one after the second of a tile's two barriers of the cluster: it
-// needs none at the end.
+// A cluster has kTiles such tiles at a time. The blocks of a slice, one of each tile, multiply by the same A and B, of
+// which each then fetches a part for all of them.
 //
-// What a block moves for a tile, with M, N, K = 4096, 128 rows and clusters of 4, hence 128 blocks: 256 KB of x and 256
-// KB of y by way of memory, and for each 16 ranks 32 KB of A and 32 KB of B from L2. To and from the other three, for
-// each 16 ranks: 6 KB of parts and 3 KB of s. Tensor cores multiply for 64 clocks in 16 columns, or in 16 ranks of a
-// stage of B, which is 4 us or less down as up, where memory takes 8.
+// After the second of the two barriers of an exchange no block touches the memory of another one before the next tile.
+// So a cluster of one tile needs no barrier at its end; of more, one block may still give a stage back to another.
+//
+// What a block moves with M, N, K = 4096, tiles of 128 rows and four slices, hence 128 blocks: 256 KB of x and 256 KB
+// of y by way of memory; for each 16 ranks 32 KB of A and 32 KB of B, from L2, which gives half of them where there are
+// two tiles; and from the other blocks, for each 16 ranks, 6 KB of parts and 3 KB of s. Tensor cores multiply in 64
+// clocks, or in 32 for 64 ranks, 16 columns of a warpgroup's rows down, and in 64 clocks 16 ranks of its channels up:
+// each way that is at most 8192 clocks, 5 us, where memory takes 8.
 #pragma once
 
 #include "cuda/lowrank.cuh"
@@ -31,8 +35,7 @@ namespace burnish {
 
 constexpr int kMaxWideLowRank = 128;  // burnish/ops/lowrank_linear.py knows it too
 
-// kRows: 64 or 128. kRanks: 64 or 128, at least as many as there are. kSlices: blocks that share a tile. kTiles: tiles
-// of a cluster.
+// kRows: 64 or 128. kRanks: 64 or 128, at least as many as there are.
 template <class T_, int kRows_, int kRanks_, int kSlices_, int kTiles_ = 1>
 struct WideLowRank {
   using T = T_;
@@ -349,7 +352,7 @@ __global__ void __launch_bounds__(kWideBlock, 1)
       warpgroup_registers<kMultiplierRegisters<40>, true>();
       block.multiply(maps);
     }
-    if constexpr (S::kTiles > 1) cluster_barrier();  // until no other block copies here or arrives
+    if constexpr (S::kTiles > 1) cluster_barrier();  // until no other block arrives here
   }
 }
 
