@@ -129,7 +129,8 @@ EXACT = {
 #: the same for WARPGROUP, on sm_90a
 EXACT_WARPGROUP = {
     "TileBarriers": [PROMISED[f"tile_barrier{which}"] for which in ("_init", "s_ready", "_arrive", "_wait")],
-    "LoadToSome": [PROMISED["load_tile_to"], r"SYNCS\.ARRIVE\.TRANS64\.RED\.A1T0"],
+    "StoreRemote": [r"\bST\.E [\s\S]*FENCE\.VIEW\.ASYNC[\s\S]*UCGABAR_ARV[\s\S]*UTMASTG\.2D"],
+    "LoadToSome": [PROMISED["load_tile_to"]],
     "LoadToAll": [PROMISED["load_tile_to_all"], r"SYNCS\.ARRIVE\.TRANS64\.RED\.A1T0"],
     "LoadStored": [r"FENCE\.VIEW\.ASYNC[\s\S]*ATOMG\.E\.ADD\.STRONG\.GPU", r"LDG\S*\.STRONG\.GPU"],
     "TileBytes": [PROMISED[name] for name in ("load_tile", "tile_barrier_expect", "tile_barrier_arrive")],

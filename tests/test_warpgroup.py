@@ -137,6 +137,14 @@ def test_a_tile_of_what_another_block_stored(run: Run) -> None:
             assert y[-4] == turn << 31
 
 
+def test_a_tile_that_another_block_stored(run: Run) -> None:
+    """In the shared memory from which it is copied."""
+    for seed in SEEDS:
+        a = words(np.random.default_rng(seed), 2, 2, 128)
+        got = run("store_remote", a, y=np.zeros_like(a), how=(4 * 32, 16, 16, 32, 0), seed=seed)
+        assert np.array_equal(got, a[:, ::-1])
+
+
 @pytest.mark.parametrize("line", LINES)
 @pytest.mark.parametrize("tile", TILES)
 def test_store_tile(run: Run, tile: str, line: int) -> None:

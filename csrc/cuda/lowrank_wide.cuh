@@ -332,6 +332,7 @@ struct WideLowRankBlock {
       cluster_barrier();
       exchange();
       cluster_barrier();
+      copies_see_stores();  // those of the other blocks as well, which have fenced them on their side
       multiply_up(at, maps, row);
     });
     if (threadIdx.x % kWarpgroup == 0) store_tile_wait<0>();

@@ -247,8 +247,8 @@ struct GridBarrier {
   }
 };
 
-// y: the word of the next block in the cluster, the word that the block two before sent, the rank; of every fourth
-// thread's words the four of the block three on, and two that the block before sent.
+// y: the word of the next block in the cluster, the word that the block two before sent, the rank; four words of the
+// block three on, the same for four threads; two that the block before sent.
 struct Cluster {
   static __device__ void run(const Data& d, int thread) {
     uint32_t* shared = shared_memory<uint32_t>();

@@ -131,6 +131,23 @@ struct LoadToSome {
   }
 };
 
+// What the threads of a block have stored in the shared memory of the other one of a pair, copied to y from there.
+struct StoreRemote {
+  static constexpr Swizzle kLines = Swizzle::kNone;
+  static const void* matrix(const Data& d) { return d.y; }
+  static __device__ void run(const Task& task, unsigned char* shared, int thread) {
+    const auto block = static_cast<int>(blockIdx.x);
+    store_remote(reinterpret_cast<uint32_t*>(shared) + thread, cluster_rank() ^ 1,
+                 load(task.data.a + block * kWarpgroup + thread));
+    copies_see_remote_stores();
+    cluster_barrier();
+    if (thread != 0) return;
+    store_tile(task.map, shared, task.how.byte, block * task.how.tile_rows);
+    store_tile_commit();
+    store_tile_wait<0>();
+  }
+};
+
 // What a thread of one block has stored in global memory, fetched by one of another once all blocks have arrived.
 // y: the words that were stored, those that were fetched, the counter.
 struct LoadStored {
@@ -344,6 +361,7 @@ const std::map<std::string, Start> kInstructions = {
     {"store_tile 128", start<StoreTile<Swizzle::k128>>},
     {"load_tile_to_all", start<LoadToAll, Blocks::kClusters>},
     {"load_tile_to", start<LoadToSome, Blocks::kFour>},
+    {"store_remote", start<StoreRemote, Blocks::kClusters>},
     {"load_stored", start<LoadStored, Blocks::kTogether>},
     {"tile_barriers", start<TileBarriers>},
     {"tile_bytes", start<TileBytes>},
