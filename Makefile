@@ -73,7 +73,7 @@ interpret: $(VENV)/dev.stamp
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/test_ops.py tests/test_triton_interpreter.py tests/test_triton_sparse.py tests/test_triton_optim.py tests/test_triton_descriptors.py
 
 emulate: $(VENV)/dev.stamp
-	BURNISH_EMULATE_CUDA=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/test_ops.py tests/test_step_kernels.py tests/test_few_rows.py tests/test_sparse24_kernels.py tests/test_lora_kernels.py tests/test_bsr_kernels.py tests/test_counters.py
+	BURNISH_EMULATE_CUDA=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/test_ops.py tests/test_step_kernels.py tests/test_few_rows.py tests/test_sparse24_kernels.py tests/test_lora_kernels.py tests/test_lowrank_kernels.py tests/test_bsr_kernels.py tests/test_counters.py
 
 gates: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m gate tests

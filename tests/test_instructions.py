@@ -215,10 +215,13 @@ def test_cluster(run: Run, request: pytest.FixtureRequest) -> None:
         pytest.skip("clusters begin with sm_90")
     for seed in SEEDS:
         a = words(np.random.default_rng(seed), 2, 4, 32)
-        got = run("cluster", a, y=np.zeros((2, 4, 32, 3), np.uint32), threads=256, seed=seed)
+        got = run("cluster", a, y=np.zeros((2, 4, 32, 9), np.uint32), threads=256, seed=seed)
         assert np.array_equal(got[..., 0], np.roll(a, -1, 1))
         assert np.array_equal(got[..., 1], np.roll(a, 2, 1) + 1)
         assert np.array_equal(got[..., 2], np.arange(4)[None, :, None].repeat(2, 0).repeat(32, 2))
+        assert np.array_equal(got[..., 3:7], np.roll(a, -3, 1).reshape(2, 4, 8, 4).repeat(4, 2))
+        assert np.array_equal(got[..., 7], np.roll(a, 1, 1))
+        assert np.array_equal(got[..., 8], np.arange(32)[None, None].repeat(2, 0).repeat(4, 1))
 
 
 # --- matrices: from the element to the lane, the word and the place in it

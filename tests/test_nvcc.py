@@ -60,8 +60,8 @@ PROMISED = {
     "grid_wait": r"LD\S*\.STRONG\.GPU",
     "grid_barrier": r"LD\S*\.STRONG\.GPU",
     "cluster_barrier": r"UCGABAR_ARV[\s\S]*UCGABAR_WAIT",
-    "load_remote": r"\bLD\.E ",
-    "store_remote": r"\bST\.E ",
+    "load_remote": r"\bLD\.E(\.128)? ",
+    "store_remote": r"\bST\.E(\.64)? ",
     "dependency_wait": r"ACQBULK",
     "dependents_start": r"PREEXIT",
     "lop3": r"LOP3\.LUT",
@@ -84,11 +84,13 @@ PROMISED = {
     "mma_sparse": r"[HI]MMA\.SP\.168",
     "mma_sparse<int8_t>": r"IMMA\.SP\.16864\.S8\.S8",
     "load_tile": r"UTMALDG\.2D",
+    "load_tile_to": r"UTMALDG\.2D\.MULTICAST",
     "load_tile_to_all": r"UTMALDG\.2D\.MULTICAST",
     "store_tile": r"UTMASTG\.2D",
     "store_tile_commit": r"UTMACMDFLUSH",
     "store_tile_wait": r"DEPBAR\.LE SB0",
     "copies_see_stores": r"FENCE\.VIEW\.ASYNC",
+    "copies_see_remote_stores": r"FENCE\.VIEW\.ASYNC",
     "copies_see_global_stores": r"FENCE\.VIEW\.ASYNC",
     "tile_barrier_init": r"SYNCS\.EXCH\.64",
     "tile_barriers_ready": r"SYNCS\.EXCH\.64[\s\S]*FENCE\.VIEW\.ASYNC",
@@ -99,7 +101,7 @@ PROMISED = {
     "warpgroup_fence": r"WARPGROUP\.ARRIVE",
     "warpgroup_commit": r"[HI]GMMA\.[^;]*, gsb0",  # the last product of a group
     "warpgroup_wait": r"WARPGROUP\.DEPBAR\.LE gsb0",
-    "warpgroup_mma": r"HGMMA\.64x(128|256)x16",
+    "warpgroup_mma": r"HGMMA\.64x(32|64|128|256)x16",
     "warpgroup_mma_sparse": r"[HI]GMMA\.SP\.64x(128|176)x(32|64)",
     "store_matrix_transposed": r"STSM\.16\.MT88\.4",
 }
@@ -121,11 +123,14 @@ EXACT = {
     "Copies": [PROMISED["copy_async16"], PROMISED["copy_async<8>"], PROMISED["copy_async<4>"]],
     "Barriers": [r"BAR\.SYNC\S* 0x1, 0x40", r"BAR\.SYNC\S* 0x2, 0x40", r"BAR\.ARV 0x1, 0x40", r"BAR\.ARV 0x2, 0x40"],
     "GridBarrier": [r"ATOMG\.E\.ADD\.STRONG\.GPU[\s\S]*LDG\.E\.STRONG\.GPU"],
-    "Cluster": [PROMISED["cluster_barrier"], PROMISED["load_remote"], PROMISED["store_remote"]],
+    "Cluster": [PROMISED["cluster_barrier"]]
+    + [rf"\b{which}\.E{width} " for which, width in (("LD", ""), ("LD", r"\.128"), ("ST", ""), ("ST", r"\.64"))],
 }
 #: the same for WARPGROUP, on sm_90a
 EXACT_WARPGROUP = {
     "TileBarriers": [PROMISED[f"tile_barrier{which}"] for which in ("_init", "s_ready", "_arrive", "_wait")],
+    "StoreRemote": [r"\bST\.E [\s\S]*FENCE\.VIEW\.ASYNC[\s\S]*UCGABAR_ARV[\s\S]*UTMASTG\.2D"],
+    "LoadToSome": [PROMISED["load_tile_to"]],
     "LoadToAll": [PROMISED["load_tile_to_all"], r"SYNCS\.ARRIVE\.TRANS64\.RED\.A1T0"],
     "LoadStored": [r"FENCE\.VIEW\.ASYNC[\s\S]*ATOMG\.E\.ADD\.STRONG\.GPU", r"LDG\S*\.STRONG\.GPU"],
     "TileBytes": [PROMISED[name] for name in ("load_tile", "tile_barrier_expect", "tile_barrier_arrive")],
@@ -155,7 +160,7 @@ EXACT_WARPGROUP |= {
         rf"WARPGROUP\.ARRIVE[\s\S]*HGMMA\.64x{columns}x16\.F32{type} [^;]*, gsb0[\s\S]*WARPGROUP\.DEPBAR\.LE gsb0, 0x0"
     ]
     for kind, type in (("NS_4bf16E", r"\.BF16"), ("NS_4fp16E", ""))
-    for columns in (128, 256)
+    for columns in (32, 64, 128, 256)
 }
 EXACT_WARPGROUP |= {
     f"Product<{kind}Li{selector}ELi{columns // 2}ELNS_7SwizzleE{line}E>": [

@@ -114,6 +114,18 @@ def test_load_tile_to_all(run: Run, tile_rows: int) -> None:
             assert (got[:, round] == expected).all()
 
 
+@pytest.mark.parametrize("tile_rows", [8, 64])
+def test_load_tile_to(run: Run, tile_rows: int) -> None:
+    """Both halves for both blocks of each pair, the last past the matrix."""
+    for seed in SEEDS:
+        matrix = np.random.default_rng(seed).integers(1, 256, (4 * tile_rows - 3, 192)).astype(np.uint8)
+        y = np.zeros((4, 2 * tile_rows * 128), np.uint8)
+        got = run("load_tile_to", matrix, y=y, how=(len(matrix), 192, 192, tile_rows, 128, 0), seed=seed)
+        for rank in range(4):
+            halves = [window(matrix, tile_rows, 128, 128, (rank % 2 + half) * tile_rows) for half in (0, 2)]
+            assert np.array_equal(got[rank], image(np.concatenate(halves), 128))
+
+
 def test_a_tile_of_what_another_block_stored(run: Run) -> None:
     """By grid_arrive and grid_wait, by other threads than those that stored."""
     for seed in SEEDS:
@@ -125,6 +137,14 @@ def test_a_tile_of_what_another_block_stored(run: Run) -> None:
             assert np.array_equal(stored, a)
             assert np.array_equal(fetched, np.roll(a, -1, 0))
             assert y[-4] == turn << 31
+
+
+def test_a_tile_that_another_block_stored(run: Run) -> None:
+    """In the shared memory from which it is copied."""
+    for seed in SEEDS:
+        a = words(np.random.default_rng(seed), 2, 2, 128)
+        got = run("store_remote", a, y=np.zeros_like(a), how=(4 * 32, 16, 16, 32, 0), seed=seed)
+        assert np.array_equal(got, a[:, ::-1])
 
 
 @pytest.mark.parametrize("line", LINES)
@@ -214,7 +234,7 @@ def multiply(run: Run, name: str, stored: np.ndarray, right: np.ndarray, c: np.n
 
 
 @pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("columns", [128, 256])
+@pytest.mark.parametrize("columns", [32, 64, 128, 256])
 @pytest.mark.parametrize("kind", ["bf16", "fp16"])
 def test_warpgroup_mma(run: Run, kind: str, columns: int, exact: bool) -> None:
     """Added to the sums or not, from every 32 bytes of either's lines."""

@@ -1,8 +1,8 @@
 // What sm_90a adds, each instruction wrapped once as in ptx.cuh: four warps that multiply tiles out of shared memory,
 // an engine that copies tiles of a matrix there and back, and barriers in shared memory that count bytes.
 //
-//   tiles        TileMap, tile_map, load_tile, load_tile_to_all, store_tile, store_tile_commit, store_tile_wait,
-//                copies_see_stores, copies_see_global_stores
+//   tiles        TileMap, tile_map, load_tile, load_tile_to, load_tile_to_all, store_tile, store_tile_commit,
+//                store_tile_wait, copies_see_stores, copies_see_remote_stores, copies_see_global_stores
 //   barriers     TileBarrier, tile_barrier_init, _expect, _arrive, _wait, tile_barriers_ready
 //   warpgroups   shared_tile, warpgroup_mma, warpgroup_mma_sparse, warpgroup_fence, _commit, _wait, _registers
 //   warps        store_matrix_transposed
@@ -154,15 +154,21 @@ __device__ inline void load_tile(void* shared, const TileMap& map, int byte, int
       : "memory");
 }
 
-// The same to as many blocks of the cluster, from the first on, in the same place of each; their barriers there too.
-template <unsigned Blocks>
-__device__ inline void load_tile_to_all(void* shared, const TileMap& map, int byte, int row, TileBarrier* barrier) {
-  static_assert(Blocks >= 2 && Blocks <= 8);
+// The same to those blocks of the cluster whose bits are set, in the same place of each; their barriers there too.
+__device__ inline void load_tile_to(unsigned blocks, void* shared, const TileMap& map, int byte, int row,
+                                    TileBarrier* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
       "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(shared)),
-      "l"(&map), "r"(byte), "r"(row), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>((1u << Blocks) - 1))
+      "l"(&map), "r"(byte), "r"(row), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>(blocks))
       : "memory");
+}
+
+// The same to as many blocks, from the first on.
+template <unsigned Blocks>
+__device__ inline void load_tile_to_all(void* shared, const TileMap& map, int byte, int row, TileBarrier* barrier) {
+  static_assert(Blocks >= 2 && Blocks <= 8);
+  load_tile_to((1u << Blocks) - 1, shared, map, byte, row, barrier);
 }
 
 // Starts the copy of a tile to the matrix, where there is one.
@@ -183,6 +189,9 @@ __device__ inline void store_tile_wait() {
 
 // What this thread has stored in shared memory is there for copies and products that are started after a barrier.
 __device__ inline void copies_see_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The same, also of what it has stored in the shared memory of the cluster's other blocks.
+__device__ inline void copies_see_remote_stores() { asm volatile("fence.proxy.async.shared::cluster;" ::: "memory"); }
 
 // The same of global memory.
 __device__ inline void copies_see_global_stores() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
@@ -227,14 +236,17 @@ __device__ inline SharedTile shared_tile(const void* start) {
 
 // clang-format off
 #define BURNISH_8(X, v, i) X(v[i]), X(v[i + 1]), X(v[i + 2]), X(v[i + 3]), X(v[i + 4]), X(v[i + 5]), X(v[i + 6]), X(v[i + 7])
-#define BURNISH_32(X, v, i) BURNISH_8(X, v, i), BURNISH_8(X, v, i + 8), BURNISH_8(X, v, i + 16), BURNISH_8(X, v, i + 24)
+#define BURNISH_16(X, v, i) BURNISH_8(X, v, i), BURNISH_8(X, v, i + 8)
+#define BURNISH_32(X, v, i) BURNISH_16(X, v, i), BURNISH_16(X, v, i + 16)
 #define BURNISH_64(X, v) BURNISH_32(X, v, 0), BURNISH_32(X, v, 32)
 #define BURNISH_88(X, v) BURNISH_64(X, v), BURNISH_8(X, v, 64), BURNISH_8(X, v, 72), BURNISH_8(X, v, 80)
 #define BURNISH_128(X, v) BURNISH_64(X, v), BURNISH_32(X, v, 64), BURNISH_32(X, v, 96)
-#define BURNISH_NAMES_64 \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
-  "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, " \
-  "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define BURNISH_NAMES_16 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define BURNISH_NAMES_32 BURNISH_NAMES_16 \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define BURNISH_NAMES_64 BURNISH_NAMES_32 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
+  "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define BURNISH_NAMES_88 BURNISH_NAMES_64 \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, " \
   "%86, %87"
@@ -255,6 +267,12 @@ __device__ inline SharedTile shared_tile(const void* start) {
 #define BURNISH_INT32(x) "+r"(x)
 #define BURNISH_ROW_MAJOR ", 1, 1, 0, 0"
 
+#define BURNISH_PRODUCT_16(TYPES)                                                                                 \
+  BURNISH_WARPGROUP_PRODUCT("sync.aligned.m64n32k16." TYPES, BURNISH_NAMES_16, BURNISH_16(BURNISH_FLOAT, sum, 0), \
+                            "%18", "%16, %17, adding" BURNISH_ROW_MAJOR)
+#define BURNISH_PRODUCT_32(TYPES)                                                                                 \
+  BURNISH_WARPGROUP_PRODUCT("sync.aligned.m64n64k16." TYPES, BURNISH_NAMES_32, BURNISH_32(BURNISH_FLOAT, sum, 0), \
+                            "%34", "%32, %33, adding" BURNISH_ROW_MAJOR)
 #define BURNISH_PRODUCT_64(TYPES)                                                                                      \
   BURNISH_WARPGROUP_PRODUCT("sync.aligned.m64n128k16." TYPES, BURNISH_NAMES_64, BURNISH_64(BURNISH_FLOAT, sum), "%66", \
                             "%64, %65, adding" BURNISH_ROW_MAJOR)
@@ -266,15 +284,18 @@ __device__ inline SharedTile shared_tile(const void* start) {
 // warp's 16 rows, sum[4 i + r] of the columns from 8 i on. Of a's and b's rows 32 bytes are multiplied.
 template <class A, int Words>
 __device__ inline void warpgroup_mma(float (&sum)[Words], SharedTile a, SharedTile b, bool add) {
-  static_assert((Words == 64 || Words == 128) && (std::is_same_v<A, bf16> || std::is_same_v<A, fp16>));
-  if constexpr (std::is_same_v<A, bf16> && Words == 64) {
-    BURNISH_PRODUCT_64("f32.bf16.bf16");
-  } else if constexpr (std::is_same_v<A, bf16>) {
-    BURNISH_PRODUCT_128("f32.bf16.bf16");
-  } else if constexpr (Words == 64) {
-    BURNISH_PRODUCT_64("f32.f16.f16");
+  static_assert(Words == 16 || Words == 32 || Words == 64 || Words == 128);
+  static_assert(std::is_same_v<A, bf16> || std::is_same_v<A, fp16>);
+  if constexpr (std::is_same_v<A, bf16>) {
+    if constexpr (Words == 16) BURNISH_PRODUCT_16("f32.bf16.bf16");
+    if constexpr (Words == 32) BURNISH_PRODUCT_32("f32.bf16.bf16");
+    if constexpr (Words == 64) BURNISH_PRODUCT_64("f32.bf16.bf16");
+    if constexpr (Words == 128) BURNISH_PRODUCT_128("f32.bf16.bf16");
   } else {
-    BURNISH_PRODUCT_128("f32.f16.f16");
+    if constexpr (Words == 16) BURNISH_PRODUCT_16("f32.f16.f16");
+    if constexpr (Words == 32) BURNISH_PRODUCT_32("f32.f16.f16");
+    if constexpr (Words == 64) BURNISH_PRODUCT_64("f32.f16.f16");
+    if constexpr (Words == 128) BURNISH_PRODUCT_128("f32.f16.f16");
   }
 }
 
@@ -304,10 +325,13 @@ __device__ inline void warpgroup_mma_sparse(Sum (&sum)[Words], SharedTile a, Sha
 }
 
 #undef BURNISH_8
+#undef BURNISH_16
 #undef BURNISH_32
 #undef BURNISH_64
 #undef BURNISH_88
 #undef BURNISH_128
+#undef BURNISH_NAMES_16
+#undef BURNISH_NAMES_32
 #undef BURNISH_NAMES_64
 #undef BURNISH_NAMES_88
 #undef BURNISH_NAMES_128
@@ -315,6 +339,8 @@ __device__ inline void warpgroup_mma_sparse(Sum (&sum)[Words], SharedTile a, Sha
 #undef BURNISH_FLOAT
 #undef BURNISH_INT32
 #undef BURNISH_ROW_MAJOR
+#undef BURNISH_PRODUCT_16
+#undef BURNISH_PRODUCT_32
 #undef BURNISH_PRODUCT_64
 #undef BURNISH_PRODUCT_128
 #undef BURNISH_SPARSE

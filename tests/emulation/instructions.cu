@@ -247,7 +247,8 @@ struct GridBarrier {
   }
 };
 
-// y: the word of the next block in the cluster, the word that the block two before sent, the rank.
+// y: the word of the next block in the cluster, the word that the block two before sent, the rank; four words of the
+// block three on, the same for four threads; two that the block before sent.
 struct Cluster {
   static __device__ void run(const Data& d, int thread) {
     uint32_t* shared = shared_memory<uint32_t>();
@@ -255,11 +256,20 @@ struct Cluster {
     const unsigned rank = cluster_rank();
     store(shared + lane, load(d.a + thread));
     cluster_barrier();
-    store(d.y + thread * 3, load_remote(shared + lane, (rank + 1) % 4));
+    uint32_t* const y = d.y + thread * 9;
+    store(y, load_remote(shared + lane, (rank + 1) % 4));
     store_remote(shared + 32 + lane, (rank + 2) % 4, load(d.a + thread) + 1);
+    const Bytes16 four = load_remote(reinterpret_cast<Bytes16*>(shared) + lane / 4, (rank + 3) % 4);
+    struct alignas(8) Two {
+      uint32_t word[2];
+    };
+    Two* const two = reinterpret_cast<Two*>(shared + 64) + lane;
+    store_remote(two, (rank + 1) % 4, Two{{load(d.a + thread), static_cast<uint32_t>(lane)}});
     cluster_barrier();
-    store(d.y + thread * 3 + 1, load(shared + 32 + lane));
-    store(d.y + thread * 3 + 2, rank);
+    store(y + 1, load(shared + 32 + lane));
+    store(y + 2, rank);
+    for (int i = 0; i < 4; ++i) store(y + 3 + i, four.word[i]);
+    for (int i = 0; i < 2; ++i) store(y + 7 + i, load(two).word[i]);
   }
 };
 

@@ -108,6 +108,46 @@ struct LoadToAll {
   }
 };
 
+// Of four blocks the two whose ranks differ by two fetch half of a tile each, for both. y: what each block got.
+struct LoadToSome {
+  static constexpr Swizzle kLines = Swizzle::k128;
+  static const void* matrix(const Data& d) { return d.a; }
+  static __device__ void run(const Task& task, unsigned char* shared, int thread) {
+    const int half = task.how.tile_rows * static_cast<int>(kLines), rank = static_cast<int>(cluster_rank());
+    TileBarrier* const full = barrier_at(shared, 0);
+    if (thread == 0) {
+      tile_barrier_init(full, 1);
+      tile_barriers_ready();
+    }
+    cluster_barrier();
+    if (thread == 0) {
+      tile_barrier_expect(full, static_cast<unsigned>(2 * half));
+      load_tile_to(5u << rank % 2, shared + rank / 2 * half, task.map, task.how.byte,
+                   task.how.row + rank * task.how.tile_rows, full);
+    }
+    tile_barrier_wait(full, 0);
+    copy_out(task.data.y + static_cast<int>(blockIdx.x) * (half / 2), shared, 2 * half);
+    cluster_barrier();
+  }
+};
+
+// What the threads of a block have stored in the shared memory of the other one of a pair, copied to y from there.
+struct StoreRemote {
+  static constexpr Swizzle kLines = Swizzle::kNone;
+  static const void* matrix(const Data& d) { return d.y; }
+  static __device__ void run(const Task& task, unsigned char* shared, int thread) {
+    const auto block = static_cast<int>(blockIdx.x);
+    store_remote(reinterpret_cast<uint32_t*>(shared) + thread, cluster_rank() ^ 1,
+                 load(task.data.a + block * kWarpgroup + thread));
+    copies_see_remote_stores();
+    cluster_barrier();
+    if (thread != 0) return;
+    store_tile(task.map, shared, task.how.byte, block * task.how.tile_rows);
+    store_tile_commit();
+    store_tile_wait<0>();
+  }
+};
+
 // What a thread of one block has stored in global memory, fetched by one of another once all blocks have arrived.
 // y: the words that were stored, those that were fetched, the counter.
 struct LoadStored {
@@ -289,7 +329,7 @@ namespace {
 
 using Start = void (*)(const Data&, const How&);
 
-enum class Blocks { kOne, kClusters, kTogether };
+enum class Blocks { kOne, kClusters, kFour, kTogether };
 
 template <class Body, Blocks kBlocks = Blocks::kOne>
 void start(const Data& data, const How& how) {
@@ -303,6 +343,9 @@ void start(const Data& data, const How& how) {
   if constexpr (kBlocks == Blocks::kOne) launch(warpgroup_kernel<Body>, dim3(1), block, kShared, nullptr, task);
   if constexpr (kBlocks == Blocks::kClusters) {
     launch_cluster(warpgroup_kernel<Body>, dim3(4), block, 2, kShared, nullptr, task);
+  }
+  if constexpr (kBlocks == Blocks::kFour) {
+    launch_cluster(warpgroup_kernel<Body>, dim3(4), block, 4, kShared, nullptr, task);
   }
   if constexpr (kBlocks == Blocks::kTogether) {
     launch_cooperative_clusters(warpgroup_kernel<Body>, dim3(4), block, 2, kShared, nullptr, task);
@@ -319,13 +362,19 @@ const std::map<std::string, Start> kInstructions = {
     {"store_tile 64", start<StoreTile<Swizzle::k64>>},
     {"store_tile 128", start<StoreTile<Swizzle::k128>>},
     {"load_tile_to_all", start<LoadToAll, Blocks::kClusters>},
+    {"load_tile_to", start<LoadToSome, Blocks::kFour>},
+    {"store_remote", start<StoreRemote, Blocks::kClusters>},
     {"load_stored", start<LoadStored, Blocks::kTogether>},
     {"tile_barriers", start<TileBarriers>},
     {"tile_bytes", start<TileBytes>},
     {"registers", start<Registers>},
     {"store_matrix_transposed", start<StoreMatrix>},
+    {"mma bf16 32", start<DenseProduct<bf16, 16>>},
+    {"mma bf16 64", start<DenseProduct<bf16, 32>>},
     {"mma bf16 128", start<DenseProduct<bf16, 64>>},
     {"mma bf16 256", start<DenseProduct<bf16, 128>>},
+    {"mma fp16 32", start<DenseProduct<fp16, 16>>},
+    {"mma fp16 64", start<DenseProduct<fp16, 32>>},
     {"mma fp16 128", start<DenseProduct<fp16, 64>>},
     {"mma fp16 256", start<DenseProduct<fp16, 128>>},
     {"mma_sparse bf16 0 128 64", start<Product<bf16, 0, 64, Swizzle::k64>>},

@@ -82,7 +82,8 @@ void come(Barrier& barrier, std::span<Thread> threads, size_t count, bool waits,
   if (barrier.expected != expected) {
     stop(where, name, " of ", expected, " threads, where others came to one of ", barrier.expected);
   }
-  const auto line = barrier.lines.try_emplace(count == 0 ? here().block : here().in_block / kWarp, where).first->second;
+  const auto warp = static_cast<unsigned>(here().block * (kMaxTogether / kWarp) + here().in_block / kWarp);
+  const auto line = barrier.lines.try_emplace(count == 0 ? here().block : warp, where).first->second;
   if (!same_place(line, where)) {
     stop(where, name, " is divergent: other threads of the ", count == 0 ? "block" : "warp", " came to ", text(line));
   }
@@ -217,7 +218,7 @@ void cluster_barrier(Where where) {
   const unsigned cluster = here().block / machine->launch->cluster;
   const size_t threads = size_t{machine->block_threads} * machine->launch->cluster;
   const std::span mine = std::span(machine->threads).subspan(cluster * threads, threads);
-  come(machine->clusters[cluster], mine, 0, true, "cluster_barrier", where);
+  come(machine->clusters[cluster], mine, threads, true, "cluster_barrier", where);
 }
 
 void meet(const char* name, Mask mask, void* brought, bool aligned, const std::function<void(const Threads&)>& act) {

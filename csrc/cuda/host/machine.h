@@ -120,7 +120,8 @@ struct Thread {
   std::vector<Deferred> tile_stores{}, products{};
   uint64_t tile_group = 0, product_group = 0;  // of the next one
   uint64_t shown = 0;                          // up to when its stores are there for what goes on beside the threads
-  uint64_t shown_global = 0;                   // the same for those to global memory
+  uint64_t shown_remote = 0;                   // the same for those to other blocks' shared memory
+  uint64_t shown_global = 0;                   // and for those to global memory
   bool fenced = false;                         // its sums are ready for products
   const Clock* clock;
 };

@@ -225,9 +225,11 @@ void access_beside(const void* address, size_t bytes, Where where) {
     const uint32_t thread = store.thread - machine->threads[0].number;
     if (store.beside || store.time < machine->began || thread >= machine->threads.size()) return;
     const Thread& by = machine->threads[thread];
-    if ((shared ? by.shown : by.shown_global) <= store.time) {
+    const bool remote = shared && offset / memory().stride != by.block;
+    if ((remote ? by.shown_remote : shared ? by.shown : by.shown_global) <= store.time) {
+      const char* const what = remote ? "remote_" : shared ? "" : "global_";
       stop(where, "reads beside the threads what thread number ", by.in_block, " wrote at ", text(store.where),
-           ", without copies_see_", shared ? "" : "global_", "stores");
+           ", without copies_see_", what, "stores");
     }
   });
 }

@@ -210,12 +210,12 @@ inline unsigned cluster_rank() { return host::here().block % host::machine->laun
 inline void cluster_barrier(Where where = Where::current()) { host::cluster_barrier(where); }
 
 auto load_remote(const auto* shared, unsigned rank, Where where = Where::current()) {
-  static_assert(sizeof *shared == 4);
+  static_assert(sizeof *shared == 4 || sizeof *shared == 16);
   return load(static_cast<decltype(shared)>(host::in_block(shared, rank, where)), where);
 }
 
 void store_remote(auto* shared, unsigned rank, auto value, Where where = Where::current()) {
-  static_assert(sizeof *shared == 4);
+  static_assert(sizeof *shared == 4 || sizeof *shared == 8);
   store(static_cast<decltype(shared)>(host::in_block(shared, rank, where)), value, where);
 }
 

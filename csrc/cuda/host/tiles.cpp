@@ -1,5 +1,6 @@
 // Copies of tiles, the barriers in shared memory that count their bytes, and the order in which all of that ends.
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "cuda/launch.cuh"
@@ -144,7 +145,8 @@ void load_tile(unsigned char* to, const TileMap& map, int byte, int row, TileBar
     count_tile(Access::kTileLoad, from, bytes);
   });
   const uint32_t number = here().number;
-  for (unsigned block = 0; block < std::max(blocks, 1u); ++block) {
+  for (unsigned block = 0; block < std::bit_width(std::max(blocks, 1u)); ++block) {
+    if (blocks > 0 && (blocks >> block & 1) == 0) continue;
     const auto there = [&](auto* own) { return static_cast<decltype(own)>(in_block(own, block, where)); };
     std::vector<Unit> arriving = units;
     if (blocks > 0) {

@@ -43,7 +43,7 @@ void init(TileBarrier* barrier, unsigned arrivals, Where where);
 void arrive(TileBarrier* barrier, unsigned bytes, Where where);
 void wait(TileBarrier* barrier, unsigned parity, Where where);
 void load_tile(unsigned char* to, const TileMap& map, int byte, int row, TileBarrier* barrier, Where where,
-               unsigned blocks = 0);  // of the cluster; none for the thread's own
+               unsigned blocks = 0);  // bits of the cluster's; none for the thread's own
 void store_tile(const TileMap& map, const unsigned char* from, int byte, int row, Where where);
 
 // --- products
@@ -157,11 +157,16 @@ inline void load_tile(void* shared, const TileMap& map, int byte, int row, TileB
   host::load_tile(static_cast<unsigned char*>(shared), map, byte, row, barrier, where);
 }
 
+inline void load_tile_to(unsigned blocks, void* shared, const TileMap& map, int byte, int row, TileBarrier* barrier,
+                         Where where = Where::current()) {
+  host::load_tile(static_cast<unsigned char*>(shared), map, byte, row, barrier, where, blocks);
+}
+
 template <unsigned Blocks>
 void load_tile_to_all(void* shared, const TileMap& map, int byte, int row, TileBarrier* barrier,
                       Where where = Where::current()) {
   static_assert(Blocks >= 2 && Blocks <= 8);
-  host::load_tile(static_cast<unsigned char*>(shared), map, byte, row, barrier, where, Blocks);
+  load_tile_to((1u << Blocks) - 1, shared, map, byte, row, barrier, where);
 }
 
 inline void store_tile(const TileMap& map, const void* shared, int byte, int row, Where where = Where::current()) {
@@ -177,6 +182,8 @@ void store_tile_wait() {
 }
 
 inline void copies_see_stores() { host::here().shown = ++host::machine->now; }
+
+inline void copies_see_remote_stores() { host::here().shown = host::here().shown_remote = ++host::machine->now; }
 
 inline void copies_see_global_stores() { host::here().shown_global = ++host::machine->now; }
 
@@ -207,7 +214,7 @@ SharedTile shared_tile(const void* start, Where where = Where::current()) {
 
 template <class A, int Words>
 void warpgroup_mma(float (&sum)[Words], SharedTile a, SharedTile b, bool add, Where where = Where::current()) {
-  static_assert(Words == 64 || Words == 128);
+  static_assert(Words == 16 || Words == 32 || Words == 64 || Words == 128);
   host::start_products<A, 1>("warpgroup_mma", sum, a, b, 0, add, where,
                              [](const auto&) { return [](int, int i) { return i; }; });
 }

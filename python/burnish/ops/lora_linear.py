@@ -54,7 +54,7 @@ from burnish.ops.lowrank_linear import (
 )
 from burnish.ops.lowrank_linear import backward_make as make_backward_factors
 from burnish.ops.lowrank_linear import make as make_factors
-from burnish.ops.lowrank_linear import supports_native as supports_factors
+from burnish.ops.lowrank_linear import supports_few_rows as supports_factors
 from burnish.registry import Autograd, Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, dtype_name, register
 
 OptTensor = Tensor | None

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from burnish import dispatch
 from burnish.checks import FLOATING, check_devices, check_floating
+from burnish.native import warpgroups
 from burnish.ops.int8_quantize_rows import supports_native as on_device
 from burnish.registry import Autograd, Backend, Case, Cases, Cost, Impl, Invalid, OpSpec, dtype_name, register
 
@@ -166,6 +167,8 @@ _TEST_CASES = (
     *(case_of(2, 17, 1304, 7, dtype, "integers") for dtype in FLOATING),  # long enough for a kernel to split K
     *(case_of(9, 40, 48, 8, dtype, bias=torch.float32) for dtype in (torch.bfloat16, torch.float16)),
     *(case_of(m, 33, 64, 12, dtype, bias=False) for dtype in FLOATING for m in (2, 19)),
+    # many rows of whole lines, which warpgroups multiply
+    *(case_of(70, 136, 200, r, dtype, v) for dtype in FLOATING[1:] for r, v in ((24, "integers"), (72, "normal"))),
 )
 _BENCH_CASES = tuple(
     case_of(m, 4096, 4096, r, dtype, bias=False)
@@ -177,6 +180,8 @@ _WIDE_CASES = tuple(case_of(4096, 4096, 4096, r, bias=False) for r in (16, 64, 1
 
 #: what csrc/cuda/lowrank_host.cuh takes: rows of x, bytes of s
 NATIVE_ROWS, NATIVE_LOW_BYTES = 64, 16 << 10
+#: the largest rank that the kernel for more than NATIVE_ROWS rows takes; csrc/cuda/lowrank_wide.cuh has it too
+NATIVE_WIDE_RANK = 128
 
 #: bad pairs of factors, for every op that takes A and B at these places
 INVALID = (
@@ -232,11 +237,24 @@ def has_one_row(x: Tensor, *_: Any) -> bool:
     return x.dim() > 0 and x.shape[:-1].numel() == 1
 
 
-def supports_native(x: Tensor, A: Tensor, *_: Any) -> str | None:
-    """The CUDA C++ kernel streams the factors once for a few rows and keeps s in shared memory."""
+def supports_native(x: Tensor, A: Tensor, B: Tensor, *_: Any) -> str | None:
+    """The CUDA C++ kernels stream the factors once for a few rows, and multiply many by warpgroups on sm_90."""
+    m, sizes = x.shape[:-1].numel(), (x.shape[-1], B.shape[0], A.shape[0])
+    if m <= NATIVE_ROWS:
+        return supports_few_rows(x, A)
+    if x.itemsize != 2:
+        return f"M is {m} and x {dtype_name(x.dtype)}, the large-M kernel takes bf16 and fp16"
+    if any(size % 8 or size == 0 for size in sizes) or sizes[2] > NATIVE_WIDE_RANK:
+        return (
+            f"M is {m} and (K, N, R) {sizes}, the large-M kernel takes multiples of 8 and ranks up to "
+            f"{NATIVE_WIDE_RANK}"
+        )
+    return on_device(x) or (None if warpgroups(x.device) else f"M is {m}, the large-M kernel needs sm_90")
+
+
+def supports_few_rows(x: Tensor, A: Tensor) -> str | None:
+    """The CUDA C++ kernel for at most NATIVE_ROWS rows keeps s in shared memory."""
     m, r = x.shape[:-1].numel(), A.shape[0]
-    if m > NATIVE_ROWS:
-        return f"M is {m}, the small-M kernel takes at most {NATIVE_ROWS}"
     if m * r * x.itemsize > NATIVE_LOW_BYTES:
         return f"s has {m} rows of {r}, the small-M kernel keeps at most {NATIVE_LOW_BYTES} bytes of it on the chip"
     return on_device(x)
