@@ -6,42 +6,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
-from burnish import dispatch, native, registry
-from burnish.bench import counters, select_cases
 from burnish.ops.lowrank_linear import NATIVE_WIDE_RANK
 from burnish.registry import Case
+from many_rows import HALVES, SPECIAL, ManyRows, only_emulated
 
-pytestmark = pytest.mark.skipif(not native.emulating(), reason="needs BURNISH_EMULATE_CUDA=1")
+pytestmark = only_emulated
 
-SPEC = registry.get("lowrank_linear")
-NATIVE = next(impl for impl in SPEC.impls if impl.backend == "native")
-HALVES = [torch.bfloat16, torch.float16]
-
-
-def made(m: int, n: int, k: int, r: int, dtype: torch.dtype = torch.bfloat16, **options: object) -> tuple[Any, ...]:
-    case = Case({"M": m, "N": n, "K": k, "R": r}, dtype, "integers", options=options)
-    return SPEC.make(case, "native", 0)
-
-
-def native_result(args: tuple[Any, ...], seed: int = 0) -> torch.Tensor:
-    torch.ops.burnish.emulation_seed(seed)
-    return SPEC.overload("native")(*args)
-
-
-def exactly(args: tuple[Any, ...]) -> torch.Tensor:
-    wide = [t.double() if isinstance(t, torch.Tensor) else t for t in args]
-    return SPEC.reference(*wide).to(args[0].dtype)
-
-
-def kernel(m: int, n: int, k: int, r: int) -> tuple[str, int]:
-    """The kernel that a call launches, and its blocks."""
-    (row,) = counters.count(select_cases(["lowrank_linear"], dtype=torch.bfloat16, shapes=[(m, n, k, r)]))
-    (launch,) = row.launches
-    return launch.kernel.split("_")[-1], launch.grid[0]
+OP = ManyRows("lowrank_linear")
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -61,16 +35,16 @@ def kernel(m: int, n: int, k: int, r: int) -> tuple[str, int]:
 )
 def test_shapes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Rows, channels, columns and ranks that are no whole tiles or stages, and blocks that have none."""
-    args = made(*shape, dtype)
-    expected = exactly(args)
+    args = OP.made(*shape, dtype)
+    expected = OP.exactly(args)
     for seed in range(3):
-        assert torch.equal(native_result(args, seed), expected)
+        assert torch.equal(OP.result(args, seed), expected)
 
 
 @pytest.mark.parametrize("rank", range(8, NATIVE_WIDE_RANK + 1, 8))
 def test_ranks(rank: int) -> None:
-    args = made(72, 136, 136, rank)
-    assert torch.equal(native_result(args, rank), exactly(args))
+    args = OP.made(72, 136, 136, rank)
+    assert torch.equal(OP.result(args, rank), OP.exactly(args))
 
 
 @pytest.mark.parametrize(
@@ -87,11 +61,11 @@ def test_ranks(rank: int) -> None:
 )
 def test_tiles(shape: tuple[int, ...], tile: str, blocks: int) -> None:
     """Smaller ones and larger clusters where there are fewer rows; two tiles a cluster where their number is even."""
-    name, grid = kernel(*shape)
+    ((name, grid),) = OP.kernels(*shape)
     assert name == f"wide<WideLowRank<bf16, {tile}> >"
-    assert grid == blocks
-    args = made(*shape)
-    assert torch.equal(native_result(args), exactly(args))
+    assert grid[0] == blocks
+    args = OP.made(*shape)
+    assert torch.equal(OP.result(args), OP.exactly(args))
 
 
 @pytest.mark.parametrize(("tiles", "rank"), [(34, 24), (35, 72), (36, 120)])
@@ -99,99 +73,80 @@ def test_a_cluster_takes_tile_after_tile(tiles: int, rank: int) -> None:
     """There are 16 clusters, or 8 for two tiles each: the ring runs on from one to the next, and their parts of s come
     to the same place."""
     shape = (tiles * 128 - 9, 648, 72, rank)
-    assert kernel(*shape)[1] == 64
-    args = made(*shape)
-    expected = exactly(args)
+    assert OP.kernels(*shape)[0][1][0] == 64
+    args = OP.made(*shape)
+    expected = OP.exactly(args)
     for seed in range(2):
-        assert torch.equal(native_result(args, seed), expected)
+        assert torch.equal(OP.result(args, seed), expected)
 
 
 @pytest.mark.parametrize("bias", [False, torch.float32, torch.float16])
 def test_bias(bias: torch.dtype | bool) -> None:
-    args = made(70, 264, 64, 16, bias=bias)
-    assert torch.equal(native_result(args), exactly(args))
+    args = OP.made(70, 264, 64, 16, bias=bias)
+    assert torch.equal(OP.result(args), OP.exactly(args))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_sums_are_fp32_and_s_is_rounded_once(dtype: torch.dtype) -> None:
     """Of Gaussian values, with s as one block after the other adds it up."""
-    x, A, B, bias = args = SPEC.make(Case({"M": 70, "N": 136, "K": 1032, "R": 16}, dtype, "normal"), "native", 0)
+    x, A, B, bias = args = OP.spec.make(Case({"M": 70, "N": 136, "K": 1032, "R": 16}, dtype, "normal"), "native", 0)
     s = (x.double() @ A.double().T).to(dtype).double()
     expected = s @ B.double().T + bias.double()
     half_a_place = expected.abs() * torch.finfo(dtype).eps / 2
     flipped = (s.abs() @ B.double().T.abs()).max() * torch.finfo(dtype).eps / 4  # where a sum rounds the other way
-    assert ((native_result(args).double() - expected).abs() <= 1.01 * half_a_place + flipped).all()
+    assert ((OP.result(args).double() - expected).abs() <= 1.01 * half_a_place + flipped).all()
 
 
 def test_the_schedule_changes_no_bit() -> None:
-    args = SPEC.make(Case({"M": 140, "N": 264, "K": 1032, "R": 40}, torch.bfloat16, "normal"), "native", 0)
-    first = native_result(args)
+    args = OP.spec.make(Case({"M": 140, "N": 264, "K": 1032, "R": 40}, torch.bfloat16, "normal"), "native", 0)
+    first = OP.result(args)
     for seed in range(1, 8):
-        assert torch.equal(native_result(args, seed), first)
+        assert torch.equal(OP.result(args, seed), first)
 
 
-@pytest.mark.parametrize("special", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("special", SPECIAL)
 @pytest.mark.parametrize("rank", [8, 72])
 def test_special_values_stay_in_their_rows(rank: int, special: float) -> None:
     """Also where a half of a step's ranks, or of the tile's, is there for no factor."""
-    args = made(150, 136, 136, rank)
-    clean = native_result(args)
-    x = args[0].clone()
-    rows = [0, 77, 149]
-    for row, column in zip(rows, (0, 64, 135), strict=True):
-        x[row, column] = special
-    y = native_result((x, *args[1:]))
-    others = torch.ones(150, dtype=torch.bool)
-    others[rows] = False
-    assert torch.equal(y[others], clean[others])
-    expected = exactly((x, *args[1:]))
-    torch.testing.assert_close(y[rows], expected[rows], equal_nan=True, rtol=0.0, atol=0.0)
+    OP.check_special(OP.made(150, 136, 136, rank), special)
 
 
-@pytest.mark.parametrize("operand", ["x", "A", "B"])
-def test_operands_that_are_not_aligned(operand: str) -> None:
-    """By two bytes, and by rows that are apart."""
-    args = list(made(70, 136, 64, 16))
-    expected = exactly(tuple(args))
-    place = {"x": 0, "A": 1, "B": 2}[operand]
-    plain = args[place]
-    for apart in (plain.shape[1], plain.shape[1] + 1):
-        memory = torch.zeros(plain.shape[0] * apart + 1, dtype=plain.dtype)
-        args[place] = memory[1:].as_strided(plain.shape, (apart, 1)).copy_(plain)
-        assert args[place].data_ptr() % 16
-        assert torch.equal(native_result(tuple(args)), expected)
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["x", "A", "B"])
+def test_operands_that_are_not_aligned(place: int) -> None:
+    OP.check_unaligned(OP.made(70, 136, 64, 16), place)
 
 
 @pytest.mark.parametrize("operand", ["x", "A", "B"])
 def test_rows_that_are_apart(operand: str) -> None:
     """Whole units of 16 bytes apart they are not copied, and what lies between them is not read."""
-    args = list(made(70, 136, 64, 16))
-    expected = exactly(tuple(args))
+    args = list(OP.made(70, 136, 64, 16))
+    expected = OP.exactly(tuple(args))
     place = {"x": 0, "A": 1, "B": 2}[operand]
     plain = args[place]
     wide = torch.full((plain.shape[0], plain.shape[1] + 24), math.nan, dtype=plain.dtype)
     args[place] = wide[:, 8:-16].copy_(plain)
-    assert torch.equal(native_result(tuple(args)), expected)
+    assert torch.equal(OP.result(tuple(args)), expected)
 
 
 def test_operands_of_any_strides() -> None:
-    x, A, B, bias = args = made(96, 136, 64, 16)
-    expected = exactly(args).reshape(4, 24, 136)
-    assert torch.equal(native_result((x.reshape(4, 24, 64), A, B, bias)), expected)
+    x, A, B, bias = args = OP.made(96, 136, 64, 16)
+    expected = OP.exactly(args).reshape(4, 24, 136)
+    assert torch.equal(OP.result((x.reshape(4, 24, 64), A, B, bias)), expected)
     turned = x.reshape(4, 24, 64).transpose(0, 1).contiguous().transpose(0, 1)
-    assert torch.equal(native_result((turned, A, B, bias)), expected)
+    assert torch.equal(OP.result((turned, A, B, bias)), expected)
     columns = (A.T.contiguous().T, B.T.contiguous().T)
-    assert torch.equal(native_result((x, *columns, bias)), expected.reshape(96, 136))
+    assert torch.equal(OP.result((x, *columns, bias)), expected.reshape(96, 136))
     for same in ((x[:1].expand(96, 64), A, B, bias), (x, A[:1].expand(16, 64), B, bias)):  # rows over each other
-        assert torch.equal(native_result(same), exactly(same))
+        assert torch.equal(OP.result(same), OP.exactly(same))
 
 
 def test_no_rows_and_the_first_that_are_many() -> None:
-    x, *rest = made(65, 136, 64, 16)
-    assert native_result((x[:0], *rest)).shape == (0, 136)
-    assert native_result((x.reshape(5, 13, 64)[:, :0], *rest)).shape == (5, 0, 136)
-    assert kernel(65, 136, 64, 16) == ("wide<WideLowRank<bf16, 64, 64, 8, 1> >", 16)
-    assert not kernel(64, 136, 64, 16)[0].startswith("wide")
+    x, *rest = OP.made(65, 136, 64, 16)
+    assert OP.result((x[:0], *rest)).shape == (0, 136)
+    assert OP.result((x.reshape(5, 13, 64)[:, :0], *rest)).shape == (5, 0, 136)
+    ((name, grid),) = OP.kernels(65, 136, 64, 16)
+    assert (name, grid[0]) == ("wide<WideLowRank<bf16, 64, 64, 8, 1> >", 16)
+    assert not OP.kernels(64, 136, 64, 16)[0][0].startswith("wide")
 
 
 @pytest.mark.parametrize(
@@ -207,16 +162,8 @@ def test_no_rows_and_the_first_that_are_many() -> None:
     ],
 )
 def test_which_calls_it_takes(shape: tuple[int, ...], reason: str | None) -> None:
-    args = made(*shape)
-    said = dispatch.resolve(NATIVE.supports)(*args)
-    assert said is None if reason is None else reason in said
-    if reason is not None:
-        with pytest.raises(RuntimeError, match=r"lowrank_linear\.native: more than 64 rows take"):
-            native_result(args)
+    OP.check_taken(OP.made(*shape), reason)
 
 
 def test_fp32_is_left_to_others() -> None:
-    args = made(65, 16, 64, 8, torch.float32)
-    assert "fp32" in dispatch.resolve(NATIVE.supports)(*args)
-    with pytest.raises(RuntimeError, match=r"more than 64 rows take"):
-        native_result(args)
+    OP.check_taken(OP.made(65, 16, 64, 8, torch.float32), "fp32")

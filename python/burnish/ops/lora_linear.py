@@ -39,9 +39,7 @@ from torch import Tensor
 from burnish import dispatch, dropout
 from burnish.bases import BASES, format_of
 from burnish.checks import FLOATING, check_devices
-from burnish.native import warpgroups
 from burnish.ops.int8_linear import make as make_int8
-from burnish.ops.int8_quantize_rows import supports_native as on_device
 from burnish.ops.lowrank_linear import INVALID as INVALID_FACTORS
 from burnish.ops.lowrank_linear import (
     NATIVE_ROWS,
@@ -51,6 +49,7 @@ from burnish.ops.lowrank_linear import (
     check_factors,
     check_gradient,
     new_gradients,
+    supports_many_rows,
 )
 from burnish.ops.lowrank_linear import backward_make as make_backward_factors
 from burnish.ops.lowrank_linear import make as make_factors
@@ -269,17 +268,10 @@ def supports_native(
     """The CUDA C++ kernels stream base and factors once for a few rows, and multiply many by warpgroups on sm_90."""
     if weight.dtype == torch.uint8:
         return "the weight is in the vnni layout, the kernel takes rows"
-    m, sizes = x.shape[:-1].numel(), (x.shape[-1], weight.shape[0], A.shape[0])
-    if m <= NATIVE_ROWS:
+    if x.shape[:-1].numel() <= NATIVE_ROWS:
         return supports_factors(x, A)
-    if weight.element_size() != 2:
-        return f"M is {m} and the weight {dtype_name(weight.dtype)}, the large-M kernel takes bf16 and fp16"
-    if any(size % 8 or size == 0 for size in sizes) or sizes[2] > NATIVE_WIDE_RANK:
-        return (
-            f"M is {m} and (K, N, R) {sizes}, the large-M kernel takes multiples of 8 and ranks up to "
-            f"{NATIVE_WIDE_RANK}"
-        )
-    return on_device(x) or (None if warpgroups(x.device) else f"M is {m}, the large-M kernel needs sm_90")
+    sizes = (x.shape[-1], weight.shape[0], A.shape[0])
+    return supports_many_rows(x, "the weight", weight.dtype, sizes, NATIVE_WIDE_RANK)
 
 
 def backward_reference(

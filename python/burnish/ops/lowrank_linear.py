@@ -239,16 +239,20 @@ def has_one_row(x: Tensor, *_: Any) -> bool:
 
 def supports_native(x: Tensor, A: Tensor, B: Tensor, *_: Any) -> str | None:
     """The CUDA C++ kernels stream the factors once for a few rows, and multiply many by warpgroups on sm_90."""
-    m, sizes = x.shape[:-1].numel(), (x.shape[-1], B.shape[0], A.shape[0])
-    if m <= NATIVE_ROWS:
+    if x.shape[:-1].numel() <= NATIVE_ROWS:
         return supports_few_rows(x, A)
-    if x.itemsize != 2:
-        return f"M is {m} and x {dtype_name(x.dtype)}, the large-M kernel takes bf16 and fp16"
-    if any(size % 8 or size == 0 for size in sizes) or sizes[2] > NATIVE_WIDE_RANK:
-        return (
-            f"M is {m} and (K, N, R) {sizes}, the large-M kernel takes multiples of 8 and ranks up to "
-            f"{NATIVE_WIDE_RANK}"
-        )
+    sizes = (x.shape[-1], B.shape[0], A.shape[0])
+    return supports_many_rows(x, "x", x.dtype, sizes, NATIVE_WIDE_RANK)
+
+
+def supports_many_rows(x: Tensor, name: str, dtype: torch.dtype, sizes: tuple[int, int, int], most: int) -> str | None:
+    """The CUDA C++ kernels for more rows multiply what ``name`` is, of ``dtype``, by warpgroups. ``sizes``: K, N and R,
+    which is at most ``most``."""
+    m = x.shape[:-1].numel()
+    if dtype.itemsize != 2:
+        return f"M is {m} and {name} {dtype_name(dtype)}, the large-M kernel takes bf16 and fp16"
+    if any(size % 8 or size == 0 for size in sizes) or sizes[2] > most:
+        return f"M is {m} and (K, N, R) {sizes}, the large-M kernel takes multiples of 8 and ranks up to {most}"
     return on_device(x) or (None if warpgroups(x.device) else f"M is {m}, the large-M kernel needs sm_90")
 
 
