@@ -86,8 +86,8 @@ void pack(const Kernels& level, const Step& step, Range columns, char* panels, i
   }
 }
 
-// One step whose whole W is packed before anything is multiplied: a few rows of y at a time, from end to end, which the
-// memory likes better than a panel of all rows.
+// One short step whose whole W is packed before anything is multiplied: a few rows of y at a time, from end to end,
+// which the memory likes better than a panel of all rows.
 void add_product_by_rows(const Kernels& level, const Step& step, int64_t rows, Range columns, const Sink& y) {
   static thread_local Scratch scratch;
   const int64_t panels = ceil_div(columns.size(), level.panel_columns);
@@ -108,7 +108,7 @@ void add_products(const Kernels& level, const std::vector<Term>& terms, int64_t 
                   const Dropout* dropout, int64_t mask_row) {
   static thread_local Scratch scratch;
   const std::vector<Step> steps = steps_of(terms, columns);
-  if (steps.size() == 1 && sink.y != nullptr && rows >= 2 * kRowsByRows && dropout == nullptr &&
+  if (steps.size() == 1 && terms[0].depth <= kNarrow && sink.y != nullptr && rows >= 2 * kRowsByRows && !dropout &&
       terms[0].weight.dropout == nullptr && terms[0].weight.compressed == nullptr &&
       packed_bytes(level, steps[0]) * ceil_div(columns.size(), level.panel_columns) <= kPackedWhole) {
     return add_product_by_rows(level, steps[0], rows, columns, sink);

@@ -42,13 +42,15 @@ class Walker {
 
 #if defined(__AVX512BF16__)
 // Whole rows of bf16, two vectors an instruction and a store; false where that may be wrong: the instruction makes zero
-// of subnormal numbers, so a zero in the result is done again with care.
-template <int MR, int NV>
+// of subnormal numbers, so a zero in the result is done again with care. Sums of pairs alone are never subnormal.
+template <class Element, int MR, int NV>
 BURNISH_INLINE bool store_pairs(const Vec (&sum)[MR][NV], const Sink& sink, int64_t columns) {
   if constexpr (NV % 2 != 0) {
     return false;
   } else {
     if (columns < NV * 16) return false;
+    const bool careful = Element::kDepth == 1 || sink.bias != nullptr || sink.add;
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff);
     __mmask32 zero = 0;
     BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
       auto* y = static_cast<bf16*>(sink.y) + m * sink.y_stride;
@@ -61,7 +63,7 @@ BURNISH_INLINE bool store_pairs(const Vec (&sum)[MR][NV], const Sink& sink, int6
         const __m512bh both = _mm512_cvtne2ps_pbh(high.v, low.v);
         __m512i words;
         memcpy(&words, &both, sizeof words);
-        zero = static_cast<__mmask32>(zero | _mm512_testn_epi16_mask(words, words));
+        if (careful) zero = static_cast<__mmask32>(zero | _mm512_testn_epi16_mask(words, magnitude));
         _mm512_storeu_si512(y + v * 16, words);
       }
     }
@@ -69,7 +71,7 @@ BURNISH_INLINE bool store_pairs(const Vec (&sum)[MR][NV], const Sink& sink, int6
   }
 }
 #else
-template <int MR, int NV>
+template <class Element, int MR, int NV>
 BURNISH_INLINE bool store_pairs(const Vec (&)[MR][NV], const Sink&, int64_t) {
   return false;
 }
@@ -90,7 +92,7 @@ BURNISH_INLINE void finish(Vec (&sum)[MR][NV], const Sink& sink, int64_t columns
     }
   }
   if (sink.y == nullptr) return;
-  if (sink.y_format == Format::kBf16 && store_pairs(sum, sink, columns)) return;
+  if (sink.y_format == Format::kBf16 && store_pairs<Element>(sum, sink, columns)) return;
   with_type(sink.y_format, [&](auto* type) __attribute__((always_inline)) {
     auto* y = static_cast<decltype(type)>(sink.y);
     BURNISH_UNROLL for (int v = 0; v < NV; ++v) {
