@@ -11,6 +11,7 @@
 #include <functional>
 #include <memory>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 namespace burnish {
@@ -92,22 +93,13 @@ class TensorView {
   bool contiguous_;
 };
 
-// A Tensor[] argument of an op.
+// A Tensor[] argument of an op. Copies are of the same tensors.
 class Tensors {
  public:
-  explicit Tensors(StableListHandle list) {
-    const std::unique_ptr<StableListOpaque, DeleteList> owned_list(list);
-    size_t size;
-    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
-    owned_.reserve(size);
-    views_.reserve(size);
-    for (size_t i = 0; i < size; ++i) {
-      StableIValue item;
-      TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
-      owned_.emplace_back(torch::stable::detail::to<AtenTensorHandle>(item));
-    }
-    for (const auto& tensor : owned_) views_.emplace_back(tensor.get(), views_.empty() ? nullptr : &views_.back());
-  }
+  explicit Tensors(StableListHandle list) : Tensors(own(list)) {}
+
+  // The same tensors, as they are now.
+  Tensors again() const { return Tensors(owned_); }
 
   size_t size() const { return views_.size(); }
   bool empty() const { return views_.empty(); }
@@ -124,7 +116,28 @@ class Tensors {
     void operator()(AtenTensorHandle tensor) const { aoti_torch_delete_tensor_object(tensor); }
   };
 
-  std::vector<std::unique_ptr<AtenTensorOpaque, DeleteTensor>> owned_;
+  using Owned = std::vector<std::unique_ptr<AtenTensorOpaque, DeleteTensor>>;
+
+  explicit Tensors(std::shared_ptr<const Owned> owned) : owned_(std::move(owned)) {
+    views_.reserve(owned_->size());
+    for (const auto& tensor : *owned_) views_.emplace_back(tensor.get(), views_.empty() ? nullptr : &views_.back());
+  }
+
+  static std::shared_ptr<const Owned> own(StableListHandle list) {
+    const std::unique_ptr<StableListOpaque, DeleteList> owned_list(list);
+    size_t size;
+    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+    auto owned = std::make_shared<Owned>();
+    owned->reserve(size);
+    for (size_t i = 0; i < size; ++i) {
+      StableIValue item;
+      TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+      owned->emplace_back(torch::stable::detail::to<AtenTensorHandle>(item));
+    }
+    return owned;
+  }
+
+  std::shared_ptr<const Owned> owned_;
   std::vector<TensorView> views_;
 };
 

@@ -23,7 +23,7 @@ OURS = {name: spec for name, spec in SPECS.items() if spec.namespace == "burnish
 
 #: sources that serve all ops; whatever is not listed here must be named after an op
 INFRASTRUCTURE = {
-    "csrc/cpu": {"isa", "parallel", "probes", "float_product", "held_steps", "lamb", "lowrank", "sparse"},
+    "csrc/cpu": {"isa", "parallel", "probes", "float_product", "held_steps", "kept_lists", "lamb", "lowrank", "sparse"},
     "csrc/cpu/simd": {"table", "peak", "product", "panel", "dot", "dropout", "expand"},
     "csrc/cuda": set(),
     "kernels": {"__init__"},

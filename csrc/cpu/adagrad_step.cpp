@@ -43,4 +43,7 @@ void adagrad_step(const Tensors& params, const Tensors& grads, const Tensors& st
 }  // namespace
 }  // namespace burnish
 
-STABLE_TORCH_LIBRARY_IMPL(burnish, CPU, m) { m.impl("adagrad_step", TORCH_BOX(&burnish::adagrad_step)); }
+STABLE_TORCH_LIBRARY_IMPL(burnish, CPU, m) {
+  m.impl("adagrad_step", TORCH_BOX(&burnish::adagrad_step));
+  m.impl("adagrad_step.kept", TORCH_BOX(&burnish::WithKept<&burnish::adagrad_step>::call));
+}

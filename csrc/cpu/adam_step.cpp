@@ -47,4 +47,7 @@ void adam_step(const Tensors& params, const Tensors& grads, const Tensors& steps
 }  // namespace
 }  // namespace burnish
 
-STABLE_TORCH_LIBRARY_IMPL(burnish, CPU, m) { m.impl("adam_step", TORCH_BOX(&burnish::adam_step)); }
+STABLE_TORCH_LIBRARY_IMPL(burnish, CPU, m) {
+  m.impl("adam_step", TORCH_BOX(&burnish::adam_step));
+  m.impl("adam_step.kept", TORCH_BOX(&burnish::WithKept<&burnish::adam_step>::call));
+}

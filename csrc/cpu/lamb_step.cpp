@@ -59,4 +59,7 @@ void lamb_step(const Tensors& params, const Tensors& grads, const Tensors& steps
 }  // namespace
 }  // namespace burnish
 
-STABLE_TORCH_LIBRARY_IMPL(burnish, CPU, m) { m.impl("lamb_step", TORCH_BOX(&burnish::lamb_step)); }
+STABLE_TORCH_LIBRARY_IMPL(burnish, CPU, m) {
+  m.impl("lamb_step", TORCH_BOX(&burnish::lamb_step));
+  m.impl("lamb_step.kept", TORCH_BOX(&burnish::WithKept<&burnish::lamb_step>::call));
+}

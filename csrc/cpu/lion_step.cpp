@@ -42,4 +42,7 @@ void lion_step(const Tensors& params, const Tensors& grads, const Tensors& steps
 }  // namespace
 }  // namespace burnish
 
-STABLE_TORCH_LIBRARY_IMPL(burnish, CPU, m) { m.impl("lion_step", TORCH_BOX(&burnish::lion_step)); }
+STABLE_TORCH_LIBRARY_IMPL(burnish, CPU, m) {
+  m.impl("lion_step", TORCH_BOX(&burnish::lion_step));
+  m.impl("lion_step.kept", TORCH_BOX(&burnish::WithKept<&burnish::lion_step>::call));
+}

@@ -11,6 +11,7 @@
 
 #include "cpu/arguments.h"
 #include "cpu/held_steps.h"
+#include "cpu/kept_lists.h"
 #include "cpu/parallel.h"
 #include "math/optimizer.h"
 #include "step_arguments.h"

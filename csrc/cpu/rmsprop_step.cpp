@@ -51,4 +51,7 @@ void rmsprop_step(const Tensors& params, const Tensors& grads, const Tensors& st
 }  // namespace
 }  // namespace burnish
 
-STABLE_TORCH_LIBRARY_IMPL(burnish, CPU, m) { m.impl("rmsprop_step", TORCH_BOX(&burnish::rmsprop_step)); }
+STABLE_TORCH_LIBRARY_IMPL(burnish, CPU, m) {
+  m.impl("rmsprop_step", TORCH_BOX(&burnish::rmsprop_step));
+  m.impl("rmsprop_step.kept", TORCH_BOX(&burnish::WithKept<&burnish::rmsprop_step>::call));
+}

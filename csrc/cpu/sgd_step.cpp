@@ -45,4 +45,7 @@ void sgd_step(const Tensors& params, const Tensors& grads, const Tensors& steps,
 }  // namespace
 }  // namespace burnish
 
-STABLE_TORCH_LIBRARY_IMPL(burnish, CPU, m) { m.impl("sgd_step", TORCH_BOX(&burnish::sgd_step)); }
+STABLE_TORCH_LIBRARY_IMPL(burnish, CPU, m) {
+  m.impl("sgd_step", TORCH_BOX(&burnish::sgd_step));
+  m.impl("sgd_step.kept", TORCH_BOX(&burnish::WithKept<&burnish::sgd_step>::call));
+}

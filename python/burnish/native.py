@@ -21,6 +21,9 @@ _probes.define("cpu_peak(str kind, int millis) -> float")
 # steps of the CPU that are checked wait between the two, see csrc/cpu/held_steps.h
 _probes.define("hold_steps() -> ()")
 _probes.define("release_steps(bool done) -> ()")
+# lists that wait for the next step, see csrc/cpu/kept_lists.h; to change them, so that nobody hands over copies
+_probes.define("keep_tensors(Tensor(a!)[] tensors) -> int")
+_probes.define("drop_tensors(int number) -> ()")
 
 _HERE = Path(__file__).parent
 

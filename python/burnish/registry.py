@@ -8,6 +8,8 @@ add ops the same way and announce their module under the entry-point group ``bur
     burnish::<op>             the op, with autograd if the record has it
     burnish::<op>.inference   the same kernel without autograd: the public function calls it when no gradient is needed
     burnish::<op>.native      the CUDA C++ kernel, if the record lists one
+
+An optimizer's op may have one more, ``.kept``: see :mod:`burnish.kept_lists`.
 """
 
 from __future__ import annotations
@@ -150,7 +152,7 @@ class OpSpec:
         return f"{self.namespace}::{self.stem}"
 
     def overload(self, name: str = "default") -> Any:
-        """The OpOverload: ``default``, ``inference`` or ``native``."""
+        """The OpOverload: ``default``, ``inference``, ``native`` or ``kept``."""
         return getattr(getattr(getattr(torch.ops, self.namespace), self.stem), name)
 
     @property

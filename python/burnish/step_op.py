@@ -43,7 +43,8 @@ from typing import Any
 
 import torch
 
-from burnish import dispatch, moments, native, rounding
+from burnish import dispatch, kept_lists, moments, native, rounding
+from burnish.kept_lists import Kept
 from burnish.registry import Case, Cases, Cost, Impl, OpSpec
 from burnish.step_checks import FLAG, ROWS, check
 
@@ -226,17 +227,21 @@ def caller(spec: OpSpec) -> Callable[..., None]:
     tensors of Python out of thousands, twice.
     """
     arguments = spec.overload()._schema.arguments
-    sequences = {i for i, argument in enumerate(arguments) if str(argument.type) == "List[Tensor]"}
-    entry = spec.entry
+    lists = sum(str(argument.type) == "List[Tensor]" for argument in arguments)  # the first of them
+    entry, kept_entry = spec.entry, kept_lists.overload(spec)
 
     def call(*args: Any) -> None:
-        own = tuple(list(arg) if i in sequences and type(arg) is not list else arg for i, arg in enumerate(args))
+        columns = [arg if isinstance(arg, list) else list(arg) for arg in args[:lists]]
+        params, own = columns[0], (*columns, *args[lists:])
+        kept = [arg.number if type(arg) is Kept else 0 for arg in columns]
         if dispatch.overrides:
             dispatch.call(spec, own, needs_grad=False)
+        elif kept_entry and any(kept) and params[0].is_cpu:
+            kept_entry(*[[] if type(arg) is Kept else arg for arg in columns], *args[lists:], kept)
         else:
-            on_gpu = own[0] and own[0][0].is_cuda
+            on_gpu = params and params[0].is_cuda
             ((on_gpu and dispatch.unchecked(spec, own)) or entry)(*own)
-        torch.autograd.graph.increment_version(own[0])  # params alone: state is in no graph, and has as many tensors
+        torch.autograd.graph.increment_version(params)  # params alone: state is in no graph, and has as many tensors
 
     return call
 

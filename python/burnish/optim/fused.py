@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from burnish import native
+from burnish.kept_lists import References
 from burnish.optim import norm, options, tensors
 from burnish.optim.batch import Batch, Columns, next_seed
 from burnish.optim.masks import Masks
@@ -63,7 +64,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._built = False
         super().__init__(params, defaults)
         self._check_memory()
-        self._built, self._swapped, self._references = True, False, tensors.References()
+        self._built, self._swapped, self._references = True, False, References()
         self._masks = Masks(self._who, self.param_groups, extras.get("masks"))
 
     @property
@@ -203,19 +204,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             and (len(groups) == 1 or all(group["params"][0].device.type == "cpu" for _, group in groups))
         )
         owners, states = iter(self.state), iter(self.state.values())
-        work = []
+        found = []
         try:
             for number, group in groups if whole else ():
                 params = group["params"]
                 grads = list(map(_grad, params))
                 if not all(map(is_, params, owners)) or not _alike(group, grads):
                     return []
-                columns = self._known_columns(group, list(islice(states, len(params))))
-                work.append((Batch(group, params, params, grads, [], number), columns))
-            self._refer(work)
-        except (KeyError, AttributeError):
+                found.append((number, group, grads, self._known_columns(group, list(islice(states, len(params))))))
+            return self._kept(found)
+        except (KeyError, AttributeError, RuntimeError):
             return []
-        return work
 
     def _known_columns(self, group: Mapping[str, Any], states: list[dict[str, Tensor]]) -> Columns:
         """The state of all parameters of a group by entry; KeyError where one is not there, or is left over."""
@@ -224,12 +223,18 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise KeyError
         return {name: list(map(itemgetter(name), states)) for name in names}
 
-    def _refer(self, work: Sequence[tuple[Batch, Columns]]) -> None:
-        """Keep what the next step will find again."""
-        columns = {(batch.lane, name): column for batch, state in work for name, column in state.items()}
+    def _kept(self, found: Sequence[tuple[int, dict[str, Any], list[Tensor], Columns]]) -> list[tuple[Batch, Columns]]:
+        """Batches of groups, their numbers, gradients and states, with the lists that C++ keeps from step to step."""
+        columns = {(number, name): column for number, _, _, state in found for name, column in state.items()}
         if not torch.__future__.get_swap_module_params_on_conversion():  # of no parameter that C++ refers to
-            columns |= {(batch.lane, "params"): batch.params for batch, _ in work}
-        self._references.hold(columns)
+            columns |= {(number, "params"): group["params"] for number, group, _, _ in found}
+        kept = self._references.hold(columns)
+        work = []
+        for number, group, grads, state in found:
+            params = group["params"]
+            batch = Batch(group, params, kept.get((number, "params"), params), grads, [], number)
+            work.append((batch, {name: kept[number, name] for name in state}))
+        return work
 
     def _all(self) -> list[tuple[Batch, Columns]]:
         """What is to be stepped, with its state."""
@@ -345,13 +350,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         groups, state = loaded(self._who, self.param_groups, state_dict, self)
-        self.__setstate__({"state": state, "param_groups": groups, "_references": tensors.References()})
+        self.__setstate__({"state": state, "param_groups": groups, "_references": References()})
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_stand("a copy")
-        made = {"_built": True, "_swapped": False, "_references": tensors.References()}
+        made = {"_built": True, "_swapped": False, "_references": References()}
         return super().__getstate__() | {"_masks": self._masks} | made
 
 

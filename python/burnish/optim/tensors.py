@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,39 +72,6 @@ def largest_shard(parameter: Any) -> int:
             cut = parameter.placements[dim].dim
             sizes[cut] = -(-sizes[cut] // parameter.device_mesh.size(dim))
     return math.prod(sizes)
-
-
-class References:
-    """References of C++ to lists of small tensors that only Python refers to.
-
-    A call of an op takes and drops a reference to each tensor. Where it is the only one of C++, PyTorch takes and drops
-    the tensor's Python object with it, and for that the interpreter's lock: some 50 ns a tensor and call, and for a
-    parameter once more where its version is counted on. A large tensor is worth that, and its memory should go when its
-    owner lets go of it.
-    """
-
-    _MOST_ELEMENTS: ClassVar[int] = 4096
-
-    def __init__(self) -> None:
-        self._held: dict[Hashable, tuple[tuple[int, ...], list[Tensor]]] = {}
-
-    def hold(self, columns: Mapping[Any, list[Tensor]]) -> None:
-        """Refer to the tensors of ``columns``, and to no others.
-
-        A column with the ends of the one that is held is taken for it: a look at all of it would cost a third of what
-        is saved. A tensor that is replaced between them stays until one of them is.
-        """
-        self._held = {name: self._referring(name, column) for name, column in columns.items()}
-
-    def _referring(self, name: Hashable, column: list[Tensor]) -> tuple[tuple[int, ...], list[Tensor]]:
-        """What tells a column from others, and views whose bases its small tensors are."""
-        ends = len(column), id(column[0]), id(column[-1])
-        if name in self._held and self._held[name][0] == ends:
-            return self._held[name]
-        views = [tensor.view_as(tensor) for tensor in column if tensor.numel() <= self._MOST_ELEMENTS]
-        for view in views:
-            view.data = view.new_empty(0)  # what the tensor's memory is, it alone says
-        return ends, views
 
 
 def same_order(a: Tensor, b: Tensor) -> bool:
