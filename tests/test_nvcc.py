@@ -61,7 +61,7 @@ PROMISED = {
     "grid_barrier": r"LD\S*\.STRONG\.GPU",
     "cluster_barrier": r"UCGABAR_ARV[\s\S]*UCGABAR_WAIT",
     "load_remote": r"\bLD\.E(\.128)? ",
-    "store_remote": r"\bST\.E(\.64)? ",
+    "store_remote": r"\bST\.E(\.64|\.128)? ",
     "dependency_wait": r"ACQBULK",
     "dependents_start": r"PREEXIT",
     "lop3": r"LOP3\.LUT",
@@ -96,6 +96,9 @@ PROMISED = {
     "tile_barriers_ready": r"SYNCS\.EXCH\.64[\s\S]*FENCE\.VIEW\.ASYNC",
     "tile_barrier_expect": r"SYNCS\.ARRIVE\.TRANS64 RZ, \[[^]]*\], (R|UR)\d",  # with a number of bytes
     "tile_barrier_arrive": r"SYNCS\.ARRIVE\.TRANS64\.A1T0",
+    # they wait for the thread's stores, and forget what L1 holds
+    "tile_barrier_arrive_remote": r"MEMBAR\.ALL\.GPU[^/]*(/[^/]*){1,12}SYNCS\.ARRIVE\.TRANS64\.RED\.A1T0",
+    "tile_barrier_wait_remote": r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT [^/]*(/[^/]*){1,4}CCTL\.IVALL",
     "tile_barrier_wait": r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT",
     "warpgroup_registers": r"USETMAXREG\.",
     "warpgroup_fence": r"WARPGROUP\.ARRIVE",
