@@ -184,8 +184,6 @@ MATRICES = (
     | {"IMMA.SP.16864.S8.S8 ": "mma_sparse"}
 )
 TILES = {f"LDSM.16.{kind}{count} ": "load_matrix" for kind in ("M88", "MT88") for count in ("", ".2", ".4")}
-#: what a source does not make of the templates that it includes
-UNUSED = {"bsr_linear": {"load_tile_to_all"}}
 SM_90_ONLY = {"cluster_barrier", "load_remote", "store_remote", "dependency_wait", "dependents_start"}
 
 
@@ -298,7 +296,7 @@ def test_machine_code(source: Path, arch: str, tmp_path: Path) -> None:
     text = text_of(source, arch)
     called = {name for name in PROMISED if re.search(rf"\b{re.escape(name)}[(<]", text)}
     assert called or not text, f"{source.name} calls none of {sorted(PROMISED)}"
-    for name in called - UNUSED.get(source.stem, set()) - (SM_90_ONLY if arch == "sm_80" else set()):
+    for name in called - (SM_90_ONLY if arch == "sm_80" else set()):
         assert re.search(PROMISED[name], assembly), f"{name}: {PROMISED[name]} is not in the machine code"
     exact = {INSTRUCTIONS: EXACT, WARPGROUP: EXACT_WARPGROUP if arch == "sm_90a" else {}}.get(source, {})
     for body, instructions in exact.items():
