@@ -200,3 +200,11 @@ def test_tiles_are_as_large_as_there_are_many(m: int, n: int, rows: int, pairs: 
     (launch,) = row.launches
     assert launch.kernel.endswith(f"wide<WideBsr<bf16, {rows}, {1 + pairs}> >"), launch.kernel
     assert launch.grid == (blocks, 1, 1)
+
+
+@pytest.mark.parametrize(("m", "times"), [(384, 3), (512, 2), (640, 3)])
+def test_a_pair_fetches_a_block_once(m: int, times: int) -> None:
+    """For twice 128 rows, the last of which may not exist; x comes once for each block."""
+    (row,) = counters.count([(SPEC, case_of(m, 512, 512, 128, 0.5))])
+    kept = 8
+    assert row.launches[0].count("tile_load_bytes") == kept * 128 * 2 * (times * 128 + m)

@@ -16,9 +16,9 @@
 //   shared memory, cycles             1280    1568    1664    2048
 //   of L2, cycles, alone              1690    2006    2112    2534    64 to 48 bytes a cycle of products
 //   of L2, cycles, in pairs           1267    1584    1690    2112    48 to 40
-//   4096 rows at 50 %, alone           214     191     193     162    thousands of cycles: 132 are the products
+//   4096 rows at 50 %, alone           214     191     193     162    thousands of cycles: 127 are the products
 //   4096 rows at 50 %, in pairs        165     154     159     137
-//   4096 rows at 10 %, in pairs       34.3    32.7    33.9    29.1    alone at 256 rows 34.9; 25.4 are the products
+//   4096 rows at 10 %, in pairs       34.3    32.7    33.9    29.1    alone at 256 rows 34.9; 25 are the products
 //   2048 rows at 50 %, in pairs         84      78      83      70    alone at 256 rows 82
 //   512 rows at 50 %, in pairs        28.1    34.5    36.6    45.0    alone at 128 rows 32.6
 //
