@@ -46,6 +46,7 @@ struct WideRing {
     int byte, row;
   };
 
+  // By one thread: a tile of so many rows, or the block's part of what the cluster shares.
   template <bool kShared, int kTileRows>
   __device__ void load_part(unsigned char* to, const TileMap& map, Corner from, TileBarrier* arrival) const {
     if constexpr (kShared) {
