@@ -182,10 +182,29 @@ def test_which_calls_it_takes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "rows", "blocks"), [(130, 264, 128, 6), (66, 128 * 132, 256, 132), (257, 128 * 67, 256, 132)]
+    ("m", "n", "rows", "pairs", "blocks"),
+    [
+        (66, 264, 128, False, 3),
+        (130, 264, 128, True, 6),
+        (257, 264, 128, False, 9),
+        (385, 264, 128, True, 12),
+        (513, 264, 128, True, 18),
+        (66, 128 * 132, 256, False, 132),
+        (257, 128 * 67, 256, True, 132),
+        (513, 128 * 45, 256, False, 132),
+    ],
 )
-def test_tiles_are_as_large_as_there_are_many(m: int, n: int, rows: int, blocks: int) -> None:
+def test_tiles_are_as_large_as_there_are_many(m: int, n: int, rows: int, pairs: bool, blocks: int) -> None:
+    """Blocks are pairs but where an odd one of few tiles of rows would have none beside it."""
     (row,) = counters.count([(SPEC, case_of(m, n, 128, 128, 0.5))])
     (launch,) = row.launches
-    assert launch.kernel.endswith(f"wide<WideBsr<bf16, {rows}> >"), launch.kernel
+    assert launch.kernel.endswith(f"wide<WideBsr<bf16, {rows}, {1 + pairs}> >"), launch.kernel
     assert launch.grid == (blocks, 1, 1)
+
+
+@pytest.mark.parametrize(("m", "times"), [(384, 3), (512, 2), (640, 3)])
+def test_a_pair_fetches_a_block_once(m: int, times: int) -> None:
+    """For twice 128 rows, the last of which may not exist; x comes once for each block."""
+    (row,) = counters.count([(SPEC, case_of(m, 512, 512, 128, 0.5))])
+    kept = 8
+    assert row.launches[0].count("tile_load_bytes") == kept * 128 * 2 * (times * 128 + m)

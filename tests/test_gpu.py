@@ -164,7 +164,9 @@ def test_native_int8_linear_streams_any_shape(rows: int, n: int, k: int, values:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.5])
-@pytest.mark.parametrize(("m", "n", "k"), [(4096, 4096, 4096), (100, 40000, 520), (2000, 1160, 11008)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(4096, 4096, 4096), (100, 40000, 520), (2000, 1160, 11008), (1200, 4096, 1040)]
+)
 def test_native_bsr_linear_hands_out_tiles(m: int, n: int, k: int, density: float, dtype: torch.dtype) -> None:
     """Multiprocessors draw tiles of different length beside one another, call after call."""
     spec = registry.get("bsr_linear")

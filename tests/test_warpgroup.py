@@ -147,6 +147,13 @@ def test_a_tile_that_another_block_stored(run: Run) -> None:
         assert np.array_equal(got, a[:, ::-1])
 
 
+def test_what_another_block_tells(run: Run) -> None:
+    for seed in SEEDS:
+        a = words(np.random.default_rng(seed), 2, 2, 128, 8)
+        got = run("tell_remote", a, y=np.zeros_like(a), seed=seed)
+        assert np.array_equal(got, a[:, ::-1])
+
+
 @pytest.mark.parametrize("line", LINES)
 @pytest.mark.parametrize("tile", TILES)
 def test_store_tile(run: Run, tile: str, line: int) -> None:

@@ -31,24 +31,41 @@ Tensor index_of(const Tensor& indices, const char* name, int64_t size) {
 
 template <class S>
 void start(BsrProblem p, const Operand& values, void* y, const Tensor& x) {
-  const int64_t tiles = ceil_div(p.x.rows, S::kRows) * ceil_div(p.channels, kWideChannels);
+  constexpr int64_t kCluster = S::kCluster;
+  const int64_t tiles = ceil_div(p.x.rows, kCluster * S::kRows) * ceil_div(p.channels, kWideChannels);
   BURNISH_CHECK(tiles <= kMost, "bsr_linear.native: y has ", p.x.rows, " rows of ", p.channels,
                 ", more than a kernel counts");
   const Counters counters = counters_of(x);
   p.ticket = counters.tickets();
   const auto map = [](const Operand& of, int rows) { return wide_map(of, rows, S::kStageBytes, Swizzle::k128); };
-  const WideBsrMaps maps{map(p.x, S::kRows), map(values, kWideChannels), wide_map_of_y(y, p.x.rows, p.channels)};
-  const int64_t places = device_limits(x.get_device_index()).multiprocessors;
-  launch(bsr_linear_fwd_kernel_wide<S>, dim3(static_cast<unsigned>(std::min(tiles, places))), dim3(kWideBlock),
-         S::kShared, current_stream(x.get_device_index()), p, maps);
+  const WideBsrMaps maps{map(p.x, S::Ring::kXRows), map(values, S::Ring::kWRows),
+                         wide_map_of_y(y, p.x.rows, p.channels)};
+  const int64_t places = std::max<int64_t>(1, device_limits(x.get_device_index()).multiprocessors / kCluster);
+  const dim3 grid(static_cast<unsigned>(std::min(tiles, places) * kCluster)), block(kWideBlock);
+  const cudaStream_t stream = current_stream(x.get_device_index());
+  const auto kernel = bsr_linear_fwd_kernel_wide<S>;
+  if (kCluster > 1) {
+    launch_cluster(kernel, grid, block, kCluster, S::kShared, stream, p, maps);
+  } else {
+    launch(kernel, grid, block, S::kShared, stream, p, maps);
+  }
+}
+
+// An odd tile of rows makes a pair with one that does not exist. Of few, that costs more than pairs gain, by the count
+// in bsr_wide.cuh.
+template <class T, int kRows>
+void start_rows(const BsrProblem& p, const Operand& values, void* y, const Tensor& x) {
+  constexpr int64_t kFewTiles = 3;
+  const int64_t tiles = ceil_div(p.x.rows, kRows);
+  const bool pairs = tiles % 2 == 0 || tiles > kFewTiles;
+  pairs ? start<WideBsr<T, kRows, 2>>(p, values, y, x) : start<WideBsr<T, kRows, 1>>(p, values, y, x);
 }
 
 template <class T>
-void start_rows(const BsrProblem& p, const Operand& values, void* y, const Tensor& x) {
-  using Large = WideBsr<T, 256>;
-  const int64_t tiles = ceil_div(p.x.rows, Large::kRows) * ceil_div(p.channels, kWideChannels);
+void start_type(const BsrProblem& p, const Operand& values, void* y, const Tensor& x) {
+  const int64_t tiles = ceil_div(p.x.rows, 256) * ceil_div(p.channels, kWideChannels);
   const bool few = tiles < device_limits(x.get_device_index()).multiprocessors;
-  few ? start<WideBsr<T, 128>>(p, values, y, x) : start<Large>(p, values, y, x);
+  few ? start_rows<T, 128>(p, values, y, x) : start_rows<T, 256>(p, values, y, x);
 }
 
 Tensor bsr_linear(const Tensor& x, const Tensor& values, const Tensor& crow_indices, const Tensor& col_indices,
@@ -87,8 +104,8 @@ Tensor bsr_linear(const Tensor& x, const Tensor& values, const Tensor& crow_indi
   p.channels = static_cast<int>(N);
   // a map is of something: without any blocks of x, of which the kernel then fetches nothing either
   const Operand all = blocks > 0 ? operand_of({kept, blocks * kWideChannels, kWideChannels, kWideChannels}, 2) : p.x;
-  type == ScalarType::BFloat16 ? start_rows<bf16>(p, all, y.mutable_data_ptr(), x)
-                               : start_rows<fp16>(p, all, y.mutable_data_ptr(), x);
+  type == ScalarType::BFloat16 ? start_type<bf16>(p, all, y.mutable_data_ptr(), x)
+                               : start_type<fp16>(p, all, y.mutable_data_ptr(), x);
   return y;
 }
 

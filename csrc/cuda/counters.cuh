@@ -20,7 +20,7 @@ struct Counters {
 
   // For grid_barrier, which alone may use it.
   uint32_t* barrier() const { return static_cast<uint32_t*>(memory.mutable_data_ptr()); }
-  // For draw_ticket: zero, and whoever draws the last number stores a zero.
+  // For tickets: zero, and whoever draws the last number stores a zero.
   uint32_t* tickets() const { return barrier() + 1; }
 };
 

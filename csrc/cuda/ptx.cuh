@@ -291,7 +291,7 @@ __device__ inline void grid_barrier(uint32_t* counter) {
 }
 
 // The block's number within its cluster, the cluster's barrier, and accesses to where `shared` lies in the memory of
-// block `rank`: loads of 4 or 16 bytes, stores of 4 or 8. sm_90; before, a cluster is one block.
+// block `rank`: loads of 4 or 16 bytes, stores of 4, 8 or 16. sm_90; before, a cluster is one block.
 __device__ inline unsigned cluster_rank() {
   unsigned rank = 0;
 #if __CUDA_ARCH__ >= 900
@@ -332,15 +332,19 @@ __device__ inline T load_remote(const T* shared, unsigned rank) {
 
 template <class T>
 __device__ inline void store_remote(T* shared, unsigned rank, T value) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
 #if __CUDA_ARCH__ >= 900
   uint32_t address, word[sizeof(T) / 4];
   memcpy(word, &value, sizeof value);
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(shared)), "r"(rank));
   if constexpr (sizeof(T) == 4) {
     asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(address), "r"(word[0]) : "memory");
-  } else {
+  } else if constexpr (sizeof(T) == 8) {
     asm volatile("st.shared::cluster.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(word[0]), "r"(word[1]) : "memory");
+  } else {
+    asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(word[0]), "r"(word[1]),
+                 "r"(word[2]), "r"(word[3])
+                 : "memory");
   }
 #else
   *shared = value;

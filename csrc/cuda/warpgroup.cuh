@@ -3,7 +3,8 @@
 //
 //   tiles        TileMap, tile_map, load_tile, load_tile_to, load_tile_to_all, store_tile, store_tile_commit,
 //                store_tile_wait, copies_see_stores, copies_see_remote_stores, copies_see_global_stores
-//   barriers     TileBarrier, tile_barrier_init, _expect, _arrive, _wait, tile_barriers_ready
+//   barriers     TileBarrier, tile_barrier_init, _expect, _arrive, _arrive_remote, _wait, _wait_remote,
+//                tile_barriers_ready
 //   warpgroups   shared_tile, warpgroup_mma, warpgroup_mma_sparse, warpgroup_fence, _commit, _wait, _registers
 //   warps        store_matrix_transposed
 //
@@ -118,29 +119,48 @@ __device__ inline void tile_barrier_arrive(TileBarrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// At the barrier in the same place of the cluster's block `rank`.
-__device__ inline void tile_barrier_arrive(TileBarrier* barrier, unsigned rank) {
-  asm volatile(
-      "{\n\t.reg .b32 there;\n\t"
-      "mapa.shared::cluster.u32 there, %0, %1;\n\t"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t}" ::"r"(shared_address(barrier)),
-      "r"(rank)
-      : "memory");
+#define BURNISH_ARRIVE(ORDER)                                                                         \
+  asm volatile(                                                                                       \
+      "{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"                          \
+      "mbarrier.arrive" ORDER ".shared::cluster.b64 _, [there];\n\t}" ::"r"(shared_address(barrier)), \
+      "r"(rank)                                                                                       \
+      : "memory")
+
+// At the barrier in the same place of the cluster's block `rank`: what has been read may be overwritten from there.
+__device__ inline void tile_barrier_arrive(TileBarrier* barrier, unsigned rank) { BURNISH_ARRIVE(""); }
+
+// The same, and what this thread has stored there is there for tile_barrier_wait_remote. It waits until all its stores
+// are done, which costs too much for every stage of a ring.
+__device__ inline void tile_barrier_arrive_remote(TileBarrier* barrier, unsigned rank) {
+  BURNISH_ARRIVE(".release.cluster");
 }
+
+#undef BURNISH_ARRIVE
+
+#define BURNISH_PHASE_HAS_ENDED(ORDER)                                               \
+  asm volatile("{\n\t.reg .pred ended;\n\tmbarrier.try_wait.parity" ORDER            \
+               ".shared::cta.b64 ended, [%1], %2;\n\tselp.u32 %0, 1, 0, ended;\n\t}" \
+               : "=r"(ended)                                                         \
+               : "r"(shared_address(barrier)), "r"(parity)                           \
+               : "memory")
 
 // Waits until the phase of this parity has ended; for one before the first, at once.
 __device__ inline void tile_barrier_wait(TileBarrier* barrier, unsigned parity) {
   uint32_t ended;
   do {
-    asm volatile(
-        "{\n\t.reg .pred ended;\n\t"
-        "mbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\n\t"
-        "selp.u32 %0, 1, 0, ended;\n\t}"
-        : "=r"(ended)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
+    BURNISH_PHASE_HAS_ENDED("");
   } while (ended == 0);
 }
+
+// The same, and what threads of the cluster's other blocks have stored before tile_barrier_arrive_remote is there too.
+__device__ inline void tile_barrier_wait_remote(TileBarrier* barrier, unsigned parity) {
+  uint32_t ended;
+  do {
+    BURNISH_PHASE_HAS_ENDED(".acquire.cluster");
+  } while (ended == 0);
+}
+
+#undef BURNISH_PHASE_HAS_ENDED
 
 // --- tiles: by one thread each
 

@@ -7,11 +7,13 @@
 namespace burnish {
 
 // In shared memory: x, W, y's places, the barriers; from kEnd on what a kernel needs besides.
-template <class T_, int kRows_, int kCluster_ = 1>
+// kCluster_: neighbours that take the same rows of x, or the same channels of W where kSharesW_, of which each fetches
+// a part.
+template <class T_, int kRows_, int kCluster_ = 1, bool kSharesW_ = false>
 struct WideRing {
   using T = T_;
-  static constexpr int kRows = kRows_;
-  static constexpr int kCluster = kCluster_;  // neighbours that take the same rows of x, of which each fetches a part
+  static constexpr int kRows = kRows_, kCluster = kCluster_;
+  static constexpr bool kSharesW = kCluster > 1 && kSharesW_, kSharesX = kCluster > 1 && !kSharesW_;
   static constexpr int kStages = kRows == 256 ? 4 : 6;
   static constexpr int kStageBytes = 128;  // of a row
   static constexpr int kSteps = 4;         // instructions deep
@@ -20,7 +22,9 @@ struct WideRing {
   static constexpr int kBarriers = kY + kYPlaces;
   static constexpr int kEnd = kBarriers + 2 * kStages * static_cast<int>(sizeof(TileBarrier));
   static constexpr unsigned kReaders = 8 * kCluster;  // the warps that say when a stage may be overwritten
-  static constexpr int kXRows = kRows / kCluster;     // of x, fetched at a time
+  // fetched at a time
+  static constexpr int kXRows = kSharesX ? kRows / kCluster : kRows;
+  static constexpr int kWRows = kSharesW ? kWideChannels / kCluster : kWideChannels;
 
   unsigned char* shared;
 
@@ -42,17 +46,23 @@ struct WideRing {
     int byte, row;
   };
 
+  // By one thread: a tile of so many rows, or the block's part of what the cluster shares.
+  template <bool kShared, int kTileRows>
+  __device__ void load_part(unsigned char* to, const TileMap& map, Corner from, TileBarrier* arrival) const {
+    if constexpr (kShared) {
+      const int first = static_cast<int>(cluster_rank()) * kTileRows;
+      load_tile_to_all<kCluster>(to + first * kStageBytes, map, from.byte, from.row + first, arrival);
+    } else {
+      load_tile(to, map, from.byte, from.row, arrival);
+    }
+  }
+
   // By one thread: the tiles that start there.
   __device__ void fetch(RingPlace& at, const TileMap& left, Corner of_W, const TileMap& right, Corner of_x) const {
     tile_barrier_wait(empty(at.slot), at.turn ^ 1);
     tile_barrier_expect(full(at.slot), (kWideChannels + kRows) * kStageBytes);
-    load_tile(W(at.slot), left, of_W.byte, of_W.row, full(at.slot));
-    if constexpr (kCluster == 1) {
-      load_tile(x(at.slot), right, of_x.byte, of_x.row, full(at.slot));
-    } else {
-      const int first = static_cast<int>(cluster_rank()) * kXRows;
-      load_tile_to_all<kCluster>(x(at.slot) + first * kStageBytes, right, of_x.byte, of_x.row + first, full(at.slot));
-    }
+    load_part<kSharesW, kWRows>(W(at.slot), left, of_W, full(at.slot));
+    load_part<kSharesX, kXRows>(x(at.slot), right, of_x, full(at.slot));
     at.advance(kStages);
   }
 

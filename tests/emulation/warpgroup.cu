@@ -148,6 +148,33 @@ struct StoreRemote {
   }
 };
 
+// Each thread of a block tells the one with its number in the other of a pair four words, one after the other by way of
+// the same 16 bytes, which the reader gives back. y: what each thread was told, round by round.
+struct TellRemote {
+  static __device__ void run(const Task& task, unsigned char* shared, int thread) {
+    const unsigned other = cluster_rank() ^ 1;
+    auto* const told = reinterpret_cast<Bytes16*>(shared) + thread;
+    TileBarrier* const full = reinterpret_cast<TileBarrier*>(shared + kWarpgroup * sizeof(Bytes16)) + 2 * thread;
+    TileBarrier* const empty = full + 1;
+    tile_barrier_init(full, 1);
+    tile_barrier_init(empty, 1);
+    tile_barriers_ready();
+    cluster_barrier();
+    const int first = (static_cast<int>(blockIdx.x) * kWarpgroup + thread) * 8;
+    for (int round = 0; round < 2; ++round) {
+      Bytes16 words;
+      for (int i = 0; i < 4; ++i) words.word[i] = load(task.data.a + first + round * 4 + i);
+      tile_barrier_wait(empty, static_cast<unsigned>(round) ^ 1);
+      store_remote(told, other, words);
+      tile_barrier_arrive_remote(full, other);
+      tile_barrier_wait_remote(full, static_cast<unsigned>(round));
+      store(reinterpret_cast<Bytes16*>(task.data.y + first) + round, load(told));
+      tile_barrier_arrive(empty, other);
+    }
+    cluster_barrier();
+  }
+};
+
 // What a thread of one block has stored in global memory, fetched by one of another once all blocks have arrived.
 // y: the words that were stored, those that were fetched, the counter.
 struct LoadStored {
@@ -364,6 +391,7 @@ const std::map<std::string, Start> kInstructions = {
     {"load_tile_to_all", start<LoadToAll, Blocks::kClusters>},
     {"load_tile_to", start<LoadToSome, Blocks::kFour>},
     {"store_remote", start<StoreRemote, Blocks::kClusters>},
+    {"tell_remote", start<TellRemote, Blocks::kClusters>},
     {"load_stored", start<LoadStored, Blocks::kTogether>},
     {"tile_barriers", start<TileBarriers>},
     {"tile_bytes", start<TileBytes>},

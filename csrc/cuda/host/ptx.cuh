@@ -215,7 +215,7 @@ auto load_remote(const auto* shared, unsigned rank, Where where = Where::current
 }
 
 void store_remote(auto* shared, unsigned rank, auto value, Where where = Where::current()) {
-  static_assert(sizeof *shared == 4 || sizeof *shared == 8);
+  static_assert(sizeof *shared == 4 || sizeof *shared == 8 || sizeof *shared == 16);
   store(static_cast<decltype(shared)>(host::in_block(shared, rank, where)), value, where);
 }
 

@@ -148,7 +148,15 @@ inline void tile_barrier_arrive(TileBarrier* barrier, unsigned rank, Where where
   host::arrive(static_cast<TileBarrier*>(host::in_block(barrier, rank, where)), 0, where);
 }
 
+inline void tile_barrier_arrive_remote(TileBarrier* barrier, unsigned rank, Where where = Where::current()) {
+  tile_barrier_arrive(barrier, rank, where);
+}
+
 inline void tile_barrier_wait(TileBarrier* barrier, unsigned parity, Where where = Where::current()) {
+  host::wait(barrier, parity, where);
+}
+
+inline void tile_barrier_wait_remote(TileBarrier* barrier, unsigned parity, Where where = Where::current()) {
   host::wait(barrier, parity, where);
 }
 
