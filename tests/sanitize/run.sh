@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build the native libraries with AddressSanitizer and UndefinedBehaviorSanitizer, apart from the ordinary ones, and run
 # the conformance kit and its fuzzer on them: the CPU kernels at every instruction set of this machine, the CUDA kernels
-# emulated. The first finding ends the run.
+# emulated. These stages run side by side; a finding ends its stage, and in the end fails the run.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=$(realpath --no-symlinks "${PYTHON:-python3}")
@@ -53,10 +53,27 @@ levels = ["generic", "avx2", "avx512"]
 print(*levels[: levels.index(torch.ops.burnish.cpu_isa()) + 1])')
 
 rules=(--only=forward --only=guard --only=layout --only=special --only=gradient --only=deterministic --only=huge --only=invalid)
-for level in $levels; do
-  echo "--- $level"
-  BURNISH_CPU_ISA=$level sanitized "$python" -m burnish.testing --backend cpu --fuzz "$examples" "${rules[@]}"
+stage() {
+  if [[ $1 == emulated ]]; then
+    BURNISH_EMULATE_CUDA=1 sanitized "$python" -m burnish.testing --backend native --schedules 2 --only forward \
+      --only layout
+  else
+    BURNISH_CPU_ISA=$1 sanitized "$python" -m burnish.testing --backend cpu --fuzz "$examples" "${rules[@]}"
+  fi
+}
+
+# each is one process, and takes the better part of an hour
+declare -A running
+for name in $levels emulated; do
+  stage "$name" 2>&1 | sed -u "s/^/$name: /" &
+  running[$name]=$!
 done
-echo "--- the CUDA kernels, emulated"
-BURNISH_EMULATE_CUDA=1 sanitized "$python" -m burnish.testing --backend native --schedules 2 --only forward --only layout
+failed=()
+for name in "${!running[@]}"; do
+  wait "${running[$name]}" || failed+=("$name")
+done
+if ((${#failed[@]})); then
+  echo "found something: ${failed[*]}"
+  exit 1
+fi
 echo "ASan and UBSan found nothing"
