@@ -1,4 +1,4 @@
-"""The optimizers that the tests run through: a new one is an entry here."""
+"""The optimizers that the tests run through: a new one is an entry here. And what watches the ops they call."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import paper_optimizers
 import torch
 from burnish import optim
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @dataclass(frozen=True)
@@ -58,3 +59,16 @@ OPTIMIZERS = {
 }
 #: those that torch.optim also has
 TWINS = {name: entry for name, entry in OPTIMIZERS.items() if entry.theirs.__module__.startswith("torch.")}
+
+
+class Calls(TorchDispatchMode):
+    """The ops of burnish that are called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "burnish":
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))

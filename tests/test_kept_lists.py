@@ -14,10 +14,9 @@ import pytest
 import torch
 from burnish import native, registry
 from burnish.kept_lists import Kept, References
-from optimizers import OPTIMIZERS
+from optimizers import OPTIMIZERS, Calls
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 SHAPES = ((7, 5), (300,), (), (0, 3), (4, 3, 2))
 
@@ -64,21 +63,8 @@ def is_there(number: int) -> bool:
     return "grads has" in str(error.value)
 
 
-class Calls(TorchDispatchMode):
-    """The ops of burnish that are called inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "burnish":
-            self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 class Functions(TorchFunctionMode):
-    """The same."""
+    """The same as Calls, of functions."""
 
     def __init__(self) -> None:
         super().__init__()

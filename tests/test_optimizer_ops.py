@@ -12,8 +12,8 @@ import torch
 from burnish import moments, native, ops, registry, rounding
 from burnish.registry import Case, OpSpec
 from burnish.testing.calls import on_copies
+from optimizers import Calls
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 SPECS = {name: spec for name, spec in registry.all_ops().items() if spec.schema.startswith("(Tensor(a!)[] params")}
 STEPS = 100
@@ -243,30 +243,17 @@ def test_autograd_learns_of_the_change() -> None:
     assert param._version > before
 
 
-class Named(TorchDispatchMode):
-    """Writes down which of our operators are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace == "burnish":
-            self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 def test_the_kernel_for_gpus_is_called_without_a_way_through_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(native.missing, native.CUDA_LIBRARY, raising=False)
     monkeypatch.delenv("BURNISH_EMULATE_CUDA", raising=False)
     with FakeTensorMode():
         lists = [[torch.ones(3, device="cuda")] for _ in range(4)]
         steps, rate = [torch.ones((), device="cuda")], torch.ones((), device="cuda")
-        with Named() as called:
+        with Calls() as called:
             ops.adam_step(lists[0], lists[1], steps, lists[2], lists[3], lr=rate)
             with burnish.use_backend("native"):
                 ops.adam_step(lists[0], lists[1], steps, lists[2], lists[3], lr=rate)
-    assert called.names == ["burnish.adam_step.native", "burnish.adam_step.default"]
+    assert called.seen == ["burnish.adam_step.native", "burnish.adam_step.default"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
