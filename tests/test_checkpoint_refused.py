@@ -14,7 +14,7 @@ import burnish
 import pytest
 import torch
 from burnish import CheckpointError, Int8
-from burnish.durable import _encode
+from burnish.durable import encode
 from burnish.nn import Int8Linear
 from checkpoint_models import IDS, Net, bits, equal, swapped
 from safetensors.torch import load_file
@@ -65,7 +65,7 @@ def rewrite(folder: Path, change: Callable[[dict], object]) -> None:
     recipe = json.loads((folder / "burnish.json").read_text())
     del recipe["checksum"]
     change(recipe)
-    (folder / "burnish.json").write_bytes(_encode(recipe))
+    (folder / "burnish.json").write_bytes(encode(recipe))
 
 
 def _recipe(change: Callable[[dict], object]) -> Callable[[Path], None]:

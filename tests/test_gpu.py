@@ -6,10 +6,11 @@ The values themselves are the conformance kit's business (test_ops.py), which ru
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from burnish import registry
+from burnish import registry, tuning
 from burnish.arguments import map_tensors, places
 from burnish.registry import Backend, Case, OpSpec
 from burnish.testing import calls
@@ -140,6 +141,30 @@ def test_implementations_agree(spec: OpSpec, case: Case) -> None:
     divides = case.options.get("activation", "none") not in ("none", "relu")
     for other in others:
         (assert_close if divides else assert_same)(other, first)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if tuning.has_choice(spec)], ids=lambda spec: spec.stem)
+def test_the_first_call_that_is_tuned_is_like_the_second(
+    spec: OpSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BURNISH_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("BURNISH_TUNE", "1")
+    backends: list[Backend] = [impl.backend for impl in spec.impls]
+    for case in sorted(spec.cases.test, key=calls.volume, reverse=True):
+        args = spec.make(case, backends[0], 0)
+        if not any(calls.objection(spec, name, args) for name in backends):
+            break
+    else:
+        pytest.skip("no case is accepted by all")
+    args = calls.to_device(backends[0], args)
+    results = {name: calls.run(spec, name, args) for name in backends}
+    tuning._known.cache_clear()
+    first, second = (calls.as_outputs(spec.entry(*args)) for _ in range(2))
+    assert tuning.times(spec, args).keys() == results.keys(), case.id
+    chosen = tuning.fastest(spec, args, backends)
+    assert_same(first, results[chosen])
+    assert_same(second, results[chosen])
+    tuning._known.cache_clear()
 
 
 def check_native_again_and_again(spec: registry.OpSpec, case: Case) -> None:

@@ -1,17 +1,14 @@
 """Below which density a sparse layer beats the dense one, as measured on this machine.
 
-``burnish bench --break-even`` measures the table and keeps it in the cache folder (``BURNISH_CACHE_DIR``, or
-``~/.cache/burnish``), a file a machine, device and number of threads. :func:`burnish.swap_` asks it for layers that it
-is not to measure itself: one that the table knows to be slower than the dense layer at every number of rows stays.
-Without a table nothing is refused.
+``burnish bench --break-even`` measures the table and keeps it in the cache folder (:mod:`burnish.tables`), a file a
+machine, device and number of threads. :func:`burnish.swap_` asks it for layers that it is not to measure itself: one
+that the table knows to be slower than the dense layer at every number of rows stays. Without a table none is refused.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +16,7 @@ from typing import Any
 
 import torch
 
-import burnish
+from burnish import tables
 
 
 @dataclass(frozen=True)
@@ -41,67 +38,31 @@ class Entry:
     curve: tuple[tuple[float, float], ...]
 
 
-def folder() -> Path:
-    """Where tables are kept; need not exist."""
-    named = os.environ.get("BURNISH_CACHE_DIR")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "burnish"
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What a table holds for: another processor, instruction set, number of threads or version has its own."""
-    from burnish.bench import machine as here
-
-    facts: dict[str, Any] = {"burnish": burnish.__version__, "torch": torch.__version__, "device": device}
-    if device == "cuda":
-        return facts | {"gpu": torch.cuda.get_device_name()}
-    return facts | {"cpu": here.cpu_model(), "isa": here.cpu_isa(), "threads": torch.get_num_threads()}
-
-
-def _path(about: dict[str, Any]) -> Path:
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    return folder() / f"break-even-{digest[:12]}.json"
-
-
 def save(entries: Sequence[Entry], device: str) -> Path:
     """Keep entries for this machine, beside those of other ops, forms, dtypes and sizes; returns the file.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    about = machine(device)
-    path = _path(about)
-    kept = {_key(entry): entry for entry in (*load(device), *entries)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_suffix(f".{os.getpid()}")
-    staged.write_text(to_json(about, kept.values()))
-    os.replace(staged, path)
-    return path
+    return _table(device).add({_name(entry): asdict(entry) for entry in entries})
 
 
 def to_json(about: Mapping[str, Any], entries: Iterable[Entry]) -> str:
     return json.dumps({"machine": about, "entries": [asdict(entry) for entry in entries]}, indent=1) + "\n"
 
 
-def _key(entry: Entry) -> tuple[Any, ...]:
-    return entry.op, entry.form, entry.dtype, entry.M, entry.N, entry.K
+def _table(device: str) -> tables.Table:
+    return tables.Table("break-even", tables.facts(device))
+
+
+def _name(entry: Entry) -> str:
+    return f"{entry.op} {entry.form} {entry.dtype} M{entry.M}-N{entry.N}-K{entry.K}"
 
 
 def load(device: str) -> list[Entry]:
-    """The entries measured on this machine; none where nothing was.
-
-    Raises:
-        ValueError: the file is damaged; the message says which.
-    """
-    path = _path(machine(device))
-    if not path.is_file():
-        return []
-    try:
-        found = json.loads(path.read_text())["entries"]
-        return [Entry(**{**entry, "curve": tuple(map(tuple, entry["curve"]))}) for entry in found]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}; delete it or run burnish bench --break-even again") from error
+    """The entries measured on this machine; none where nothing was."""
+    entries = _table(device).read().values()
+    return [Entry(**{**entry, "curve": tuple(map(tuple, entry["curve"]))}) for entry in entries]
 
 
 def objection(op: str, form: str, weight: torch.Tensor, density: float) -> str | None:

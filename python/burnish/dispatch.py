@@ -2,9 +2,10 @@
 
 PyTorch's dispatcher picks the device: CPU tensors go to the native CPU kernel without passing through Python. CUDA
 tensors come here, inside the op, where the first implementation of the op's record whose ``supports`` has no objection
-runs. An override wins: the context manager :func:`use_backend`, then the environment variable ``BURNISH_BACKEND``
-(``reference``, ``cpu``, ``triton``, ``native`` or ``auto``). A forced backend that cannot run raises
-:class:`~burnish.errors.BackendError`: nothing falls back silently.
+runs; one that was measured to be the fastest on this GPU is asked first (:mod:`burnish.tuning`). An override wins: the
+context manager :func:`use_backend`, then the environment variable ``BURNISH_BACKEND`` (``reference``, ``cpu``,
+``triton``, ``native`` or ``auto``). A forced backend that cannot run raises :class:`~burnish.errors.BackendError`:
+nothing falls back silently.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from burnish import native
+from burnish import native, tuning
 from burnish.arguments import places
 from burnish.errors import BackendError
 from burnish.registry import BACKENDS, Backend, Impl
@@ -107,10 +108,13 @@ def _asked(spec: OpSpec) -> Backend | None:
 
 
 def in_turn(spec: OpSpec, backend: Backend | None, args: tuple[Any, ...]) -> list[Impl]:
-    """The implementations to ask: the forced one, or all, those that yield to others last."""
+    """The implementations to ask: the forced one, or all, what was measured to be the fastest first and those that
+    yield to others last."""
     if backend is not None:
         return [impl for impl in spec.impls if impl.backend == backend]
-    return sorted(spec.impls, key=lambda impl: bool(impl.yields) and resolve(impl.yields)(*args))
+    order = sorted(spec.impls, key=lambda impl: bool(impl.yields) and resolve(impl.yields)(*args))
+    fastest = tuning.fastest(spec, args, [impl.backend for impl in order])
+    return sorted(order, key=lambda impl: impl.backend != fastest) if fastest else order
 
 
 def select(spec: OpSpec, args: tuple[Any, ...]) -> Callable[..., Any]:
@@ -148,8 +152,15 @@ def _run(spec: OpSpec, *args: Any) -> Any:
     target = unchecked(spec, args)
     if target is None:
         spec.fake(*args)
+        if _asked(spec) is None:
+            tuning.learn(spec, args, partial(_able, spec, args))
         target = select(spec, args)
     return target(*args)
+
+
+def _able(spec: OpSpec, args: tuple[Any, ...]) -> dict[str, Callable[..., Any]]:
+    """The implementations that can run these arguments, by backend."""
+    return {impl.backend: resolve(impl.target) for impl in spec.impls if objection(impl, args) is None}
 
 
 def cuda_kernel(spec: OpSpec) -> Callable[..., Any]:
@@ -277,6 +288,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     spec = get(op)
     captured = _capture(getattr(ops, spec.stem, spec.entry), args, kwargs) if args or kwargs else None
     table = candidates(spec, captured)
+    for name, time in (tuning.times(spec, captured) if captured is not None else {}).items():
+        table[name] += f"; measured at {time:.1f} us"
     wanted = forced()
     impls = spec.impls if captured is None else in_turn(spec, None, captured)
     order = (wanted,) if wanted else ("cpu", *(impl.backend for impl in impls))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import burnish
-from burnish import native
+from burnish import native, tables
 from burnish.bench import machine
 from burnish.dispatch import candidates
 from burnish.registry import BACKENDS, all_ops
@@ -24,11 +24,12 @@ def exit_code() -> int:
 
 
 def report() -> str:
-    """Machine, libraries, environment and, for each op, each backend with yes or the reason why not."""
+    """Machine, libraries, environment, what was measured; for each op, each backend with yes or why not."""
     sections = {
         "machine": _machine(),
         "native libraries": {name: native.missing.get(name, "loaded") for name in _LIBRARIES},
         "environment": _environment(),
+        "measured here": {"folder": str(tables.folder()), **tables.kept()},
     }
     lines = [f"burnish {burnish.__version__}"]
     for title, entries in sections.items():

@@ -73,7 +73,7 @@ def commit(folder: Path, name: str, recipe: dict[str, Any], write_payload: Calla
         payload = folder / f"model-{digest[:16]}.safetensors"
         recipe = {**recipe, "payload": {"file": payload.name, "sha256": digest, "bytes": staged.stat().st_size}}
         text = stage / name
-        text.write_bytes(_encode(recipe))
+        text.write_bytes(encode(recipe))
         _flush(text)
         os.replace(staged, payload)
         _flush(folder)
@@ -97,6 +97,30 @@ def replace(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -> None
         for name in writers:
             os.replace(stage / name, folder / name)
             _flush(folder)
+
+
+def update(path: Path, change: Callable[[bytes | None], bytes]) -> None:
+    """Replace a file by what ``change`` makes of its content (None where there is no file), one process at a time.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; what was there still is.
+    """
+    with _staging(path.parent) as (stage, _):
+        staged = stage / path.name
+        staged.write_bytes(change(path.read_bytes() if path.exists() else None))
+        _flush(staged)
+        os.replace(staged, path)
+        _flush(path.parent)
+
+
+def set_aside(path: Path, damaged: Callable[[bytes], bool]) -> Path | None:
+    """Rename a file to ``.damaged`` if, once nobody writes, it is; returns its new place, None if it stays."""
+    moved = path.with_suffix(".damaged")
+    with contextlib.suppress(OSError), _locked(os.open(path.parent, os.O_RDONLY), write=True):
+        if damaged(path.read_bytes()):
+            os.replace(path, moved)
+            return moved
+    return None
 
 
 def _sweep(folder: Path, wanted: Callable[[str], object]) -> None:
@@ -124,12 +148,25 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _encode(recipe: dict[str, Any]) -> bytes:
+def encode(recipe: dict[str, Any]) -> bytes:
+    """The recipe as JSON, with a checksum of itself."""
     return _dump({**recipe, "checksum": hashlib.sha256(_dump(recipe)).hexdigest()})
 
 
 def _dump(value: Any) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def decode(raw: bytes) -> dict[str, Any] | None:
+    """The recipe that :func:`encode` made these bytes of, without its checksum; None if it did not."""
+    try:
+        recipe = json.loads(raw)
+        checksum = recipe.pop("checksum")
+        intact = raw == _dump({**recipe, "checksum": checksum})
+        intact = intact and checksum == hashlib.sha256(_dump(recipe)).hexdigest()
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        intact = False
+    return recipe if intact else None
 
 
 @contextlib.contextmanager
@@ -164,14 +201,8 @@ def read(folder: Path, name: str) -> dict[str, Any]:
         raise CheckpointError(f"load: {folder} holds no {name}: it is no checkpoint of burnish.save") from None
     except OSError as error:
         raise CheckpointError(f"load: {path} cannot be read: {error.strerror}") from error
-    try:
-        recipe = json.loads(raw)
-        checksum = recipe.pop("checksum")
-        intact = raw == _dump({**recipe, "checksum": checksum})
-        intact = intact and checksum == hashlib.sha256(_dump(recipe)).hexdigest()
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
-        intact = False
-    if not intact:
+    recipe = decode(raw)
+    if recipe is None:
         raise CheckpointError(f"load: {path} is damaged: its content does not match its checksum")
     return recipe
 
