@@ -33,7 +33,8 @@ struct Step {
 std::vector<Step> steps_of(const std::vector<Term>& terms, Range columns) {
   std::vector<Step> steps;
   for (const Term& term : terms) {
-    const int64_t chunk = longest(columns, term.x.format);
+    int64_t chunk = longest(columns, term.x.format);
+    if (term.weight.compressed != nullptr) chunk = std::min(chunk, term.weight.compressed->longest(term.x.format));
     for (int64_t k = 0; k < term.depth; k += chunk) steps.push_back({&term, {k, std::min(k + chunk, term.depth)}});
     if (term.depth == 0 && &term == &terms.back() && steps.empty()) steps.push_back({&term, {0, 0}});
   }

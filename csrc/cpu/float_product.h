@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -63,6 +64,8 @@ class Compressed {
   virtual ~Compressed() = default;
   // out = these rows and columns, dense, in out's format, a product format. Columns begin at a multiple of 8.
   virtual void take(const Kernels& level, Range rows, Range columns, const Block& out) const = 0;
+  // The depth that is summed in one go, at most: less where a float's error would grow too large.
+  virtual int64_t longest(Format) const { return std::numeric_limits<int64_t>::max(); }
 };
 
 // Columns of W that are packed together, in panels.

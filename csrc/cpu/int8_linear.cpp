@@ -183,23 +183,15 @@ void int8_forward(const Rows& rows, Format x_format, const Tensor& weight, const
   scratch.trim();
 }
 
-void int8_pull(const float* dz, int64_t rows, const Tensor& weight, int64_t N, int64_t K, void* dx, Format dx_format,
-               const Addend* addend) {
-  const Kernels& level = kernels();
-  Int8Dx args{dz, round_up(N, kGroup), rows, weight.const_data_ptr<uint8_t>(), N, K, nullptr, 0, dx, dx_format};
-  const int64_t blocks = rows == 0 ? 0 : (K + kPanel - 1) / kPanel;
-  parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    static thread_local Scratch partial;
-    partial.reserve(Scratch::bytes<float>(int8_dx_scratch(rows)) + Block::bytes(rows, kPanel, Format::kFloat));
-    auto* sums = partial.take<float>(int8_dx_scratch(rows));
-    if (addend == nullptr) return level.int8_dx(args, begin, end, sums);
-    const Block tile = Block::take(partial, rows, kPanel, Format::kFloat);
-    Int8Dx each = args;
-    each.addend = tile.floats(0);
-    each.addend_stride = tile.stride / 4;
-    for (int64_t block = begin; block < end; ++block) {
-      (*addend)({0, rows}, {block * kPanel, std::min((block + 1) * kPanel, K)}, tile.sums(false));
-      level.int8_dx(each, block, block + 1, sums);
+void scale_columns(const Kernels& level, const Matrix& dy, int64_t rows, const float* scale, int64_t N,
+                   const Block& to) {
+  parallel_for(0, rows, std::max<int64_t>(1, 16384 / N), [&](int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    scratch.reserve(Scratch::bytes<float>(N));
+    auto* scaled = scratch.take<float>(N);
+    for (int64_t row = begin; row < end; ++row) {
+      level.slope_row(dy.at(row, 0).data, dy.format, nullptr, 0, scale, N, scaled);
+      level.convert(scaled, 1.0f, N, to.row(row), to.format);
     }
   });
 }
@@ -250,9 +242,11 @@ std::tuple<Tensor, Tensor> int8_linear_backward(const Tensor& dy, const std::opt
   BURNISH_CHECK(dy.size(dy.dim() - 1) == N, "int8_linear_backward: dy has shape ", shape_text(dy), ", expected [..., ",
                 N, "] as scale has");
   const Rows rows = as_rows(dy);
-  const int64_t M = rows.count, padded = round_up(N, kGroup);
+  const int64_t M = rows.count;
+  const Kernels& level = kernels();
+  const Format format = format_of(dy.scalar_type()), product = level.product_format(format);
   static thread_local Scratch scratch;
-  scratch.reserve(Scratch::bytes<float>(M * N) + 2 * Scratch::bytes<float>(M * padded) + Scratch::bytes<float>(N));
+  scratch.reserve(2 * Scratch::bytes<float>(M * N) + Block::bytes(M, N, product) + Scratch::bytes<float>(N));
   const float* z = nullptr;
   if (activation != 0) {
     BURNISH_CHECK(x.has_value(),
@@ -265,19 +259,13 @@ std::tuple<Tensor, Tensor> int8_linear_backward(const Tensor& dy, const std::opt
     int8_forward(as_rows(*x), format_of(x->scalar_type()), weight, scale, bias, 0, values, Format::kFloat);
     z = values;
   }
-  auto* dz = scratch.take<float>(M * padded);  // dy * act'(z), for dbias
-  auto* scaled = scratch.take<float>(M * padded);
-  const float* channel_scale = as_floats(scale, scratch.take<float>(N));
-  const Kernels& level = kernels();
-  const Format format = format_of(dy.scalar_type());
+  auto* dz = scratch.take<float>(M * N);  // dy * act'(z)
   const auto* from = static_cast<const char*>(rows.tensor.const_data_ptr());
   parallel_for(0, M, std::max<int64_t>(1, 16384 / N), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const float* z_row = z == nullptr ? nullptr : z + row * N;
       const char* dy_row = from + row * rows.stride * size_of(format);
-      level.slope_row(dy_row, format, z_row, static_cast<int>(activation), nullptr, N, dz + row * padded);
-      level.slope_row(dz + row * padded, Format::kFloat, nullptr, 0, channel_scale, N, scaled + row * padded);
-      std::fill(scaled + row * padded + N, scaled + (row + 1) * padded, 0.0f);
+      level.slope_row(dy_row, format, z_row, static_cast<int>(activation), nullptr, N, dz + row * N);
     }
   });
 
@@ -285,11 +273,15 @@ std::tuple<Tensor, Tensor> int8_linear_backward(const Tensor& dy, const std::opt
   if (bias_grad) {
     auto* sums = dbias.mutable_data_ptr<float>();
     const int64_t grain = std::max<int64_t>(64, 65536 / std::max<int64_t>(M, 1));
-    parallel_for(0, N, grain, [&](int64_t begin, int64_t end) { sum_rows(dz, M, padded, begin, end, sums); });
+    parallel_for(0, N, grain, [&](int64_t begin, int64_t end) { sum_rows(dz, M, N, begin, end, sums); });
   }
 
   Tensor dx = torch::stable::new_empty(dy, sizes_with_last(dy, K));
-  int8_pull(scaled, M, weight, N, K, dx.mutable_data_ptr(), format);
+  const Block scaled = Block::take(scratch, M, N, product);
+  scale_columns(level, {dz, N * 4, Format::kFloat}, M, as_floats(scale, scratch.take<float>(N)), N, scaled);
+  const Int8Rows w(weight, N, K);
+  add_products_parallel(level, {w.pull(scaled.matrix())}, M, K,
+                        {nullptr, 0, false, dx.mutable_data_ptr(), K, format, nullptr});
   scratch.trim();
   return {dx, dbias};
 }

@@ -21,8 +21,27 @@ void int8_forward(const Rows& rows, Format x_format, const Tensor& weight, const
                   const std::optional<Tensor>& bias, int64_t activation, void* y, Format y_format,
                   const Addend* addend = nullptr);
 
-// dx [rows, K] of dx_format = addend + dz w, dz [rows, round_up(N, kGroup)] already scaled and zero beyond N.
-void int8_pull(const float* dz, int64_t rows, const Tensor& weight, int64_t N, int64_t K, void* dx, Format dx_format,
-               const Addend* addend = nullptr);
+// The weight w [N, K] of a product, its channels not scaled.
+class Int8Rows : public Compressed {
+ public:
+  Int8Rows(const Tensor& weight, int64_t N, int64_t K) : weight_{weight.const_data_ptr<uint8_t>(), N, K} {}
+
+  void take(const Kernels& level, Range rows, Range columns, const Block& out) const override {
+    level.unpack_int8(weight_, rows.begin, rows.size(), columns.begin, columns.size(), out.matrix());
+  }
+  // A panel of channels at a time, which keeps the rounding error near that of a blocked matrix product; bf16 hides it.
+  int64_t longest(Format format) const override {
+    return format == Format::kFloat ? kPanel : Compressed::longest(format);
+  }
+  // dz w, dz [.., N] in a product format and scaled.
+  Term pull(const Matrix& dz) const { return {dz, {{}, true, nullptr, this}, weight_.channels}; }
+
+ private:
+  Int8Weight weight_;
+};
+
+// to [rows, N] = dy * scale, in a product format.
+void scale_columns(const Kernels& level, const Matrix& dy, int64_t rows, const float* scale, int64_t N,
+                   const Block& to);
 
 }  // namespace burnish

@@ -39,18 +39,11 @@ struct Int8Product {
   Format y_format;
 };
 
-// One row of [from, to) output columns of dx: see int8_dx.
-struct Int8Dx {
-  const float* dz;        // [rows, dz_stride]: dy * act'(z) * channel_scale, zero from N to round_up(N, 16)
-  int64_t dz_stride;      // floats from a row to the next
-  int64_t rows;           // M
-  const uint8_t* weight;  // vnni layout, whole
-  int64_t channels;       // N
-  int64_t width;          // K
-  const float* addend;    // [rows, addend_stride] for the block's columns, joins the sum; or null
-  int64_t addend_stride;  // floats
-  void* dx;               // [rows, K], contiguous
-  Format dx_format;
+// int8 weights in the vnni layout, whole.
+struct Int8Weight {
+  const uint8_t* data;
+  int64_t channels;  // N
+  int64_t width;     // K
 };
 
 // C [rows, columns] = sum over segments of W_s P_s: rows of weights as they lie, by a piece of a packed panel each.
@@ -108,8 +101,10 @@ struct Kernels {
   // Rows [row_begin, row_end) x panels [panel_begin, panel_end).
   void (*int8_product)(const Int8Product& args, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                        int64_t panel_end);
-  // Column blocks of 64 [block_begin, block_end) of dx, all rows. scratch: int8_dx_scratch(rows) floats.
-  void (*int8_dx)(const Int8Dx& args, int64_t block_begin, int64_t block_end, float* scratch);
+  // Rows [row, row + rows) of int8 weights, `width` elements from column `column` (a multiple of 4) on, into `out`, a
+  // product format.
+  void (*unpack_int8)(const Int8Weight& weight, int64_t row, int64_t rows, int64_t column, int64_t width,
+                      const Matrix& out);
   // out[i] = dy[i] * act'(z[i]) * (scale ? scale[i] : 1), count elements; z null for no activation.
   void (*slope_row)(const void* dy, Format format, const float* z, int activation, const float* scale, int64_t count,
                     float* out);
@@ -202,7 +197,5 @@ constexpr int64_t kKeptVectors = 4;
 constexpr int64_t kKeptWidth = int64_t{1} << 16;
 
 inline int64_t sparse_kept_spare(int64_t row_bytes) { return 6 * row_bytes * 8 + 64; }
-
-inline int64_t int8_dx_scratch(int64_t rows) { return 64 * 64 + rows * 64; }
 
 }  // namespace burnish

@@ -65,20 +65,12 @@ class Int8Base : public Base {
   void backward(const Kernels& level, const Operand& dy, const Term& low, const Dropout* keep,
                 const Sink& dx) const override {
     static thread_local Scratch scratch;
-    const int64_t M = dy.rows.count, N = dy.rows.width, padded = round_up(N, kGroup);
-    scratch.reserve(Scratch::bytes<float>(M * padded) + Scratch::bytes<float>(N));
-    auto* dz = scratch.take<float>(M * padded);
-    const float* scale = as_floats(scale_, scratch.take<float>(N));
-    parallel_for(0, M, std::max<int64_t>(1, 16384 / N), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        level.slope_row(dy.matrix.at(row, 0).data, dy.matrix.format, nullptr, 0, scale, N, dz + row * padded);
-        std::fill(dz + row * padded + N, dz + (row + 1) * padded, 0.0f);
-      }
-    });
-    const Addend addend = [&](Range rows, Range columns, const Sink& sums) {
-      add_products(level, {low.below(rows.begin)}, rows.size(), columns, sums.at(0, -columns.begin), keep, rows.begin);
-    };
-    int8_pull(dz, M, weight_, N, K_, dx.y, dx.y_format, &addend);
+    const int64_t M = dy.rows.count, N = dy.rows.width;
+    scratch.reserve(Block::bytes(M, N, low.x.format) + Scratch::bytes<float>(N));
+    const Block dz = Block::take(scratch, M, N, low.x.format);
+    scale_columns(level, dy.matrix, M, as_floats(scale_, scratch.take<float>(N)), N, dz);
+    const Int8Rows w(weight_, N, K_);
+    add_products_parallel(level, {low, w.pull(dz.matrix())}, M, K_, dx, keep);
     scratch.trim();
   }
 

@@ -1,95 +1,89 @@
-// The gradient of int8_linear's input: dx = dz @ w with dz in fp32 and w in int8, summed in fp32 over n in order.
-//
-// A block of 64 columns of dx is the unit of parallel work. For each panel of 64 channels the block's weights are
-// unpacked to a 64 x 64 fp32 tile, which lives in L1, and every row of dz passes over it. A panel's sum is formed apart
-// and then added to the total in scratch: two levels keep the rounding error near that of a blocked matrix product.
+// What int8_linear's gradient needs of its own: the slope of the activation, and int8 weights as floats for a product.
 #include "cpu/simd/level.h"
+#include "cpu/simd/transpose.h"
 #include "math/pack.h"
 
 namespace burnish::BURNISH_ISA {
 namespace {
 
-constexpr int kTile = 64;
-constexpr int kVectors = Vec::kLanes == 1 ? 8 : 4;  // vectors of columns that a microkernel holds
-constexpr int kRows = Vec::kLanes == 16 ? 6 : 2;
-constexpr int kColumns = kVectors * Vec::kLanes;
+#if defined(__AVX512F__)
 
-// tile[n][k] for channels of one panel and columns [column, column + 64), zero beyond the packed width.
-void unpack_tile(const uint8_t* panel, int64_t channels, int64_t depth, int64_t column, float* tile) {
-  for (int64_t k4 = 0; k4 < kTile / kDepth; ++k4) {
-    const int64_t from = column / kDepth + k4;
-    for (int64_t n = 0; n < channels; ++n) {
-      float* out = tile + n * kTile + k4 * kDepth;
-      const uint8_t* four = panel + (from * channels + n) * kDepth;
-      for (int64_t i = 0; i < kDepth; ++i) {
-        out[i] = from < depth ? static_cast<float>(static_cast<int32_t>(four[i]) - 128) : 0.0f;
-      }
+constexpr int64_t kChannels = 16, kColumns = 64;  // of a block that is turned at once
+
+// The first `width` of 64 signed bytes as floats, or where there is an instruction for it as bf16.
+BURNISH_INLINE void widen(__m512i bytes, int64_t width, Format format, char* out) {
+  const __m128i quarters[4] = {_mm512_castsi512_si128(bytes), _mm512_extracti32x4_epi32(bytes, 1),
+                               _mm512_extracti32x4_epi32(bytes, 2), _mm512_extracti32x4_epi32(bytes, 3)};
+  __m512 floats[4];
+  BURNISH_UNROLL for (int i = 0; i < 4; ++i) floats[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(quarters[i]));
+#if defined(__AVX512BF16__)
+  if (format == Format::kBf16) {
+    BURNISH_UNROLL for (int i = 0; i < 2; ++i) {
+      const __m512bh pair = _mm512_cvtne2ps_pbh(floats[2 * i + 1], floats[2 * i]);
+      __m512i words;
+      memcpy(&words, &pair, sizeof words);
+      const int64_t left = width - i * 32;
+      const __mmask32 mask = left >= 32 ? ~__mmask32{0} : left <= 0 ? 0 : (__mmask32{1} << left) - 1;
+      _mm512_mask_storeu_epi16(out + i * 64, mask, words);
+    }
+    return;
+  }
+#endif
+  BURNISH_UNROLL for (int i = 0; i < 4; ++i) {
+    if (width > i * 16) store(reinterpret_cast<float*>(out) + i * 16, Vec(floats[i]), width - i * 16);
+  }
+}
+
+// Channels [first, first + count), at most 16, of one panel of the layout.
+void unpack_channels(const uint8_t* panel, int64_t channels, int64_t depth, int64_t first, int64_t count,
+                     int64_t column, int64_t width, const Matrix& out) {
+  const auto mask = static_cast<__mmask16>((1 << count) - 1);
+  for (int64_t k = 0; k < width; k += kColumns) {
+    const int64_t from = (column + k) / kDepth;
+    __m512i block[16];
+    BURNISH_UNROLL for (int64_t i = 0; i < 16; ++i) {
+      const uint8_t* at = panel + ((from + i) * channels + first) * kDepth;
+      __builtin_prefetch(at + kPanel * depth * kDepth, 0, 2);  // the same of the next panel
+      block[i] = from + i < depth ? _mm512_maskz_loadu_epi32(mask, at) : _mm512_setzero_si512();
+    }
+    transpose(block);
+    for (int64_t i = 0; i < count; ++i) {
+      widen(_mm512_xor_si512(block[i], _mm512_set1_epi8(-128)), width - k, out.format,
+            static_cast<char*>(const_cast<void*>(out.at(i, k).data)));
     }
   }
 }
 
-template <int MR>
-void accumulate(const float* dz, int64_t dz_stride, const float* tile, int64_t channels, float* sums) {
-  Vec sum[MR][kVectors];
-  BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
-    BURNISH_UNROLL for (int v = 0; v < kVectors; ++v) sum[m][v] = Vec(0.0f);
-  }
-  for (int64_t n = 0; n < channels; ++n) {
-    Vec weight[kVectors];
-    BURNISH_UNROLL for (int v = 0; v < kVectors; ++v) {
-      weight[v] = load(tile + n * kTile + v * Vec::kLanes, Vec::kLanes);
-    }
-    BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
-      const Vec factor(dz[m * dz_stride + n]);
-      BURNISH_UNROLL for (int v = 0; v < kVectors; ++v) sum[m][v] = fma(factor, weight[v], sum[m][v]);
-    }
-  }
-  BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
-    BURNISH_UNROLL for (int v = 0; v < kVectors; ++v) {
-      float* total = sums + m * kTile + v * Vec::kLanes;
-      store(total, load(total, Vec::kLanes) + sum[m][v], Vec::kLanes);
+#else
+
+constexpr int64_t kChannels = kPanel;
+
+void unpack_channels(const uint8_t* panel, int64_t channels, int64_t, int64_t first, int64_t count, int64_t column,
+                     int64_t width, const Matrix& out) {
+  for (int64_t k = 0; k < width; k += kDepth) {
+    const uint8_t* fours = panel + ((column + k) / kDepth * channels + first) * kDepth;
+    const int64_t here = width - k < kDepth ? width - k : kDepth;
+    for (int64_t i = 0; i < count; ++i, fours += kDepth) {
+      auto* to = static_cast<float*>(const_cast<void*>(out.at(i, k).data));
+      for (int64_t j = 0; j < here; ++j) to[j] = static_cast<float>(static_cast<int32_t>(fours[j]) - 128);
     }
   }
 }
+
+#endif
 
 }  // namespace
 
-void int8_dx(const Int8Dx& args, int64_t block_begin, int64_t block_end, float* scratch) {
-  float* tile = scratch;
-  float* sums = scratch + kTile * kTile;
-  const int64_t depth = round_up(args.width, kDepth) / kDepth;
-  for (int64_t block = block_begin; block < block_end; ++block) {
-    const int64_t column = block * kTile;
-    memset(sums, 0, static_cast<size_t>(args.rows * kTile) * sizeof(float));
-    const int64_t count = args.width - column < kTile ? args.width - column : kTile;
-    if (args.addend != nullptr) {
-      const float* addend = args.addend + (block - block_begin) * kTile;
-      for (int64_t row = 0; row < args.rows; ++row) {
-        memcpy(sums + row * kTile, addend + row * args.addend_stride, static_cast<size_t>(count) * sizeof(float));
-      }
-    }
-    for (int64_t p = 0; p * kPanel < args.channels; ++p) {
-      const int64_t channels = panel_width(args.channels, p);
-      unpack_tile(args.weight + p * kPanel * depth * kDepth, channels, depth, column, tile);
-      const float* dz = args.dz + p * kPanel;
-      for (int64_t c = 0; c < kTile; c += kColumns) {
-        int64_t row = 0;
-        for (; row + kRows <= args.rows; row += kRows) {
-          accumulate<kRows>(dz + row * args.dz_stride, args.dz_stride, tile + c, channels, sums + row * kTile + c);
-        }
-        for (; row < args.rows; ++row) {
-          accumulate<1>(dz + row * args.dz_stride, args.dz_stride, tile + c, channels, sums + row * kTile + c);
-        }
-      }
-    }
-    with_type(args.dx_format, [&](auto* type) {
-      auto* dx = static_cast<decltype(type)>(args.dx) + column;
-      for (int64_t row = 0; row < args.rows; ++row) {
-        for (int64_t k = 0; k < count; k += Vec::kLanes) {
-          store(dx + row * args.width + k, load(sums + row * kTile + k, count - k), count - k);
-        }
-      }
-    });
+void unpack_int8(const Int8Weight& weight, int64_t row, int64_t rows, int64_t column, int64_t width,
+                 const Matrix& out) {
+  const int64_t depth = round_up(weight.width, kDepth) / kDepth;
+  for (int64_t n = 0; n < rows;) {
+    const int64_t p = (row + n) / kPanel, first = (row + n) % kPanel;
+    int64_t count = rows - n < kPanel - first ? rows - n : kPanel - first;
+    if (count > kChannels) count = kChannels;
+    unpack_channels(weight.data + p * kPanel * depth * kDepth, panel_width(weight.channels, p), depth, first, count,
+                    column, width, out.at(n, 0));
+    n += count;
   }
 }
 

@@ -13,7 +13,7 @@ constexpr int64_t padded_columns(int64_t columns) { return (columns + Vec::kLane
 
 int32_t quantize_row(const void* x, Format format, int64_t width, int64_t padded, int8_t* q, float* scale);
 void int8_product(const Int8Product& args, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end);
-void int8_dx(const Int8Dx& args, int64_t block_begin, int64_t block_end, float* scratch);
+void unpack_int8(const Int8Weight& weight, int64_t row, int64_t rows, int64_t column, int64_t width, const Matrix& out);
 void slope_row(const void* dy, Format format, const float* z, int activation, const float* scale, int64_t count,
                float* out);
 Format product_format(Format format);

@@ -3,6 +3,7 @@
 
 #include "cpu/simd/element.h"
 #include "cpu/simd/level.h"
+#include "cpu/simd/transpose.h"
 
 namespace burnish::BURNISH_ISA {
 namespace {
@@ -12,34 +13,7 @@ constexpr int64_t kTurned = 32;      // rows that turning prefetches ahead
 
 #if defined(__AVX512F__)
 
-// 16 x 16 words of 32 bits: row i, word j to row j, word i.
-BURNISH_INLINE void transpose(__m512i (&r)[16]) {
-  __m512i t[16];
-  BURNISH_UNROLL for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  BURNISH_UNROLL for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  BURNISH_UNROLL for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  BURNISH_UNROLL for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
-
-// The same for 16 rows of 8 words: r[i] holds row i and, above it, row i + 8.
+// 16 rows of 8 words of 32 bits, turned: r[i] holds row i and, above it, row i + 8.
 BURNISH_INLINE void transpose_half(__m512i (&r)[8]) {
   __m512i t[8];
   BURNISH_UNROLL for (int i = 0; i < 8; i += 2) {

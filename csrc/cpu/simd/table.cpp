@@ -13,7 +13,7 @@ const Kernels& kernels_of<Isa::BURNISH_ISA>() {
   static constexpr Kernels kTable{BURNISH_TEXT(BURNISH_ISA),
                                   quantize_row,
                                   int8_product,
-                                  int8_dx,
+                                  unpack_int8,
                                   slope_row,
                                   product_format,
                                   Vec::kLanes,

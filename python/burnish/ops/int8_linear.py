@@ -20,6 +20,8 @@ frozen:
 
     dz = dy * act'(z)        dx = (dz * scale) @ w        dbias = sum_m dz
 
+dz is fp32; a bf16 dy has dz * scale rounded to bf16 for the product, as a layer in bf16 rounds its weight.
+
 Saved for backward: weight, scale and, only where there is an activation, x and bias, from which z is recomputed.
 
 Method: symmetric W8A8 with per-token and per-channel scales, Yao et al. 2022 (arXiv 2206.01861), Xiao et al. 2023
@@ -274,7 +276,8 @@ def backward_reference(
         with torch.enable_grad():
             (slope,) = torch.autograd.grad(_CURVES[activation](z).sum(), z)
         dz = dz * slope
-    dx = (dz * scale.to(compute)) @ _canonical(weight, scale, K).to(compute)
+    scaled = (dz * scale.to(compute)).to(dy.dtype, copy=True)  # a copy: stored in dy's dtype, in the kit's eyes
+    dx = scaled.to(compute) @ _canonical(weight, scale, K).to(compute)
     dbias = dz.reshape(-1, scale.shape[0]).sum(0) if bias_grad else dz.new_empty(0)
     return dx.to(dy.dtype), dbias if compute == torch.float64 else dbias.float()
 
@@ -314,7 +317,8 @@ def backward_make(case: Case, backend: Backend, seed: int) -> tuple[Any, ...]:
 
 def backward_cost(case: Case) -> Cost:
     m, n, k = case.dims["M"], case.dims["N"], case.dims["K"]
-    return Cost(ops=2.0 * m * n * k, bytes=(m * n + m * k) * case.dtype.itemsize + n * k + 4.0 * n, unit="fp32")
+    moved = (m * n + m * k) * case.dtype.itemsize + n * k + 4.0 * n
+    return Cost(ops=2.0 * m * n * k, bytes=moved, unit="bf16" if case.dtype == torch.bfloat16 else "fp32")
 
 
 def backward_baseline(dy: Tensor, *args: Any) -> Callable[[], Any]:
