@@ -193,10 +193,11 @@ def _join_parts(layers: Sequence[Layer]) -> None:
 
 def _find_fusions(layers: Sequence[Layer]) -> None:
     kept = {id(layer.module) for layer in layers if isinstance(layer.config, Keep)}
+    places = {id(layer.module): layer.places for layer in layers}
     for layer in layers:
         if layer.going and getattr(layer.config, "fuse_activation", False) and len(layer.places) == 1:
             parent, parent_fqn, child = layer.places[0]
-            fusion = fuse.find(parent, child, parent_fqn)
+            fusion = fuse.find(parent, child, parent_fqn, lambda module: places[id(module)])
             if fusion and id(parent._modules[fusion.child]) not in kept:
                 layer.fusion = fusion
 
