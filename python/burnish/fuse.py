@@ -94,17 +94,16 @@ def _called_whole(sequence: torch.nn.Module, places: Callable[[torch.nn.Module],
         if _is_sequence(owner):
             if not _called_whole(owner, places):
                 return False
-        elif any(name in _taken(type(module)) for module in _upwards(owner, places)):
+        elif any(name in _taken(cls) for cls in _classes(owner, places)):
             return False
     return True
 
 
-def _upwards(
-    module: torch.nn.Module, places: Callable[[torch.nn.Module], Sequence[Place]]
-) -> Iterator[torch.nn.Module]:
-    yield module
+def _classes(module: torch.nn.Module, places: Callable[[torch.nn.Module], Sequence[Place]]) -> Iterator[Any]:
+    """The class of a module and those of the modules above it."""
+    yield type(module)
     for owner, _, _ in places(module):
-        yield from _upwards(owner, places)
+        yield from _classes(owner, places)
 
 
 @lru_cache(maxsize=1024)
@@ -115,7 +114,8 @@ def _taken(cls: type) -> frozenset[str]:
         if base.__module__.partition(".")[0] == "torch":
             continue
         for name, value in vars(base).items():
-            function = inspect.unwrap(value.fget if isinstance(value, property) else value)
+            function: Any = value.fget if isinstance(value, property) else value
+            function = inspect.unwrap(function)
             if name != "__init__" and isinstance(code := getattr(function, "__code__", None), CodeType):
                 found.update(_taken_by(code))
     return frozenset(found)
