@@ -129,8 +129,9 @@ def _checked_measure(value: Any) -> int | tuple[Any, ...] | Mapping[str, Any]:
         return (value,)
     if isinstance(value, tuple | Mapping) or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value
+    got = repr(value) if isinstance(value, int | float | str) else f"a {type(value).__name__}"
     raise TypeError(
-        f"swap_: measure is {value!r}, expected a positive number of rows or the model's arguments (a tensor, a tuple "
+        f"swap_: measure is {got}, expected a positive number of rows or the model's arguments (a tensor, a tuple "
         "or a mapping)"
     )
 
