@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -49,7 +50,8 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
         ("bench --min-time nan", "burnish bench: argument --min-time: 'nan' is not a positive number"),
         ("bench --min-time 0", "burnish bench: argument --min-time: '0' is not a positive number"),
         ("bench --json no/such/folder/x.json", "burnish bench: cannot write no/such/folder/x.json"),
-        ("bench --plot .", "burnish bench: cannot write .: its folder does not exist, or it is a folder"),
+        ("bench --plot .", "burnish bench: cannot write .: Is a directory"),
+        ("bench --json /proc/x.json", "burnish bench: cannot write /proc/x.json: No such file or directory"),
         ("bench --plot rows.xyz", "burnish bench: cannot write rows.xyz: no image format of this name"),
         (
             "bench --counters --peers",
@@ -60,6 +62,7 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
         ("swap model", "burnish swap: 'model' is not MODULE:FUNCTION"),
         ("swap no_such_module:make", "burnish swap: no_such_module:make: No module named 'no_such_module'"),
         ("swap json:no_such_function", "burnish swap: json:no_such_function: module 'json' has no attribute"),
+        ("swap json:__name__", "burnish swap: json:__name__ is a str, expected a function"),
         ("swap builtins:dict", "burnish swap: builtins:dict returned dict, expected a torch.nn.Module"),
         ("new-op", "burnish new-op: the following arguments are required: NAME"),
         ("new-op Bad-Name", "burnish new-op: op name 'Bad-Name': expected lower-case words joined by '_'"),
@@ -203,6 +206,27 @@ def test_swap_prints_the_report_and_saves(capsys, tmp_path, monkeypatch):
     assert code == 2
     assert "nothing.*" in err
     assert err.count("\n") == 1
+    code, _, err = run(capsys, "swap", "small_model:make", "--save", "/proc/x")
+    assert code == 2
+    assert err.startswith("burnish swap: save: /proc/x cannot be written")
+
+
+def test_bench_leaves_what_it_is_to_write_alone_until_it_has_run(capsys, tmp_path):
+    kept = tmp_path / "kept.json"
+    kept.write_text("{}")
+    for path in (kept, tmp_path / "new.json"):
+        code, _, _ = run(capsys, "bench", "softmaxx", "--json", str(path))
+        assert code == 2
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["{}"]
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "burnish", "doctor"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 class TestNewOp:

@@ -89,9 +89,10 @@ BAD_CALLS = {
         ValueError,
         "the weight has NaN or Inf in 3 of 4 output channels, first in channel 1",
     ),
-    "x width": (lambda: Int8Linear(64, 4)(torch.zeros(2, 80)), RuntimeError, "int8_linear: weight has shape .*K=80"),
+    "x width": (lambda: Int8Linear(64, 4)(torch.zeros(2, 80)), RuntimeError, r"x has shape \(2, 80\), expected .*64"),
+    "x narrow": (lambda: Int8Linear(64, 4)(torch.zeros(2, 63)), RuntimeError, r"x has shape \(2, 63\), expected .*64"),
     "x int": (lambda: Int8Linear(8, 4)(torch.zeros(2, 8).int()), RuntimeError, "int8_linear: x is int32, expected"),
-    "x scalar": (lambda: Int8Linear(8, 4)(torch.zeros(())), RuntimeError, "int8_linear: x is a scalar"),
+    "x scalar": (lambda: Int8Linear(8, 4)(torch.zeros(())), RuntimeError, r"x has shape \(\), expected .*8"),
     "weight set": (lambda: setattr(Int8Linear(8, 4), "weight", nn.Parameter(torch.zeros(4, 8))), KeyError, "exists"),
 }
 

@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from burnish import Int8, LoRA, SwapError, swap_
+from burnish import CheckpointError, Int8, LoRA, SwapError, swap_
 from burnish.nn import LoRALinear
 from lora_models import Net, X, base_of
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -142,6 +142,7 @@ KEPT = {
     "bias": ({"lora_bias": True, "target_modules": ["up"]}, None, "its adapter has a bias"),
     "hooks": ({"target_modules": ["up"]}, _hooked, "its base layer has hooks"),
     "fp64": ({"target_modules": ["up"]}, lambda m: m.double(), "its adapter is fp64"),
+    "base bias": ({"bias": "lora_only", "target_modules": ["up"]}, None, "the bias of its base layer is trained, too"),
 }
 
 
@@ -225,6 +226,27 @@ def test_adapters_of_a_swapped_peft_model_are_saved_by_their_plain_names(tmp_pat
             parameter.zero_()
     burnish.load_adapter(model, tmp_path / "theirs")
     assert _equal(burnish.adapter_state_dict(model), _renamed(files[0]))
+
+
+LEFT = {
+    "embedding": (
+        {"target_modules": ["down", "table"]},
+        "'base_model.model.table' has an adapter of peft's that was not",
+    ),
+    "whole layer": ({"target_modules": ["down"], "modules_to_save": ["up"]}, "'base_model.model.up' is trained beside"),
+    "changed base": ({"target_modules": ["down"], "init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+}
+
+
+@pytest.mark.parametrize("label", LEFT)
+def test_an_adapter_of_more_than_is_swapped_is_not_saved_in_part(label: str, tmp_path: Path) -> None:
+    options, match = LEFT[label]
+    model = wrapped(_Conv(), **options)
+    report = swap_(model, LoRA())
+    assert [row.fqn for row in report.swapped] == ["base_model.model.down"]
+    with pytest.raises(CheckpointError, match=f"save_adapter: .*{match}"):
+        burnish.save_adapter(model, tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
 
 
 def _renamed(file: dict) -> dict:

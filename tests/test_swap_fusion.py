@@ -170,3 +170,79 @@ def test_real_clock_prefers_int8_where_it_is_much_less_work() -> None:
     assert row.times.rows == 16
     assert row.times.before_us > 0
     assert (row.became is not None) == (row.times.after_us < row.times.before_us)
+
+
+class Around(nn.Module):
+    """An nn.Sequential by its name, for code that uses it in one way or another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+        nn.init.zeros_(self.layers[2].bias)  # a constructor may look at the layers
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+class Indexes(Around):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.layers[0](x)
+        return self.layers[2](self.layers[1](hidden)) + hidden
+
+
+class Slices(Around):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[:1](x) + self.layers[1:](x)
+
+
+class Loops(Around):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x := layer(x) for layer in self.layers])
+
+
+class Hands(Around):
+    """A helper, which has the property's value, sees the layers one by one."""
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        return list(self.layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.parts[0](x)
+
+
+class Reaches(nn.Module):
+    """A module further up takes the sequence apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Around()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block.layers[0](x)
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outer[0][0](x)
+
+
+@pytest.mark.parametrize("kind", [Indexes, Slices, Loops, Hands, Reaches, Nested])
+def test_a_sequence_that_is_taken_apart_is_not_fused(kind: type) -> None:
+    torch.manual_seed(0)
+    model, x = kind(), torch.randn(4, 8)
+    before = model(x)
+    report = swap_(model, Int8())
+    assert report.swapped
+    assert not report.fused
+    torch.testing.assert_close(model(x), before, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: nn.ModuleList([model]), nn.Sequential])
+def test_a_sequence_that_is_called_whole_is_fused(wrap) -> None:
+    model = nn.ModuleDict({"inside": wrap(Around())})
+    assert len(swap_(model, Int8()).fused) == 1

@@ -157,6 +157,7 @@ BAD = {
     "measure zero": (lambda: swap_(Model(), Int8(), measure=0), TypeError, "measure is 0, expected a positive number"),
     "measure bool": (lambda: swap_(Model(), Int8(), measure=True), TypeError, "measure is True, expected a positive"),
     "measure text": (lambda: swap_(Model(), Int8(), measure="x"), TypeError, "measure is 'x', expected a positive"),
+    "measure list": (lambda: swap_(Model(), Int8(), measure=[torch.ones(2)]), TypeError, "measure is a list, expected"),
     "measure meta": (
         lambda: swap_(Model().to("meta"), Int8(), measure=3), SwapError, "layer .* is on the meta device and cannot be",
     ),

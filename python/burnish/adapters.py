@@ -89,7 +89,7 @@ def save_adapter(model: torch.nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         TypeError: not a module.
         CheckpointError: there are no such layers, they are sharded, on meta or differ in what peft has one value for,
-            or the disk does not take it; what was in the folder still is.
+            an adapter of peft's has more than them, or the disk does not take it; what was in the folder still is.
     """
     import safetensors
 
@@ -98,6 +98,12 @@ def save_adapter(model: torch.nn.Module, path: str | os.PathLike[str]) -> None:
     layers = _named_layers(model)
     if not layers:
         raise CheckpointError("save_adapter: the model has no LoRALinear layers, expected burnish.swap_ with LoRA")
+    missed = peft.left_behind(model)
+    if missed is not None:
+        raise CheckpointError(
+            f"save_adapter: {missed}: a file of the LoRALinear layers alone would lose it; call the report's revert() "
+            "and save with peft's save_pretrained"
+        )
     inside = tuple(f"{name}." for name in layers)
     names = [name for name in (_plain(name) for name, _ in model.named_modules()) if not name.startswith(inside)]
     try:

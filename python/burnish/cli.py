@@ -7,7 +7,8 @@
     burnish swap MODULE:FUNCTION            swap a model's layers and print the report
     burnish new-op NAME                     scaffold an op that builds, passes the tests and is timed
 
-Exit codes: 0 done, 1 something is wrong with what was asked about (a failed row, no CPU library), 2 a bad argument.
+Exit codes: 0 done, 1 something is wrong with what was asked about (a failed row, no CPU library), 2 a bad argument,
+141 nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -48,10 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.arguments = arguments
     options.command = shlex.join(["burnish", *(Path(a).name if Path(a).is_absolute() else a for a in arguments)])
     try:
-        return int(options.run(options))
+        code = int(options.run(options))
+        sys.stdout.flush()
+        return code
     except UsageError as error:
         print(f"burnish {options.verb}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads the output, like head, has had enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -146,14 +153,13 @@ def _bench(options: argparse.Namespace) -> int:
         raise UsageError(str(error).partition("\n")[0]) from error
     table = _extra("burnish.bench.table", "bench")
     for path in filter(None, (options.json, options.plot)):
-        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-            raise UsageError(f"cannot write {path}: its folder does not exist, or it is a folder")
+        _check_writable(Path(path))
     if options.counters and (options.peers or options.plot or options.device == "cuda"):
         raise UsageError("--counters counts on the CPU, without --peers, --plot or --device cuda")
     if options.break_even and (options.peers or options.counters or options.case != "*"):
         raise UsageError("--break-even measures against the dense layer, without --peers, --counters or --case")
     if options.counters and not native.emulating():
-        command = [sys.executable, "-m", "burnish.cli", *options.arguments]
+        command = [sys.executable, "-m", "burnish", *options.arguments]
         return subprocess.run(command, env=os.environ | {"BURNISH_EMULATE_CUDA": "1"}).returncode
     plot = _extra("burnish.bench.plot", "bench") if options.plot else None
     if plot and Path(options.plot).suffix[1:] not in plot.formats():
@@ -187,6 +193,17 @@ def _bench(options: argparse.Namespace) -> int:
         plot.draw(results, options.plot)
     ours = [row for row in results.rows if not row.is_peer]
     return 1 if results.failed or not any(row.timed for row in ours) else 0
+
+
+def _check_writable(path: Path) -> None:
+    """Raise UsageError, before anything is timed, where a file cannot be written; leaves it as it was."""
+    found = path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+    if not found:
+        path.unlink()
 
 
 def _break_even(options: argparse.Namespace, table: Any, plot: Any) -> int:
@@ -253,16 +270,18 @@ def _swap(options: argparse.Namespace) -> int:
         make = getattr(import_module(module_name), function)
     except (ImportError, AttributeError) as error:
         raise UsageError(f"{options.model}: {error}") from error
+    if not callable(make):
+        raise UsageError(f"{options.model} is a {type(make).__name__}, expected a function")
     model = make()
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"{options.model} returned {type(model).__name__}, expected a torch.nn.Module")
     try:
         print(burnish.swap_(model, {options.layers: burnish.Int8()}))
-    except burnish.SwapError as error:
+        if options.save:
+            burnish.save(model, options.save)
+            print(f"saved to {options.save}")
+    except (burnish.SwapError, burnish.CheckpointError) as error:
         raise UsageError(str(error)) from error
-    if options.save:
-        burnish.save(model, options.save)
-        print(f"saved to {options.save}")
     return 0
 
 

@@ -19,6 +19,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch.autograd import forward_ad
 
 from burnish import native, tuning
 from burnish.arguments import places
@@ -175,6 +176,33 @@ def missing_cpu_kernel(spec: OpSpec) -> Callable[..., Any]:
         raise BackendError(f"{spec.name}: {native.missing['_native.so']}")
 
     return run
+
+
+def differentiates(op: str, *tensors: torch.Tensor | None) -> bool:
+    """Whether a call of these tensors needs the gradient formula of ``op``; raises as :func:`refuse_tangents` does."""
+    if forward_ad._current_level >= 0:
+        refuse_tangents(op, *tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def refuse_tangents(op: str, *tensors: torch.Tensor | None) -> None:
+    """Refuse forward-mode differentiation through ``op``: it has no formula, and a kernel alone would drop the tangent.
+
+    Raises:
+        RuntimeError: ``torch.func.jvp``, or what is built on it, differentiates by one of the tensors.
+    """
+    if any(tensor is not None and _has_tangent(tensor) for tensor in tensors):
+        raise RuntimeError(f"{op} has no forward-mode derivative: differentiate it in reverse mode, by backward()")
+
+
+def _has_tangent(tensor: torch.Tensor) -> bool:
+    """Whether forward-mode differentiation may go through it: torch.func's wrappers do not say."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return wrapped or forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def call(spec: OpSpec, args: tuple[Any, ...], needs_grad: bool) -> Any:

@@ -1,9 +1,9 @@
 """Activations that directly follow a linear layer, so that the layer can compute them in its epilogue.
 
-That nothing happens in between is proved, in two ways: neighbours in an nn.Sequential; or the parent's forward, whose
-code names its children and nothing else, is run on opaque tokens, and the linear's token goes into the activation
-and nowhere else. transformers' BertIntermediate, GPT2MLP, LlamaMLP and their kin are found like that, whatever their
-children are called.
+That nothing happens in between is proved, in two ways: neighbours in an nn.Sequential that the code around it calls as
+a whole, and does not index, slice or loop over; or the parent's forward, whose code names its children and nothing
+else, is run on opaque tokens, and the linear's token goes into the activation and nowhere else. transformers'
+BertIntermediate, GPT2MLP, LlamaMLP and their kin are found like that, whatever their children are called.
 
 Only activations that are the same function as one of the epilogue's are taken: GELU's erf form and its tanh
 approximation are two functions.
@@ -11,10 +11,19 @@ approximation are two functions.
 
 from __future__ import annotations
 
+import dis
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from types import CodeType
 from typing import Any
 
 import torch
+
+#: where a module hangs: parent, the parent's fqn, name of the child
+Place = tuple[torch.nn.Module, str, str]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: transformers' activation modules by class name; the other GELUs there are other functions
@@ -47,13 +56,20 @@ def activation_name(module: torch.nn.Module) -> str | None:
     return {torch.nn.ReLU: "relu", torch.nn.SiLU: "silu"}.get(cls)
 
 
-def find(parent: torch.nn.Module, child: str, parent_fqn: str) -> Fusion | None:
+def find(
+    parent: torch.nn.Module, child: str, parent_fqn: str, places: Callable[[torch.nn.Module], Sequence[Place]]
+) -> Fusion | None:
     """The activation that directly follows the linear layer ``parent.child``, if it can be fused.
 
     Hooks on either module, or a replaced forward, see the value in between: then nothing is fused.
+
+    Args:
+        parent, child: where the linear layer is.
+        parent_fqn: of the parent.
+        places: where a module of the model hangs.
     """
     name = follower(parent, child)
-    if name is None:
+    if name is None or (_is_sequence(parent) and not _called_whole(parent, places)):
         return None
     module = parent._modules[name]
     if module is None or _observed(module) or _observed(parent._modules[child]):
@@ -68,11 +84,59 @@ def _observed(module: torch.nn.Module | None) -> bool:
     return module is None or "forward" in vars(module) or any(getattr(module, name) for name in _HOOKS)
 
 
+def _is_sequence(module: torch.nn.Module) -> bool:
+    return type(module).forward is torch.nn.Sequential.forward
+
+
+def _called_whole(sequence: torch.nn.Module, places: Callable[[torch.nn.Module], Sequence[Place]]) -> bool:
+    """Whether no code of the modules above an nn.Sequential does anything with it but call it."""
+    for owner, _, name in places(sequence):
+        if _is_sequence(owner):
+            if not _called_whole(owner, places):
+                return False
+        elif any(name in _taken(cls) for cls in _classes(owner, places)):
+            return False
+    return True
+
+
+def _classes(module: torch.nn.Module, places: Callable[[torch.nn.Module], Sequence[Place]]) -> Iterator[Any]:
+    """The class of a module and those of the modules above it."""
+    yield type(module)
+    for owner, _, _ in places(module):
+        yield from _classes(owner, places)
+
+
+@lru_cache(maxsize=1024)
+def _taken(cls: type) -> frozenset[str]:
+    """The attributes that methods of a class, its constructor aside, take hold of without calling them at once."""
+    found: set[str] = set()
+    for base in cls.__mro__:
+        if base.__module__.partition(".")[0] == "torch":
+            continue
+        for name, value in vars(base).items():
+            function: Any = value.fget if isinstance(value, property) else value
+            function = inspect.unwrap(function)
+            if name != "__init__" and isinstance(code := getattr(function, "__code__", None), CodeType):
+                found.update(_taken_by(code))
+    return frozenset(found)
+
+
+def _taken_by(code: CodeType) -> Iterator[str]:
+    for instruction in dis.get_instructions(code):
+        # a method call's load: an opcode of its own until Python 3.11, a bit of the argument since
+        called = sys.version_info >= (3, 12) and instruction.arg is not None and instruction.arg & 1
+        if instruction.opname == "LOAD_ATTR" and not called:
+            yield instruction.argval
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _taken_by(constant)
+
+
 def follower(parent: torch.nn.Module, child: str) -> str | None:
     """The child that ``parent`` calls on the result of ``child``, once and with nothing in between; None if unknown."""
     if "forward" in vars(parent):
         return None
-    if type(parent).forward is torch.nn.Sequential.forward:
+    if _is_sequence(parent):
         names = list(parent._modules)
         after = names.index(child) + 1
         return names[after] if after < len(names) else None

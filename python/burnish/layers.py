@@ -26,8 +26,7 @@ class Layer:
     """A module of the model on its way through the swap."""
 
     module: torch.nn.Module
-    #: where it hangs: parent, the parent's fqn, name of the child
-    places: list[tuple[torch.nn.Module, str, str]] = field(default_factory=list)
+    places: list[fuse.Place] = field(default_factory=list)
     fqns: list[str] = field(default_factory=list)
     config: Config | None = None
     reason: str | None = None

@@ -24,6 +24,7 @@ import torch
 
 from burnish.configs import LoRA
 from burnish.kinds.lora import is_candidate
+from burnish.kinds.peft import BEGINNINGS
 from burnish.nn.lora_linear import LoRALinear
 
 PREFIX = "base_model.model."
@@ -35,8 +36,6 @@ _IRRELEVANT = frozenset({
     "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config",
     "target_modules", "task_type",
 })  # fmt: skip
-#: how lora_A and lora_B may have begun, where the base was not changed for it
-_BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def parse(data: Any) -> Plan:
         if name not in known | _IRRELEVANT and value not in (None, False, [], {}):
             raise ValueError(f"{name} is {value!r}, expected it to be absent: burnish has no such adapter")
     began = data.get("init_lora_weights", True)
-    if began != "pissa" and began not in _BEGINNINGS:
+    if began != "pissa" and began not in BEGINNINGS:
         raise ValueError(f"init_lora_weights is {began!r}, which changes the base; expected True or 'pissa'")
     config = LoRA(
         data.get("r", 8),

@@ -129,8 +129,9 @@ def _checked_measure(value: Any) -> int | tuple[Any, ...] | Mapping[str, Any]:
         return (value,)
     if isinstance(value, tuple | Mapping) or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value
+    got = repr(value) if isinstance(value, int | float | str) else f"a {type(value).__name__}"
     raise TypeError(
-        f"swap_: measure is {value!r}, expected a positive number of rows or the model's arguments (a tensor, a tuple "
+        f"swap_: measure is {got}, expected a positive number of rows or the model's arguments (a tensor, a tuple "
         "or a mapping)"
     )
 
@@ -193,10 +194,11 @@ def _join_parts(layers: Sequence[Layer]) -> None:
 
 def _find_fusions(layers: Sequence[Layer]) -> None:
     kept = {id(layer.module) for layer in layers if isinstance(layer.config, Keep)}
+    places = {id(layer.module): layer.places for layer in layers}
     for layer in layers:
         if layer.going and getattr(layer.config, "fuse_activation", False) and len(layer.places) == 1:
             parent, parent_fqn, child = layer.places[0]
-            fusion = fuse.find(parent, child, parent_fqn)
+            fusion = fuse.find(parent, child, parent_fqn, lambda module: places[id(module)])
             if fusion and id(parent._modules[fusion.child]) not in kept:
                 layer.fusion = fusion
 

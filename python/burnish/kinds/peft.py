@@ -20,6 +20,9 @@ from burnish.nn.int8_linear import Int8Linear
 from burnish.registry import dtype_name
 
 _LAYERS = "peft.tuners.lora.layer"
+_WRAPPERS = {("peft.utils.other", name) for name in ("ModulesToSaveWrapper", "AuxiliaryTrainingWrapper")}
+#: the values of peft's init_lora_weights that leave the base as it is
+BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -85,7 +88,25 @@ def _by_base(module: Any) -> str | None:
     if any(getattr(base, hooks) for hooks in _HOOKS) or "forward" in vars(base):
         return "its base layer has hooks or a forward of its own, which would not run"
     reason = refusal(base)
-    return None if reason is None else f"its base layer is {reason}"
+    if reason is not None:
+        return f"its base layer is {reason}"
+    trained = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
+    return f"the {trained[0]} of its base layer is trained, too; burnish would keep it frozen" if trained else None
+
+
+def left_behind(model: torch.nn.Module) -> str | None:
+    """What an adapter of peft's has in the model beside layers that were taken over, as a sentence; None if nothing."""
+    for name, module in model.named_modules():
+        if is_layer(module) and any(adapter in module.r for adapter in module.active_adapters):
+            return f"{name!r} has an adapter of peft's that was not swapped"
+        if any((cls.__module__, cls.__qualname__) in _WRAPPERS for cls in type(module).__mro__):
+            return f"{name!r} is trained beside the adapter, by peft's modules_to_save or trainable_token_indices"
+        configs = vars(module).get("peft_config")
+        for config in configs.values() if isinstance(configs, dict) else ():
+            began = getattr(config, "init_lora_weights", True)
+            if began not in BEGINNINGS:
+                return f"peft's init_lora_weights is {began!r}, which has changed the base"
+    return None
 
 
 def adapter(module: Any) -> Adapter:

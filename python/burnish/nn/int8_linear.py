@@ -183,6 +183,8 @@ class Int8Linear(torch.nn.Module):
         return int8_linear_unpack(self.weight_packed, self.out_features, self.in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() == 0 or x.shape[-1] != self.in_features:  # the op sees the packed width alone, which is rounded up
+            raise RuntimeError(f"Int8Linear: x has shape {tuple(x.shape)}, expected [..., {self.in_features}]")
         buffers = self._buffers  # a tenth of the time that an attribute of nn.Module takes
         return int8_linear(
             x,

@@ -421,7 +421,7 @@ def bsr_linear(
     Raises:
         RuntimeError: a shape, dtype, device or index that does not fit; the message names the argument.
     """
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias))
+    needs_grad = dispatch.differentiates("bsr_linear", x, values, bias)
     args = (x, values, crow_indices, col_indices, transposed, scale, bias, N)
     if dispatch.overrides:
         return dispatch.call(SPEC, args, needs_grad)

@@ -36,6 +36,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from burnish import dispatch
 from burnish.checks import FLOATING, check_devices, check_floating
@@ -395,6 +396,8 @@ def int8_linear(
         raise ValueError(
             f"int8_linear: activation is {activation!r}, expected one of: {', '.join(ACTIVATIONS)}"
         ) from None
+    if forward_ad._current_level >= 0:  # what dispatch.differentiates does, a tenth of a small call's time faster
+        dispatch.refuse_tangents("int8_linear", x, bias)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if dispatch.overrides:
         return dispatch.call(SPEC, (x, weight, scale, bias, code, out_dtype), needs_grad)

@@ -420,7 +420,7 @@ def lora_linear(
             "lora_linear: weight requires a gradient, expected a frozen base: weight.requires_grad_(False)"
         )
     args = (x, weight, weight_scale, bias, A, B, seed, scale, p, format_of(weight).code)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, A, B))
+    needs_grad = dispatch.differentiates("lora_linear", x, weight, bias, A, B)
     if dispatch.overrides:
         return dispatch.call(SPEC, args, needs_grad)
     return (_linear if needs_grad else _inference)(*args)

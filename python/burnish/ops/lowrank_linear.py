@@ -405,7 +405,7 @@ def lowrank_linear(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None) 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit; the message names the argument.
     """
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, A, B, bias))
+    needs_grad = dispatch.differentiates("lowrank_linear", x, A, B, bias)
     if dispatch.overrides:
         return dispatch.call(SPEC, (x, A, B, bias), needs_grad)
     return (_linear if needs_grad else _inference)(x, A, B, bias)

@@ -383,7 +383,7 @@ def sparse24_linear(
     Raises:
         RuntimeError: a shape, dtype or device that does not fit; the message names the argument.
     """
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias))
+    needs_grad = dispatch.differentiates("sparse24_linear", x, values, bias)
     if dispatch.overrides:
         return dispatch.call(SPEC, (x, values, metadata, scale, bias), needs_grad)
     return (_linear if needs_grad else _inference)(x, values, metadata, scale, bias)

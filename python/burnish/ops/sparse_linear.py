@@ -381,7 +381,7 @@ def sparse_linear(x: Tensor, values: Tensor, bitmap: Tensor, row_starts: Tensor,
     Raises:
         RuntimeError: a shape, dtype or device that does not fit; the message names the argument.
     """
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias))
+    needs_grad = dispatch.differentiates("sparse_linear", x, values, bias)
     if dispatch.overrides:
         return dispatch.call(SPEC, (x, values, bitmap, row_starts, bias), needs_grad)
     return (_linear if needs_grad else _inference)(x, values, bitmap, row_starts, bias)

@@ -126,7 +126,9 @@ class Pruner:
         return {"steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken. Make the Pruner first, then load the model's masks and weights."""
+        """Go on where :meth:`state_dict` was taken. Make the Pruner first, and the optimizer if that was made before
+        there were masks, which put a weight behind its bias in ``model.parameters()``; then load the model's masks and
+        weights."""
         steps = state.get("steps") if isinstance(state, Mapping) else None
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0 or len(state) != 1:
             raise ValueError(f"Pruner.load_state_dict: state is {state!r}, expected {{'steps': a number}}")
