@@ -89,7 +89,7 @@ bench: $(VENV)/demo.stamp
 	$(BIN)/burnish bench --peers --json bench/out/bench.json --plot bench/out/bench.png
 
 sanitize: $(VENV)/dev.stamp
-	PYTHON=$(BIN)/python bash tests/sanitize/run.sh
+	PYTHON=$(BIN)/python JOBS=$(JOBS) bash tests/sanitize/run.sh
 
 wheel: $(VENV)/dev.stamp
 	PYTHON=$(BIN)/python TORCH="$(TORCH)" bash tests/packaging/run.sh
