@@ -25,7 +25,7 @@ help:
 	@echo "make interpret the Triton kernels under Triton's interpreter"
 	@echo "make emulate   the CUDA kernels on the CPU, each case under sixteen schedules"
 	@echo "make gates     compile the Triton and CUDA kernels for GPUs and inspect the result"
-	@echo "make sanitize  the native tests under AddressSanitizer and UBSan"
+	@echo "make sanitize  the native kernels under AddressSanitizer and UBSan"
 	@echo "make wheel     build wheel and sdist, install both in clean environments, run them"
 
 $(BIN)/python:
