@@ -25,7 +25,7 @@ help:
 	@echo "make interpret the Triton kernels under Triton's interpreter"
 	@echo "make emulate   the CUDA kernels on the CPU, each case under sixteen schedules"
 	@echo "make gates     compile the Triton and CUDA kernels for GPUs and inspect the result"
-	@echo "make sanitize  the native tests under AddressSanitizer and UBSan"
+	@echo "make sanitize  the native kernels under AddressSanitizer and UBSan"
 	@echo "make wheel     build wheel and sdist, install both in clean environments, run them"
 
 $(BIN)/python:
@@ -89,7 +89,7 @@ bench: $(VENV)/demo.stamp
 	$(BIN)/burnish bench --peers --json bench/out/bench.json --plot bench/out/bench.png
 
 sanitize: $(VENV)/dev.stamp
-	PYTHON=$(BIN)/python bash tests/sanitize/run.sh
+	PYTHON=$(BIN)/python JOBS=$(JOBS) bash tests/sanitize/run.sh
 
 wheel: $(VENV)/dev.stamp
 	PYTHON=$(BIN)/python TORCH="$(TORCH)" bash tests/packaging/run.sh

@@ -350,6 +350,20 @@ def test_an_ulp_is_the_distance_to_the_next_number(dtype: torch.dtype) -> None:
     assert torch.equal(numerics.ulp(numbers.double(), dtype), following.double() - numbers.double())
 
 
+def test_special_values_are_put_in_as_many_places_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(values, "_check_special", lambda spec, backend, args, what, *_, **__: tried.append(what))
+    counts = []
+    for positions in (1, 2, 3):
+        for check in testing.plan([ROWS], ["cpu"], positions).checks:
+            if check.rule == "special":
+                check.run()
+        counts.append(len(tried))
+        tried.clear()
+    assert counts[0] > 0
+    assert counts == [counts[0], 2 * counts[0], 3 * counts[0]]
+
+
 def test_the_command_line_counts_and_fails(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "burnish.testing", "int8_quantize_rows", "--only", "forward"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -16,8 +16,9 @@ from collections import Counter
 import torch
 
 from burnish import registry
-from burnish.testing import calls, digest, fuzz, plan
+from burnish.testing import calls, digest, fuzz
 from burnish.testing.calls import backends
+from burnish.testing.plan import SPECIAL_POSITIONS, plan
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backend", action="append", choices=registry.BACKENDS, help="default: all that can run")
     parser.add_argument("--only", action="append", metavar="RULE", help="forward, guard, ...; default: all")
     parser.add_argument("--fuzz", type=int, default=0, metavar="N", help="and N fuzzed examples an op and backend")
+    most = SPECIAL_POSITIONS
+    parser.add_argument("--positions", type=int, default=most, help=f"of a special value in an input; default: {most}")
     parser.add_argument("--threads", type=int, default=1, help="torch.set_num_threads; default: 1")
     parser.add_argument("--schedules", type=int, help=f"of an emulated CUDA kernel; default: {calls.SCHEDULES}")
     parser.add_argument("--digest", action="store_true", help="print a hash of the results of each op and backend")
@@ -46,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(specs: list[registry.OpSpec], asked: argparse.Namespace) -> int:
     start = time.monotonic()
-    made = plan(specs, asked.backend)
+    made = plan(specs, asked.backend, asked.positions)
     ran: Counter[str] = Counter()
     failed = 0
     for check in made.checks:

@@ -59,22 +59,23 @@ class Plan:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def plan(specs: Iterable[OpSpec], only: Iterable[Backend] | None = None) -> Plan:
-    """Every check of ``specs`` that this process can run, on the backends in ``only`` or on all."""
+def plan(specs: Iterable[OpSpec], only: Iterable[Backend] | None = None, positions: int = SPECIAL_POSITIONS) -> Plan:
+    """Every check of ``specs`` that this process can run, on the backends in ``only`` or on all; special values are put
+    in at most ``positions`` places of an input."""
     made = Plan()
     for spec in specs:
         run, skipped = backends(spec)
         made.skipped.update({f"{spec.stem}-{backend}": reason for backend, reason in skipped.items()})
         for backend in run:
             if only is None or backend in only:
-                plan_backend(made, spec, backend)
+                plan_backend(made, spec, backend, positions)
     return made
 
 
-def plan_backend(made: Plan, spec: OpSpec, backend: Backend) -> None:
+def plan_backend(made: Plan, spec: OpSpec, backend: Backend, positions: int = SPECIAL_POSITIONS) -> None:
     """Add the checks of one backend, without the cases that it declines or that are too large to interpret."""
     asked: dict[str, str | None] = {}  # of a case, the same for every rule
-    for rule, case, label, body in _on_cases(spec, backend):
+    for rule, case, label, body in _on_cases(spec, backend, positions):
         check = Check(spec, backend, rule, label, body)
         reason = _spared(spec, rule, case)
         if reason is None:
@@ -110,7 +111,7 @@ def _spared(spec: OpSpec, rule: str, case: Case) -> str | None:
     return None
 
 
-def _on_cases(spec: OpSpec, backend: Backend) -> Iterator[tuple[str, Case, str, Callable[[], None]]]:
+def _on_cases(spec: OpSpec, backend: Backend, positions: int) -> Iterator[tuple[str, Case, str, Callable[[], None]]]:
     """Checks of values: (rule, the case that it runs, label, body)."""
     for case in spec.cases.test:
         yield "forward", case, case.id, partial(values.forward, spec, backend, case)
@@ -121,10 +122,9 @@ def _on_cases(spec: OpSpec, backend: Backend) -> Iterator[tuple[str, Case, str, 
             continue
         small, middle = solid[0], solid[len(solid) // 2]
         if small.dtype.is_floating_point:
-            positions = OPTION_POSITIONS if small.options else SPECIAL_POSITIONS
-            positions = INTERPRETED_POSITIONS if stand_in() else positions
+            most = INTERPRETED_POSITIONS if stand_in() else OPTION_POSITIONS if small.options else SPECIAL_POSITIONS
             few = resized(small, min(rows(small), 3))
-            yield "special", few, few.id, partial(values.special, spec, backend, few, positions)
+            yield "special", few, few.id, partial(values.special, spec, backend, few, min(most, positions))
         if not makes_integers(spec, backend, small) and values.grows(spec, backend, middle):
             yield "unbiased", middle, middle.id, partial(values.unbiased, spec, backend, middle)
         last = next((case for case in reversed(solid) if _objection(spec, backend, case) is None), solid[-1])
