@@ -19,7 +19,6 @@ from burnish.registry import Autograd, Backend, Case, OpSpec
 from burnish.testing import numerics
 from burnish.testing.calls import Outputs, Violation, as_outputs, kinds, resized, rows, run, widen
 
-
 #: about how many elements of an argument :func:`gradcheck` moves, evenly spread; :func:`gradient` compares all of them
 MOVED = 4096
 

@@ -23,8 +23,6 @@ from burnish.testing.calls import (
     makes_integers,
     mutated,
     objection,
-    resized,
-    rows,
     stand_in,
     volume,
 )
@@ -32,8 +30,6 @@ from burnish.testing.layouts import LAYOUTS
 
 #: the largest product of a case's dimensions that an interpreted kernel is given
 INTERPRETED_VOLUME = 600_000
-#: places that a special value is put in, per input: of a plain case, of a case with options, of an interpreted one
-SPECIAL_POSITIONS, OPTION_POSITIONS, INTERPRETED_POSITIONS = 100, 16, 2
 
 
 @dataclass(frozen=True)
@@ -115,16 +111,13 @@ def _on_cases(spec: OpSpec, backend: Backend) -> Iterator[tuple[str, Case, str, 
     for case in spec.cases.test:
         yield "forward", case, case.id, partial(values.forward, spec, backend, case)
         yield "guard", case, case.id, partial(values.guard, spec, backend, case)
+    for case, positions in values.special_cases(spec):
+        yield "special", case, case.id, partial(values.special, spec, backend, case, positions)
     for cases in kinds(spec).values():
         solid = [case for case in cases if min(case.dims.values()) > 1]
         if not solid:
             continue
         small, middle = solid[0], solid[len(solid) // 2]
-        if small.dtype.is_floating_point:
-            positions = OPTION_POSITIONS if small.options else SPECIAL_POSITIONS
-            positions = INTERPRETED_POSITIONS if stand_in() else positions
-            few = resized(small, min(rows(small), 3))
-            yield "special", few, few.id, partial(values.special, spec, backend, few, positions)
         if not makes_integers(spec, backend, small) and values.grows(spec, backend, middle):
             yield "unbiased", middle, middle.id, partial(values.unbiased, spec, backend, middle)
         last = next((case for case in reversed(solid) if _objection(spec, backend, case) is None), solid[-1])
