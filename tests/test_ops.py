@@ -37,7 +37,7 @@ def test_every_op_is_checked_by_every_rule() -> None:
                                                   for name in PLAN.skipped)  # fmt: skip
         assert cases >= len(spec.cases.test)
         if spec.autograd:
-            assert rules[spec.name, "gradcheck"]
+            assert stand_in or rules[spec.name, "gradcheck"]
             assert stand_in == testing.EMULATED or rules[spec.name, "gradient"]
             assert stand_in == testing.EMULATED or rules[spec.name, "double_backward"]
 

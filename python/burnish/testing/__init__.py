@@ -34,10 +34,10 @@ An op with an integer result must be bit-exact. Tolerances are in :mod:`.numeric
 """
 
 from burnish.testing.calls import EMULATED, SCHEDULES, Violation, backends, eager, interpreting, oracle, run, stand_in
+from burnish.testing.digest import digest
 from burnish.testing.fuzz import EXAMPLES, LONG_EXAMPLES, fuzz
 from burnish.testing.memory import folded, guarded, lazy, poisoned
 from burnish.testing.plan import Check, Plan, plan
-from burnish.testing.values import digest
 
 __all__ = [
     "EMULATED",

@@ -1,7 +1,7 @@
 """``python -m burnish.testing [OP ...]``: the conformance kit without pytest; exit status 1 if a check fails.
 
 Prints one line an op and backend with the number of checks that ran, then what was left out and why. ``--digest``
-prints instead one hash an op over the bits of all results, to compare instruction sets and thread counts by.
+prints instead one hash an op over the bits of the results, to compare instruction sets and thread counts by.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from burnish import registry
 from burnish.testing import calls, digest, fuzz
 from burnish.testing.calls import backends
-from burnish.testing.plan import SPECIAL_POSITIONS, plan
+from burnish.testing.plan import plan
+from burnish.testing.values import SPECIAL_POSITIONS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         for spec in specs:
             for backend in backends(spec)[0]:
                 if asked.backend is None or backend in asked.backend:
-                    print(spec.name, backend, digest(spec, backend))
+                    print(spec.name, backend, digest(spec, backend, asked.fuzz))
         return 0
     return _run(specs, asked)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -105,6 +106,7 @@ def as_outputs(result: Any) -> Outputs:
     return result if isinstance(result, tuple) else (result,)
 
 
+@cache
 def mutated(spec: OpSpec) -> set[int]:
     """The arguments that the op writes into, by the schema's word."""
     arguments = spec.overload()._schema.arguments

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from burnish.arguments import Args, Place, places, put
 from burnish.registry import Backend, Case, OpSpec
-from burnish.testing.calls import interpreting, objection
+from burnish.testing.calls import Outputs, interpreting, objection
 from burnish.testing.layouts import LAYOUTS
 from burnish.testing.values import compare, run_checked, strided_arguments
 
@@ -16,8 +17,14 @@ EXAMPLES, LONG_EXAMPLES = 500, 20_000
 LARGEST, INTERPRETED_LARGEST = 140, 40
 
 
-def fuzz(spec: OpSpec, backend: Backend, examples: int = EXAMPLES) -> int:
-    """Run the op on ``examples`` drawn inputs, by N2, N4 or C4; returns how many ran.
+def fuzz(
+    spec: OpSpec,
+    backend: Backend,
+    examples: int = EXAMPLES,
+    judge: Callable[[OpSpec, Args, Outputs, str], object] = compare,
+) -> int:
+    """Run the op on ``examples`` drawn inputs, by N2, N4 or C4 or what else ``judge`` makes of the results; returns how
+    many ran.
 
     The draws are the same in every run. What the backend declines, in words, is drawn again.
 
@@ -48,7 +55,7 @@ def fuzz(spec: OpSpec, backend: Backend, examples: int = EXAMPLES) -> int:
         args = spec.make(case, backend, seed)
         assume(objection(spec, backend, args) is None)
         args = _laid_out(args, strided_arguments(spec, args), chosen)
-        compare(spec, args, run_checked(spec, backend, args), values)
+        judge(spec, args, run_checked(spec, backend, args), values)
         ran += 1
 
     example()

@@ -84,7 +84,7 @@ class _Magnitudes(TorchDispatchMode):
 
     def stored(self, value: Any) -> torch.Tensor:
         """What is left in a tensor of the roundings of stored results: their magnitude."""
-        found = self.rounded.get(value) if isinstance(value, torch.Tensor) else None
+        found = self.rounded.get(value) if self.rounded and isinstance(value, torch.Tensor) else None
         return torch.zeros((), dtype=torch.float64) if found is None else found
 
     def _carry(self, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:
@@ -94,7 +94,7 @@ class _Magnitudes(TorchDispatchMode):
             self.rounded[out] = out.abs() + self.stored(args[0])
             self.inexact |= {dtype for dtype in FLOATING if bool((out.to(dtype).double() != out).any())}
             return
-        if not any(isinstance(arg, torch.Tensor) and arg in self.rounded for arg in args):
+        if not self.rounded or not any(isinstance(arg, torch.Tensor) and arg in self.rounded for arg in args):
             return
         if name in _MOVES or name in ("sum", "mean"):
             self.rounded[out] = func(self.stored(args[0]), *args[1:], **kwargs)

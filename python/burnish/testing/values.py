@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Iterator
 from functools import partial
-from hashlib import sha256
-from itertools import count
 from typing import Any
 
 import torch
@@ -39,6 +36,8 @@ from burnish.testing.magnitude import magnitudes
 
 #: a stride of 2**28 elements puts row 9 beyond element 2**31
 HUGE_STRIDE, HUGE_ROWS = 2**28, 10
+#: places that a special value is put in, per input: of a plain case, of a case with options, of an interpreted one
+SPECIAL_POSITIONS, OPTION_POSITIONS, INTERPRETED_POSITIONS = 100, 16, 2
 
 
 def _names(spec: OpSpec, outputs: Outputs) -> list[str]:
@@ -61,20 +60,22 @@ def run_checked(spec: OpSpec, backend: Backend, args: Args, draw: int = 0) -> Ou
     return tuple(y.cpu() for y in outputs)
 
 
-def compare(spec: OpSpec, args: Args, outputs: Outputs, values: str) -> None:
-    """N2, or where the op or the values are exact N4, C4, N5, against the references on the same arguments."""
+def compare(spec: OpSpec, args: Args, outputs: Outputs, values: str) -> Outputs:
+    """N2, or where the op or the values are exact N4, C4, N5, against the references on the same arguments; returns
+    what was expected."""
     exact = is_exact(outputs)
     if exact or values == "extreme":
-        rule = "N4" if exact else "N5"
-        for what, y, expected in zip(_names(spec, outputs), outputs, eager(spec, args), strict=True):
+        rule, yts = "N4" if exact else "N5", eager(spec, args)
+        for what, y, expected in zip(_names(spec, outputs), outputs, yts, strict=True):
             numerics.check_equal(rule, what, y, expected)
-        return
+        return yts
     y64s, terms = magnitudes(on_copies(spec, spec.reference), args)
     for what, y, y64, of in zip(_names(spec, outputs), outputs, y64s, terms, strict=True):
         if values == "integers" and y.dtype not in of.inexact:
             numerics.check_equal("C4", what, y, y64.to(y.dtype))
         else:
             numerics.check_bound(what, y, y64, of)
+    return y64s
 
 
 def forward(spec: OpSpec, backend: Backend, case: Case) -> None:
@@ -83,22 +84,17 @@ def forward(spec: OpSpec, backend: Backend, case: Case) -> None:
     for seed in range(numerics.DRAWS):
         args = spec.make(case, backend, seed)
         outputs = run_checked(spec, backend, args, seed)
-        compare(spec, args, outputs, case.values)
+        y64s = compare(spec, args, outputs, case.values)
         if is_exact(outputs) or case.values in ("integers", "extreme"):
             return
-        pooled.append(
-            [(y.ravel(), y64.ravel(), yt.ravel()) for y, y64, yt in _triples(spec, args, outputs)]
-        )  # one entry an output
+        triples = zip(outputs, y64s, eager(spec, args), strict=True)
+        pooled.append([(y.ravel(), y64.double().ravel(), yt.ravel()) for y, y64, yt in triples])  # one entry an output
         if all(sum(draw[i][0].numel() for draw in pooled) >= numerics.POOL for i in range(len(outputs))):
             break
         if not any(y.numel() for y in outputs):
             break
     for index, what in enumerate(_names(spec, outputs)):
         numerics.check_eager(what, *(torch.cat([draw[index][i] for draw in pooled]) for i in range(3)))
-
-
-def _triples(spec: OpSpec, args: Args, outputs: Outputs) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    yield from zip(outputs, (y64.double() for y64 in oracle(spec, args)), eager(spec, args), strict=True)
 
 
 def grows(spec: OpSpec, backend: Backend, case: Case) -> bool:
@@ -132,14 +128,21 @@ def unbiased(spec: OpSpec, backend: Backend, case: Case) -> None:
             numerics.check_unbiased(what, y, y64, unit)
 
 
-def special(spec: OpSpec, backend: Backend, case: Case, positions: int) -> None:
-    """N7: a NaN, infinity, negative zero or subnormal in at most ``positions`` places of each floating input. Of a list
-    it is the first tensor's where a kernel is interpreted."""
-    clean = spec.make(case, backend, 0)
+def special_cases(spec: OpSpec) -> Iterator[tuple[Case, int]]:
+    """Of each kind a small case of few rows, and in how many places of each input it gets special values."""
+    for cases in kinds(spec).values():
+        small = next((case for case in cases if min(case.dims.values()) > 1), None)
+        if small is not None and small.dtype.is_floating_point:
+            positions = OPTION_POSITIONS if small.options else SPECIAL_POSITIONS
+            yield resized(small, min(rows(small), 3)), INTERPRETED_POSITIONS if stand_in() else positions
+
+
+def special_inputs(clean: Args, positions: int) -> Iterator[tuple[Place, str, Args]]:
+    """``clean`` with a NaN, infinity, negative zero or subnormal in at most ``positions`` places of each floating
+    input: where, what in words, and the arguments. Of a list it is the first tensor's where a kernel is interpreted."""
     floating = {place: tensor for place, tensor in places(clean).items() if tensor.is_floating_point()}
     if interpreting():
         floating = {place: tensor for place, tensor in floating.items() if place[1:] in ((), (0,))}
-    draws = count()
     for place, tensor in floating.items():
         size = tensor.numel()
         some = min(size, positions)
@@ -147,10 +150,16 @@ def special(spec: OpSpec, backend: Backend, case: Case, positions: int) -> None:
             for value in _specials(tensor.dtype):
                 changed = tensor.clone()
                 changed.view(-1)[at] = value
-                args = put(clean, place, changed)
-                what = f"{spec.stem} with {value} at element {at} of argument {_words(place)}"
-                ordinary = place == next(iter(floating)) and not case.options
-                _check_special(spec, backend, args, what, next(draws), against_torch=ordinary)
+                yield place, f"{value} at element {at} of argument {_words(place)}", put(clean, place, changed)
+
+
+def special(spec: OpSpec, backend: Backend, case: Case, positions: int) -> None:
+    """N7: what special values make of a result."""
+    clean = spec.make(case, backend, 0)
+    first = next(place for place, tensor in places(clean).items() if tensor.is_floating_point())
+    for draw, (place, what, args) in enumerate(special_inputs(clean, positions)):
+        ordinary = place == first and not case.options
+        _check_special(spec, backend, args, f"{spec.stem} with {what}", draw, against_torch=ordinary)
 
 
 def _specials(dtype: torch.dtype) -> tuple[float, ...]:
@@ -178,19 +187,24 @@ def _words(place: Place) -> str:
 
 
 def strided_arguments(spec: OpSpec, args: Args) -> list[Place]:
-    """The tensors, scalars aside, that may have any strides: those of which the fake does not ask contiguity."""
-    free = []
-    for place, tensor in places(args).items():
-        if tensor.dim() == 0:
-            continue
-        gapped = LAYOUTS["every_second"](tensor if tensor.numel() > 1 else tensor.new_zeros(3, 4))
-        try:
-            spec.fake(*put(args, place, gapped))
-        except RuntimeError as error:
-            if "contiguous" in str(error):
-                continue
-        free.append(place)
-    return free
+    """The tensors, scalars aside, that may have any strides: those of which the fake does not ask contiguity. Of a list
+    it is asked about the first."""
+    free: dict[int, bool] = {}
+    tensors = {place: tensor for place, tensor in places(args).items() if tensor.dim() > 0}
+    for place, tensor in tensors.items():
+        if place[0] not in free:
+            gapped = LAYOUTS["every_second"](tensor if tensor.numel() > 1 else tensor.new_zeros(3, 4))
+            free[place[0]] = _takes(spec, put(args, place, gapped))
+    return [place for place in tensors if free[place[0]]]
+
+
+def _takes(spec: OpSpec, args: Args) -> bool:
+    """Whether the fake asks for no contiguity that ``args`` lack."""
+    try:
+        spec.fake(*args)
+    except RuntimeError as error:
+        return "contiguous" not in str(error)
+    return True
 
 
 def layout(spec: OpSpec, backend: Backend, case: Case, name: str) -> None:
@@ -298,16 +312,6 @@ def huge(spec: OpSpec, backend: Backend, case: Case) -> None:
             del spread
             if runs_on_gpu(backend):
                 torch.cuda.empty_cache()  # other test processes share the GPU
-
-
-def digest(spec: OpSpec, backend: Backend) -> str:
-    """SHA-256 over the bits of every test case's result: equal between instruction sets and thread counts."""
-    sha = sha256()
-    for case in spec.cases.test:
-        for y in run(spec, backend, spec.make(case, backend, 0)):
-            y = y.cpu().contiguous()
-            sha.update(ctypes.string_at(y.data_ptr(), y.numel() * y.itemsize))
-    return sha.hexdigest()
 
 
 def layout_cases(spec: OpSpec, backend: Backend) -> list[Case]:
