@@ -37,14 +37,17 @@ int64_t turned_stride(const Backward& b, int64_t rows) {
   return round_up(blocks_along(rows, b.depth()), b.level.lanes) * 4;
 }
 
-// The block at `position`, as [bn, bk] of the product format: itself, or a copy in `storage`.
+// The block at `position`, as [bn, bk] of the product format: itself, or a copy in `storage`, twice as large.
 Matrix block_at(const Backward& b, int64_t position, float* storage) {
   const BlockWeight& w = b.w;
   const char* from = w.values + position * w.block_bytes();
   if (!w.int8 && w.format == b.format) return {from, w.bk * size_of(w.format), w.format};
-  const Matrix copy{storage, w.bk * 4, Format::kFloat};
+  const Matrix copy{storage, w.bk * size_of(b.format), b.format};
   if (w.int8) {
-    for (int64_t i = 0; i < w.bn * w.bk; ++i) storage[i] = static_cast<float>(reinterpret_cast<const int8_t*>(from)[i]);
+    const int64_t size = w.bn * w.bk;
+    const auto* bytes = reinterpret_cast<const int8_t*>(from);
+    std::copy(bytes, bytes + size, storage + size);
+    b.level.convert(storage + size, 1.0f, size, storage, b.format);
   } else {
     b.level.take_rows({from, w.bk * size_of(w.format), w.format}, 0, w.bn, 0, w.bk, nullptr, copy);
   }
@@ -59,11 +62,12 @@ void pull(const Backward& b, const Panels& panels, int64_t first, int64_t last, 
   int64_t longest = 0;
   for (int64_t c = first; c < last; ++c) longest = std::max<int64_t>(longest, w.ccol[c + 1] - w.ccol[c]);
   scratch.reserve(Scratch::bytes<char>(longest * turned) + Scratch::bytes<float>(w.bk * panels.group) +
-                  2 * Scratch::bytes<float>(w.bn * w.bk + w.bk * b.level.lanes));
+                  Scratch::bytes<char>(4 * (w.bn * w.bk + w.bk * b.level.lanes)) +
+                  Scratch::bytes<float>(2 * w.bn * w.bk));
   char* blocks = scratch.take<char>(longest * turned);
   auto* sums = scratch.take<float>(w.bk * panels.group);
   auto* words = scratch.take<char>(4 * (w.bn * w.bk + w.bk * b.level.lanes));
-  auto* storage = scratch.take<float>(w.bn * w.bk);
+  auto* storage = scratch.take<float>(2 * w.bn * w.bk);
   for (int64_t c = first; c < last; ++c) {
     const int64_t begin = w.ccol[c], count = w.ccol[c + 1] - begin, outputs = std::min(w.bk, w.K - c * w.bk);
     for (int64_t i = 0; i < count; ++i) {
@@ -158,17 +162,13 @@ void sum_columns(const Kernels& level, const Matrix& dy, int64_t M, int64_t N, f
   });
 }
 
-// dy * scale in fp32, in `storage`.
-Matrix scaled(const Kernels& level, const Matrix& dy, int64_t M, int64_t N, const Tensor& scale, Scratch& storage) {
-  storage.reserve(Scratch::bytes<float>(M * N) + Scratch::bytes<float>(N));
-  auto* dz = storage.take<float>(M * N);
-  const float* factors = as_floats(scale, storage.take<float>(N));
-  parallel_for(0, M, std::max<int64_t>(1, 16384 / N), [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; ++m) {
-      level.slope_row(dy.at(m, 0).data, dy.format, nullptr, 0, factors, N, dz + m * N);
-    }
-  });
-  return {dz, N * 4, Format::kFloat};
+// dy * scale, in `storage`.
+Matrix scaled(const Kernels& level, const Matrix& dy, int64_t M, int64_t N, const Tensor& scale, Format format,
+              Scratch& storage) {
+  storage.reserve(Block::bytes(M, N, format) + Scratch::bytes<float>(N));
+  const Block dz = Block::take(storage, M, N, format);
+  scale_columns(level, dy, M, as_floats(scale, storage.take<float>(N)), N, dz);
+  return dz.matrix();
 }
 
 std::tuple<Tensor, Tensor, Tensor> bsr_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& values,
@@ -192,8 +192,8 @@ std::tuple<Tensor, Tensor, Tensor> bsr_linear_backward(const Tensor& dy, const T
   Tensor dbias = torch::stable::new_empty(x, {bias_grad ? N : 0}, ScalarType::Float);
   const Format format = level.product_format(from.matrix.format);
   if (x_grad) {
-    const Backward call{level, w, M, w.int8 || w.bn == 1 ? Format::kFloat : format};
-    const Matrix dz = w.int8 ? scaled(level, pulled.matrix, M, N, *scale, left)
+    const Backward call{level, w, M, w.bn == 1 ? Format::kFloat : format};
+    const Matrix dz = w.int8 ? scaled(level, pulled.matrix, M, N, *scale, call.format, left)
                              : in_format(level, pulled.matrix, M, N, call.format, left);
     pull_all(call, dz, static_cast<char*>(dx.mutable_data_ptr()));
   }

@@ -272,6 +272,19 @@ Matrix in_format(const Kernels& level, const Matrix& x, int64_t rows, int64_t wi
   return copy.matrix();
 }
 
+void scale_columns(const Kernels& level, const Matrix& dy, int64_t rows, const float* scale, int64_t N,
+                   const Block& to) {
+  parallel_for(0, rows, std::max<int64_t>(1, 16384 / N), [&](int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    scratch.reserve(Scratch::bytes<float>(N));
+    auto* scaled = scratch.take<float>(N);
+    for (int64_t row = begin; row < end; ++row) {
+      level.slope_row(dy.at(row, 0).data, dy.format, nullptr, 0, scale, N, scaled);
+      level.convert(scaled, 1.0f, N, to.row(row), to.format);
+    }
+  });
+}
+
 Matrix in_product_format(const Kernels& level, const Matrix& x, int64_t rows, int64_t width, Scratch& storage) {
   return in_format(level, x, rows, width, level.product_format(x.format), storage);
 }

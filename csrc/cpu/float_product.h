@@ -122,6 +122,10 @@ void round_projection(const Kernels& level, const Block& sums, int64_t parts, in
 // x in `format`, its own or kFloat: itself where it has it, else a copy in `storage`, made by all threads.
 Matrix in_format(const Kernels& level, const Matrix& x, int64_t rows, int64_t width, Format format, Scratch& storage);
 
+// to [rows, N] = dy * scale, in a product format.
+void scale_columns(const Kernels& level, const Matrix& dy, int64_t rows, const float* scale, int64_t N,
+                   const Block& to);
+
 // x in the product format.
 Matrix in_product_format(const Kernels& level, const Matrix& x, int64_t rows, int64_t width, Scratch& storage);
 

@@ -40,8 +40,4 @@ class Int8Rows : public Compressed {
   Int8Weight weight_;
 };
 
-// to [rows, N] = dy * scale, in a product format.
-void scale_columns(const Kernels& level, const Matrix& dy, int64_t rows, const float* scale, int64_t N,
-                   const Block& to);
-
 }  // namespace burnish

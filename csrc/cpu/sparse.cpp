@@ -24,9 +24,10 @@ SparseWeight::SparseWeight(int64_t N, int64_t K, const Tensor& values)
 void SparseWeight::take(const Kernels& level, Range rows, Range columns, const Block& out) const {
   static thread_local Scratch scratch;
   const int64_t count = columns.size();
-  scratch.reserve(Scratch::bytes<uint8_t>((count + 7) / 8) + Scratch::bytes<float>(count));
+  scratch.reserve(Scratch::bytes<uint8_t>((count + 7) / 8) + 2 * Scratch::bytes<float>(count));
   auto* storage = scratch.take<uint8_t>((count + 7) / 8);
   auto* copy = scratch.take<char>(4 * count);
+  auto* floats = scratch.take<float>(count);
   const bool as_stored = type_ != ScalarType::Char && format_of(type_) == out.format;
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     char* to = out.row(row - rows.begin);
@@ -34,7 +35,8 @@ void SparseWeight::take(const Kernels& level, Range rows, Range columns, const B
     level.expand(values_ + place(level, row, columns.begin) * size_, size_, stored, count, as_stored ? to : copy);
     if (type_ == ScalarType::Char) {
       const auto* bytes = reinterpret_cast<const int8_t*>(copy);
-      std::copy(bytes, bytes + count, reinterpret_cast<float*>(to));
+      std::copy(bytes, bytes + count, floats);
+      level.convert(floats, 1.0f, count, to, out.format);
     } else if (!as_stored) {
       level.take_rows({copy, 0, format_of(type_)}, 0, 1, 0, count, nullptr, {to, 0, out.format});
     }
@@ -185,13 +187,9 @@ SparseGradients sparse_backward(const Tensor& dy, const Tensor& x, const SparseW
   if (scale == nullptr) {
     dz = in_product_format(level, pulled.matrix, M, N, copies);
   } else {
-    copies.reserve(Block::bytes(M, N, Format::kFloat));
-    const Block scaled = Block::take(copies, M, N, Format::kFloat);
-    parallel_for(0, M, std::max<int64_t>(1, 16384 / N), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        level.slope_row(pulled.matrix.at(row, 0).data, format, nullptr, 0, scale, N, scaled.floats(row));
-      }
-    });
+    copies.reserve(Block::bytes(M, N, level.product_format(format)));
+    const Block scaled = Block::take(copies, M, N, level.product_format(format));
+    scale_columns(level, pulled.matrix, M, scale, N, scaled);
     dz = scaled.matrix();
   }
   if (wanted.x) {

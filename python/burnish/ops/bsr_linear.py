@@ -301,7 +301,9 @@ def backward_reference(
     dx, dvalues, dbias = x.new_empty(0), x.new_empty(0), pulled.new_empty(0)
     if x_grad:
         starts, row, order = transposed.long().split((len(transposed) - 2 * nnzb, nnzb, nnzb))
-        scaled = pulled if scale is None else pulled * scale.to(wide)
+        scaled = pulled
+        if scale is not None:  # a copy: stored in dy's dtype, in the kit's eyes
+            scaled = (pulled * scale.to(wide)).to(dy.dtype, copy=True).to(wide)
         blocks = values.to(wide).index_select(0, order).transpose(1, 2)
         dx = block_product(scaled, blocks, starts, row, x.shape[-1]).to(x.dtype).reshape(x.shape)
     if values_grad:

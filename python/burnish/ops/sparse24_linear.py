@@ -256,7 +256,9 @@ def backward_reference(
     rows, wide = as_rows(dy), torch.promote_types(dy.dtype, torch.float32)
     dx = dvalues = x.new_empty(0)
     if x_grad:
-        scaled = rows if scale is None else rows.to(wide) * scale.to(wide)
+        scaled = rows
+        if scale is not None:  # a copy: stored in dy's dtype, in the kit's eyes
+            scaled = (rows.to(wide) * scale.to(wide)).to(dy.dtype, copy=True).to(wide)
         dx = (scaled @ expand(values, metadata, N, K).to(scaled.dtype)).to(x.dtype).reshape(x.shape)
     if values_grad:
         dvalues = pick(rows.T @ as_rows(x), positions(metadata))

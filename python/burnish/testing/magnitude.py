@@ -96,7 +96,7 @@ class _Magnitudes(TorchDispatchMode):
             return
         if not self.rounded or not any(isinstance(arg, torch.Tensor) and arg in self.rounded for arg in args):
             return
-        if name in _MOVES or name in ("sum", "mean"):
+        if name in _MOVES or name in ("sum", "mean", "constant_pad_nd"):
             self.rounded[out] = func(self.stored(args[0]), *args[1:], **kwargs)
         elif name in _PRODUCTS or name == "mul":
             self.rounded[out] = self._carried(func, *args)
