@@ -25,8 +25,8 @@ Gradients, of kept blocks alone:
     dx = dy W        dvalues[block] = dy^T x        dbias = sum_m dy
 
 dvalues is zero in the padding. int8 values and their scale are frozen: dx = (dy * scale) values, straight through the
-quantisation of x. Saved for backward: x and the weight. CPU kernels check the range of every index, other backends
-trust them: modules call ``check_index`` where they are made or loaded.
+quantisation of x; dy * scale is fp32, of a bf16 dy rounded to bf16. Saved for backward: x and the weight. CPU kernels
+check the range of every index, other backends trust them: modules call ``check_index`` where they are made or loaded.
 
 Method: block sparsity, Gray et al. 2017 (GPU Kernels for Block-Sparse Weights).
 """

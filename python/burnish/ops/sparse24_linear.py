@@ -21,8 +21,9 @@ x makes NaN of them as in a dense layer. Deterministic, and independent of the n
 
     dx = dy W          dvalues = dy^T x at the stored positions          dbias = sum_m dy
 
-int8 values have no gradient, and dx passes straight through the quantisation of x: dx = (dy * scale) values. Saved for
-backward: values and metadata, and x where values are not int8.
+int8 values have no gradient, and dx passes straight through the quantisation of x: dx = (dy * scale) values;
+dy * scale is fp32, of a bf16 dy rounded to bf16. Saved for backward: values and metadata, and x where values are not
+int8.
 
 Method: 2:4 structured sparsity, Mishra et al. 2021 (arXiv 2104.08378).
 """
