@@ -20,7 +20,8 @@ frozen:
 
     dz = dy * act'(z)        dx = (dz * scale) @ w        dbias = sum_m dz
 
-dz is fp32; a bf16 dy has dz * scale rounded to bf16 for the product, as a layer in bf16 rounds its weight.
+dz is fp32; a bf16 dy has dz * scale rounded to bf16 for the product, as a layer in bf16 rounds its weight. The bits of
+dx depend on the CPU's instruction set.
 
 Saved for backward: weight, scale and, only where there is an activation, x and bias, from which z is recomputed.
 
