@@ -204,10 +204,12 @@ def test_an_unwritten_result_fails_c5(monkeypatch: pytest.MonkeyPatch) -> None:
     def forgetful(*args: Any) -> torch.Tensor:
         y = LINEAR.reference(*args)
         out = torch.empty(y.shape, dtype=y.dtype)
+        if not torch.are_deterministic_algorithms_enabled():
+            out.zero_()  # memory that nobody poisons may hold anything, also the poison, which would hide the fault
         out.view(-1)[:-1] = y.view(-1)[:-1]
         return out
 
-    with broken("(C5|N7|N2): "):
+    with broken("C5: "):
         values.guard(wrong(LINEAR, forgetful, monkeypatch), "triton", case(LINEAR, "M7-N65-K129-fp32"))
 
 
