@@ -77,6 +77,14 @@ def test_a_damaged_file_is_moved_aside_and_counts_as_empty(damage, first: str, c
     assert table.read() == {"b": 2, "c": 3}
 
 
+def test_what_cannot_be_read_is_said() -> None:
+    table = Table("choices", ABOUT)
+    table.path.mkdir(parents=True)
+    with pytest.warns(RuntimeWarning, match=r"choices-.*\.json cannot be read and counts as empty: Is a directory"):
+        assert table.read() == {}
+    assert tables.kept() == {table.path.name: "cannot be read: Is a directory"}
+
+
 def test_a_file_where_the_folder_should_be(cache: Path) -> None:
     cache.write_text("")
     table = Table("choices", ABOUT)

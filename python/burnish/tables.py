@@ -54,11 +54,14 @@ class Table:
         return folder() / f"{self.kind}-{digest[:12]}.json"
 
     def read(self) -> dict[str, Any]:
-        """The entries; none where nothing was kept."""
+        """The entries; none where nothing was kept, nor, with a warning, where the file cannot be read."""
         path = self.path
         try:
             raw = path.read_bytes()
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except OSError as error:
+            warnings.warn(f"{path} cannot be read and counts as empty: {error.strerror}", RuntimeWarning, stacklevel=2)
             return {}
         found = _entries(raw)
         if found is None:
@@ -96,6 +99,10 @@ def kept() -> dict[str, str]:
     """The files in the folder, with how many entries each has."""
     found = {}
     for path in sorted(folder().glob("*-*.json")) if folder().is_dir() else ():
-        entries = _entries(path.read_bytes())
-        found[path.name] = "damaged" if entries is None else f"{len(entries)} entries"
+        try:
+            entries = _entries(path.read_bytes())
+        except OSError as error:
+            found[path.name] = f"cannot be read: {error.strerror}"
+        else:
+            found[path.name] = "damaged" if entries is None else f"{len(entries)} entries"
     return found
