@@ -26,7 +26,7 @@ help:
 	@echo "make emulate   the CUDA kernels on the CPU, each case under sixteen schedules"
 	@echo "make gates     compile the Triton and CUDA kernels for GPUs and inspect the result"
 	@echo "make sanitize  the native kernels under AddressSanitizer and UBSan"
-	@echo "make wheel     build wheel and sdist, install both in clean environments, run them"
+	@echo "make wheel     build an sdist, from it a wheel in a clean environment, install and run that"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
