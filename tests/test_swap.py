@@ -103,6 +103,22 @@ def test_revert_follows_dtype_and_mode() -> None:
     assert not any(m.training for m in model.modules())
 
 
+def test_revert_follows_where_the_bias_comes_before_the_weight() -> None:
+    """As it does in a layer whose mask was removed; the bias goes along by itself, for the stand-in holds it too."""
+    model, plain = Model(), Model()
+    for net in (model, plain):
+        net.head._parameters = {name: net.head._parameters[name] for name in ("bias", "weight")}
+    report = swap_(model, Int8())
+    for net in (model, plain):
+        net.bfloat16()
+    report.revert()
+    assert torch.equal(model(IDS), plain(IDS))
+    report = swap_(model, Int8())
+    model.to("meta")
+    report.revert()
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
 def test_revert_refuses_when_the_model_was_changed_since() -> None:
     model = Model()
     report = swap_(model, Int8())
