@@ -8,7 +8,7 @@ import re
 import burnish
 import pytest
 import torch
-from burnish import Int8, Keep, SwapError, swap_
+from burnish import BlockSparse, Int8, Keep, LoRA, LowRank, Sparse, Sparse24, SwapError, swap_
 from burnish.nn import Fused, Int8Linear
 from swap_models import IDS, Model, same, snapshot
 from torch import nn
@@ -202,6 +202,31 @@ def test_module_in_two_places_is_swapped_in_both() -> None:
     report.revert()
     assert type(model[0]) is nn.Linear
     assert model[0] is model[2]
+
+
+class ByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.fc = nn.Conv2d(16, 16, 3, padding=1), nn.Linear(64, 64)
+        with torch.no_grad():  # zeros in which each pattern is there
+            self.conv.weight[:, 4:] = 0
+            self.fc.weight[32:] = self.fc.weight[:, 1::2] = 0
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.fc(input=self.conv(input=image).flatten(2))
+
+
+@pytest.mark.parametrize("config", [Int8(), LowRank(rank=4), LoRA(r=4), BlockSparse(16), Sparse24(), Sparse()], ids=str)
+def test_layers_know_their_input_by_the_name_that_torch_gives_it(config) -> None:
+    model, image = ByName(), torch.randn(2, 16, 8, 8)
+    report = swap_(model, config)
+    convolutions = ["conv"] if isinstance(config, LowRank | BlockSparse) else []
+    assert [row.fqn for row in report.swapped] == [*convolutions, "fc"]
+    assert torch.equal(model(image), model.fc(model.conv(image).flatten(2)))
+    report.revert()
+    timed = [row.fqn for row in swap_(model, config, measure=image).rows if row.times]
+    assert timed == ([] if isinstance(config, LoRA) else [row.fqn for row in report.swapped])
 
 
 def test_hooks_flags_and_attributes_move_to_the_new_layer() -> None:
