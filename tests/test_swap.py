@@ -217,7 +217,22 @@ class ByName(nn.Module):
         return self.fc(input=self.conv(input=image).flatten(2))
 
 
-@pytest.mark.parametrize("config", [Int8(), LowRank(rank=4), LoRA(r=4), BlockSparse(16), Sparse24(), Sparse()], ids=str)
+CONFIGS = [Int8(), LowRank(rank=4), LoRA(r=4), BlockSparse(16), Sparse24(), Sparse()]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_a_model_swapped_in_inference_mode_is_trained_and_loaded_into(config) -> None:
+    model, image = ByName(), torch.randn(2, 16, 8, 8)
+    with torch.inference_mode():
+        swap_(model, config, measure=image)
+        swap_(model, config)
+    model(image.requires_grad_()).sum().backward()
+    assert image.grad is not None
+    model.load_state_dict(model.state_dict())
+    assert not any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_layers_know_their_input_by_the_name_that_torch_gives_it(config) -> None:
     model, image = ByName(), torch.randn(2, 16, 8, 8)
     report = swap_(model, config)
