@@ -280,7 +280,7 @@ def test_what_happens_to_hooks_attributes_and_attention() -> None:
     report = prune.finalize_(model)
     assert [row.fqn for row in report.swapped] == ["plain"]
     assert {row.fqn: row.reason for row in report.kept}["attention.out_proj"] == (
-        "nn.MultiheadAttention reads its weight directly; its zeros are permanent now"
+        "MultiheadAttention reads its weight directly; its zeros are permanent now"
     )
     assert torch.equal(model["attention"](x, x, x)[0], expected)
     model["plain"](x)

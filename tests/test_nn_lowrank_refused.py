@@ -221,7 +221,7 @@ KEPT = {
     "double": (lambda: conv().double(), "its weight is fp64; low-rank has kernels for fp32, bf16 and fp16"),
     "buffer": (Holding, "it holds more than a convolution does: count"),
     "no inputs": (lambda: nn.Linear(0, 4), "it has no inputs"),
-    "attention": (lambda: nn.MultiheadAttention(8, 2), "nn.MultiheadAttention reads its weight directly"),
+    "attention": (lambda: nn.MultiheadAttention(8, 2), "MultiheadAttention reads its weight directly"),
     "int8": (lambda: Int8Linear(8, 8), "already swapped"),
     "low-rank": (lambda: LowRankConv2d(8, 8, 3, rank=2), "already swapped"),
     "other convolution": (lambda: nn.Conv1d(4, 4, 3), "no low-rank form"),

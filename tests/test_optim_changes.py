@@ -274,6 +274,26 @@ def test_modules_that_swap_parameters_may_do_so_after_a_step(monkeypatch: pytest
     assert net.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_gradient_need_not_lie_in_memory_as_its_parameter_does(name: str, groups: int) -> None:
+    """That of torch.autograd.grad, which follows no parameter, does not; nor does one that was expanded."""
+    entry, after = OPTIMIZERS[name], []
+    for spread in (False, True):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3, 5))]
+        parts = [{"params": params}] if groups == 1 else [{"params": [each]} for each in params]
+        optimizer = entry.ours(parts, **entry.options, max_grad_norm=0.5)
+        for turned, wide in ((torch.randn(3, 4), torch.randn(3, 1)) for _ in range(3)):
+            grads = [turned.t(), wide.expand(3, 5)]
+            for parameter, grad in zip(params, grads, strict=True):
+                parameter.grad = grad if spread else grad.contiguous()
+            optimizer.step()
+            assert not spread or [each.grad.stride() for each in params] == [(1, 4), (1, 0)]
+        after.append([*params, *(value for each in params for value in optimizer.state[each].values())])
+    assert all(map(torch.equal, *after))
+
+
 @pytest.mark.parametrize("at", [0, 2, 4])
 def test_a_parameter_in_place_of_another_is_stepped(at: int) -> None:
     """Wherever it is in its group, and whatever the optimizer kept of the one before."""

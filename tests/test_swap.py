@@ -8,7 +8,7 @@ import re
 import burnish
 import pytest
 import torch
-from burnish import Int8, Keep, SwapError, swap_
+from burnish import BlockSparse, Int8, Keep, LoRA, LowRank, Sparse, Sparse24, SwapError, swap_
 from burnish.nn import Fused, Int8Linear
 from swap_models import IDS, Model, same, snapshot
 from torch import nn
@@ -103,6 +103,22 @@ def test_revert_follows_dtype_and_mode() -> None:
     assert not any(m.training for m in model.modules())
 
 
+def test_revert_follows_where_the_bias_comes_before_the_weight() -> None:
+    """As it does in a layer whose mask was removed; the bias goes along by itself, for the stand-in holds it too."""
+    model, plain = Model(), Model()
+    for net in (model, plain):
+        net.head._parameters = {name: net.head._parameters[name] for name in ("bias", "weight")}
+    report = swap_(model, Int8())
+    for net in (model, plain):
+        net.bfloat16()
+    report.revert()
+    assert torch.equal(model(IDS), plain(IDS))
+    report = swap_(model, Int8())
+    model.to("meta")
+    report.revert()
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
 def test_revert_refuses_when_the_model_was_changed_since() -> None:
     model = Model()
     report = swap_(model, Int8())
@@ -186,6 +202,46 @@ def test_module_in_two_places_is_swapped_in_both() -> None:
     report.revert()
     assert type(model[0]) is nn.Linear
     assert model[0] is model[2]
+
+
+class ByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.fc = nn.Conv2d(16, 16, 3, padding=1), nn.Linear(64, 64)
+        with torch.no_grad():  # zeros in which each pattern is there
+            self.conv.weight[:, 4:] = 0
+            self.fc.weight[32:] = self.fc.weight[:, 1::2] = 0
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.fc(input=self.conv(input=image).flatten(2))
+
+
+CONFIGS = [Int8(), LowRank(rank=4), LoRA(r=4), BlockSparse(16), Sparse24(), Sparse()]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_a_model_swapped_in_inference_mode_is_trained_and_loaded_into(config) -> None:
+    model, image = ByName(), torch.randn(2, 16, 8, 8)
+    with torch.inference_mode():
+        swap_(model, config, measure=image)
+        swap_(model, config)
+    model(image.requires_grad_()).sum().backward()
+    assert image.grad is not None
+    model.load_state_dict(model.state_dict())
+    assert not any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_layers_know_their_input_by_the_name_that_torch_gives_it(config) -> None:
+    model, image = ByName(), torch.randn(2, 16, 8, 8)
+    report = swap_(model, config)
+    convolutions = ["conv"] if isinstance(config, LowRank | BlockSparse) else []
+    assert [row.fqn for row in report.swapped] == [*convolutions, "fc"]
+    assert torch.equal(model(image), model.fc(model.conv(image).flatten(2)))
+    report.revert()
+    timed = [row.fqn for row in swap_(model, config, measure=image).rows if row.times]
+    assert timed == ([] if isinstance(config, LoRA) else [row.fqn for row in report.swapped])
 
 
 def test_hooks_flags_and_attributes_move_to_the_new_layer() -> None:

@@ -21,6 +21,46 @@ class Tagged(nn.Linear):
     pass
 
 
+class Reading(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.inner.weight, self.inner.bias)
+
+
+class ReadingFurtherOn(Reading):
+    """Not in forward itself, and in one of its branches."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._fast(x) if x.is_cuda else self.inner(x)
+
+    def _fast(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [x @ row for row in self._rows]
+        return torch.stack(parts, -1)
+
+    @property
+    def _rows(self) -> torch.Tensor:
+        return self.inner.weight.unbind(0)
+
+
+class Asking(Reading):
+    """What it does with the weight needs no values, or is over before anything is swapped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.inner.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.inner.weight, torch.Tensor) and self.inner.weight.dtype == x.dtype:
+            x = x.expand(-1, self.inner.weight.size(1))
+        return self.inner(x.to(self.inner.weight.device))
+
+
 def _pruned() -> nn.Module:
     from torch.nn.utils import prune
 
@@ -67,11 +107,13 @@ KEPT = {
         "it has 131073 inputs; int32 sums are exact up to 131072",
     ),
     "buffer": (_with_buffer, "it holds more than a linear layer does: count"),
-    "attention": (lambda: nn.MultiheadAttention(8, 2), "nn.MultiheadAttention reads its weight directly"),
+    "attention": (lambda: nn.MultiheadAttention(8, 2), "MultiheadAttention reads its weight directly"),
     "encoder layer": (
         lambda: nn.TransformerEncoderLayer(8, 2, 16),
-        "nn.TransformerEncoderLayer's fast path reads its weight directly",
+        "TransformerEncoderLayer reads its weight directly",
     ),
+    "read": (Reading, "Reading reads its weight directly"),
+    "read further on": (ReadingFurtherOn, "ReadingFurtherOn reads its weight directly"),
 }
 
 
@@ -89,6 +131,10 @@ def test_layers_that_cannot_be_swapped_are_kept_with_the_reason(label: str) -> N
 
 def test_plain_subclass_is_swapped() -> None:
     assert len(swap_(nn.ModuleList([Tagged(8, 8)]), Int8()).swapped) == 1
+
+
+def test_a_layer_that_is_asked_about_its_weight_is_swapped() -> None:
+    assert len(swap_(Asking(), Int8()).swapped) == 1
 
 
 def test_transformer_encoder_still_runs_its_fast_path() -> None:

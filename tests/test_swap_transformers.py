@@ -148,6 +148,31 @@ def test_low_rank_layers_that_know_the_inputs_come_closer(make, tmp_path: Path) 
     assert torch.equal(output(burnish.load(make, tmp_path)), output(model))
 
 
+def test_layers_whose_weight_the_model_reads_are_kept() -> None:
+    """Mamba multiplies by the weights of some of its layers itself, and would not see an adapter on them."""
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=99)
+    model = transformers.MambaForCausalLM(config).eval()
+    expected = output(model)
+    report = burnish.swap_(model, {"*mixer*": burnish.LoRA(r=4, init_lora_weights="pissa")})
+    assert {row.fqn.rpartition(".")[2] for row in report.swapped} == {"in_proj"}
+    reasons = {row.fqn: row.reason for row in report.kept}
+    assert reasons["backbone.layers.0.mixer.dt_proj"] == "MambaMixer reads its weight directly"
+    torch.testing.assert_close(output(model), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_that_an_adapter_untied_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = gpt2()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    burnish.swap_(model, burnish.LoRA(r=4, init_lora_weights="pissa"))
+    expected = output(model)
+    burnish.save(model, tmp_path)
+    for loaded in (burnish.load(gpt2, tmp_path), burnish.load(model, tmp_path)):
+        assert torch.equal(output(loaded), expected)
+        assert not torch.equal(loaded.lm_head.weight, loaded.transformer.wte.weight)
+    assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
 @pytest.mark.parametrize("make", [bert, gpt2, llama])
 def test_save_and_load(make, tmp_path: Path) -> None:
     model = make()

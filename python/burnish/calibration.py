@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from burnish.measure import call, eval_mode
+from burnish.measure import call, eval_mode, input_of
 from burnish.nn.int8_linear import is_conv1d
 from burnish.ops.lowrank_linear import as_rows
 from burnish.schemes import Geometry
@@ -196,7 +196,7 @@ class _Sums:
 
 def _record(sums: _Sums, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A forward pre-hook: add the rows of the layer's input."""
-    x = args[0] if args else next(iter(kwargs.values()))
+    x = input_of(args, kwargs)
     if isinstance(module, torch.nn.Conv2d):
         for patches in _patches(module, x):
             sums.add(patches)

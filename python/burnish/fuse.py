@@ -12,15 +12,14 @@ approximation are two functions.
 from __future__ import annotations
 
 import dis
-import inspect
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from types import CodeType
 from typing import Any
 
 import torch
+
+from burnish.bytecode import codes, reads_attribute
 
 #: where a module hangs: parent, the parent's fqn, name of the child
 Place = tuple[torch.nn.Module, str, str]
@@ -109,27 +108,16 @@ def _classes(module: torch.nn.Module, places: Callable[[torch.nn.Module], Sequen
 @lru_cache(maxsize=1024)
 def _taken(cls: type) -> frozenset[str]:
     """The attributes that methods of a class, its constructor aside, take hold of without calling them at once."""
-    found: set[str] = set()
-    for base in cls.__mro__:
-        if base.__module__.partition(".")[0] == "torch":
-            continue
-        for name, value in vars(base).items():
-            function: Any = value.fget if isinstance(value, property) else value
-            function = inspect.unwrap(function)
-            if name != "__init__" and isinstance(code := getattr(function, "__code__", None), CodeType):
-                found.update(_taken_by(code))
-    return frozenset(found)
-
-
-def _taken_by(code: CodeType) -> Iterator[str]:
-    for instruction in dis.get_instructions(code):
-        # a method call's load: an opcode of its own until Python 3.11, a bit of the argument since
-        called = sys.version_info >= (3, 12) and instruction.arg is not None and instruction.arg & 1
-        if instruction.opname == "LOAD_ATTR" and not called:
-            yield instruction.argval
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _taken_by(constant)
+    return frozenset(
+        instruction.argval
+        for base in cls.__mro__
+        if base.__module__.partition(".")[0] != "torch"
+        for name, value in vars(base).items()
+        if name != "__init__"
+        for code in codes(value)
+        for instruction in dis.get_instructions(code)
+        if reads_attribute(instruction)
+    )
 
 
 def follower(parent: torch.nn.Module, child: str) -> str | None:

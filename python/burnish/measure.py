@@ -57,8 +57,8 @@ def shapes_of(
         return {id(module): (measure, _width(module)) for module in modules}
     shapes: dict[int, tuple[int, ...]] = {}
 
-    def record(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0]
+    def record(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = input_of(args, kwargs)
         if isinstance(module, torch.nn.modules.conv._ConvNd):
             shape = tuple(x.shape)
         else:
@@ -66,7 +66,7 @@ def shapes_of(
         if shape[0]:
             shapes[id(module)] = shape
 
-    handles = [module.register_forward_pre_hook(record) for module in modules]
+    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
     try:
         with eval_mode(model), torch.no_grad():
             call(model, measure)
@@ -74,6 +74,11 @@ def shapes_of(
         for handle in handles:
             handle.remove()
     return shapes
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a layer of one input was called with, by place or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _width(module: torch.nn.Module) -> int:

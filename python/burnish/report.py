@@ -127,13 +127,7 @@ class Report:
                 "nothing was changed"
             )
         for slot in self._slots:  # first what can fail
-            before = next(slot.before.parameters(), None)
-            after = next(iter([*slot.after.buffers(), *slot.after.parameters()]), None)
-            if before is not None and after is not None and before.device != after.device:
-                slot.before.to(after.device)
-            dtype = getattr(slot.after, "dtype", None)
-            if dtype is not None and before is not None and before.dtype != dtype:
-                slot.before.to(dtype)
+            _follow(slot.before, slot.after)
         for slot in self._slots:
             slot.before.training = slot.after.training
             slot.put(slot.before)
@@ -170,6 +164,19 @@ class Report:
                 "gradients reach inputs and biases"
             )
         return lines
+
+
+def _follow(before: _Module, after: _Module) -> None:
+    """Bring an original module to the device and the dtype that its stand-in has now. What both hold is there already,
+    so only what the original holds alone says where it is."""
+    tensors = [*after.buffers(), *after.parameters()]
+    shared = {id(tensor) for tensor in tensors}
+    alone = [tensor for tensor in before.parameters() if id(tensor) not in shared]
+    dtype = getattr(after, "dtype", None)
+    if tensors and any(tensor.device != tensors[0].device for tensor in alone):
+        before.to(tensors[0].device)
+    if dtype is not None and any(tensor.dtype != dtype for tensor in alone):
+        before.to(dtype)
 
 
 def model_bytes(model: _Module) -> int:

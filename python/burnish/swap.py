@@ -81,6 +81,8 @@ def swap_(
     return carry_out(model, layers, measure, calibration)
 
 
+@torch.inference_mode(False)  # whose tensors could neither be trained nor loaded into afterwards
+@torch.no_grad()
 def carry_out(
     model: torch.nn.Module,
     layers: Sequence[Layer],

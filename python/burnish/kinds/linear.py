@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn.utils import parametrize
 
+from burnish.bytecode import weights_read
 from burnish.kinds.kind import Misfit
 from burnish.nn import masked
 from burnish.nn.int8_linear import float_weight, is_conv1d
@@ -100,11 +101,9 @@ def _original(cls: type) -> Any:
 def _by_parents(module: torch.nn.Module, parents: list[torch.nn.Module]) -> str | None:
     """Layers whose parent reads their weight instead of calling them."""
     for parent in parents:
-        if isinstance(parent, torch.nn.MultiheadAttention):
-            return "nn.MultiheadAttention reads its weight directly"
-        fast_path = (getattr(parent, "linear1", None), getattr(parent, "linear2", None))
-        if isinstance(parent, torch.nn.TransformerEncoderLayer) and module in fast_path:
-            return "nn.TransformerEncoderLayer's fast path reads its weight directly"
+        cls: Any = type(parent)
+        if any(child is module and name in weights_read(cls) for name, child in parent._modules.items()):
+            return f"{cls.__name__} reads its weight directly"
     return None
 
 

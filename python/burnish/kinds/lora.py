@@ -16,7 +16,7 @@ import torch
 from burnish.configs import Config, LoRA
 from burnish.kinds import linear, peft
 from burnish.kinds.kind import Kind, Misfit, Request
-from burnish.nn.base_layer import dtype_of, operands, refusal, sizes
+from burnish.nn.base_layer import dtype_of, operands, refusal, sizes, with_weight
 from burnish.nn.int8_linear import Int8Linear
 from burnish.nn.lora_linear import LoRALinear
 from burnish.registry import dtype_name
@@ -92,6 +92,8 @@ def rebuild(found: torch.nn.Module, config: Config, form: Mapping[str, Any]) -> 
         if form[name] != value:
             raise Misfit(f"{name} {value} in the model, {form[name]} in the checkpoint")
     dtype = config.torch_dtype or dtype_of(found)
+    if config.init_lora_weights == "pissa" and not isinstance(found, Int8Linear):  # its base has a weight of its own
+        found = with_weight(found, torch.empty_like(found.get_parameter("weight"), device="meta"))
     A, B = (
         torch.nn.Parameter(torch.empty(shape, device="meta", dtype=dtype))
         for shape in ((form["r"], form["in_features"]), (form["out_features"], form["r"]))

@@ -57,8 +57,8 @@ class BlockSparseLinear(LinearForm, BlockLayer):
         self.nnz = kept_of("BlockSparseLinear", density, self.grid[0] * self.grid[1])
         self._set_new(bias, device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x, values = self._operands(x)
+    def forward(self, input: Tensor) -> Tensor:
+        x, values = self._operands(input)
         index = self._buffers  # a tenth of the time that an attribute of nn.Module takes
         return bsr_linear(
             x,

@@ -182,17 +182,18 @@ class Int8Linear(torch.nn.Module):
         the float weight."""
         return int8_linear_unpack(self.weight_packed, self.out_features, self.in_features)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dim() == 0 or x.shape[-1] != self.in_features:  # the op sees the packed width alone, which is rounded up
-            raise RuntimeError(f"Int8Linear: x has shape {tuple(x.shape)}, expected [..., {self.in_features}]")
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        # the op sees the packed width alone, which is rounded up
+        if input.dim() == 0 or input.shape[-1] != self.in_features:
+            raise RuntimeError(f"Int8Linear: x has shape {tuple(input.shape)}, expected [..., {self.in_features}]")
         buffers = self._buffers  # a tenth of the time that an attribute of nn.Module takes
         return int8_linear(
-            x,
+            input,
             buffers["weight_packed"],  # type: ignore[arg-type]
             buffers["weight_scale"],  # type: ignore[arg-type]
             self._parameters["bias"],
             self.activation,
-            autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None,
+            autocast_dtype(input) if torch._C._is_any_autocast_enabled() else None,
         )
 
     def extra_repr(self) -> str:

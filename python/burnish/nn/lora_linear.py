@@ -209,9 +209,9 @@ class LoRALinear(torch.nn.Module):
         for tensor in self.base_layer.parameters(recurse=False):
             tensor.requires_grad_(False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self._unmerged is not None:
-            return self.base_layer.forward(x)
+            return self.base_layer.forward(input)
         weight, scale, bias = operands(self.base_layer)
         A: Any = self._parameters["lora_A"]
         B: Any = self._parameters["lora_B"]
@@ -224,14 +224,14 @@ class LoRALinear(torch.nn.Module):
             A, B = averaged(self._mesh, A, B)
             weight, bias = weight.detach(), None if bias is None else bias.detach()  # FSDP2 made them before the freeze
         if torch._C._is_any_autocast_enabled():
-            dtype = autocast_dtype(x)
-            if dtype is not None and x.dtype in FLOATING:
-                x = x.to(dtype)
+            dtype = autocast_dtype(input)
+            if dtype is not None and input.dtype in FLOATING:
+                input = input.to(dtype)
                 weight = weight.to(dtype) if scale is None else weight
         p = self.lora_dropout if self.training else 0.0
-        seed = torch.randint(_SEEDS, (1,), device=x.device) if p else None
-        A, B = A.to(x.dtype), B.to(x.dtype)
-        return lora_linear(x, weight, A, B, bias, scale, self.scaling, p, seed)
+        seed = torch.randint(_SEEDS, (1,), device=input.device) if p else None
+        A, B = A.to(input.dtype), B.to(input.dtype)
+        return lora_linear(input, weight, A, B, bias, scale, self.scaling, p, seed)
 
     @property
     def weight(self) -> torch.Tensor:

@@ -174,8 +174,8 @@ class LowRankConv2d(Factored):
         conv.bias = self.bias
         return conv.train(self.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return schemes.lowrank_conv2d(x, self.A, self.core, self.B, self.bias, self.scheme, self.geometry)
+    def forward(self, input: Tensor) -> Tensor:
+        return schemes.lowrank_conv2d(input, self.A, self.core, self.B, self.bias, self.scheme, self.geometry)
 
     def extra_repr(self) -> str:
         described = torch.nn.Conv2d.extra_repr(self)  # type: ignore[arg-type]

@@ -133,9 +133,9 @@ class LowRankLinear(Factored):
         linear.bias = self.bias  # type: ignore[assignment]
         return linear.train(self.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         parameters = self._parameters  # a tenth of the time that an attribute of nn.Module takes
-        x, A, B = autocast.operands(x, parameters["A"], parameters["B"])  # type: ignore[arg-type]
+        x, A, B = autocast.operands(input, parameters["A"], parameters["B"])  # type: ignore[arg-type]
         return lowrank_linear(x, A, B, parameters["bias"])
 
     def extra_repr(self) -> str:

@@ -127,7 +127,7 @@ class Sparse24Linear(LinearForm):
         last = expand(values[:, -4:].contiguous(), metadata[:, -1:].contiguous(), len(values), 8)
         return f"values has something beyond the {K} inputs, expected zeros" if bool(last[:, -over:].any()) else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        x, values = self._operands(x)
+    def forward(self, input: Tensor) -> Tensor:
+        x, values = self._operands(input)
         metadata, scale = (self._buffers[name] for name in ("metadata", "scale"))
         return sparse24_linear(x, values, metadata, scale, self._parameters["bias"])  # type: ignore[arg-type]

@@ -103,13 +103,13 @@ class SparseConv2d(BlockLayer):
         conv.bias = self.bias
         return conv.train(self.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() not in (3, 4) or input.shape[-3] != self.in_channels:
             raise RuntimeError(
-                f"SparseConv2d: x has shape {tuple(x.shape)}, expected [B, {self.in_channels}, H, W] or "
+                f"SparseConv2d: x has shape {tuple(input.shape)}, expected [B, {self.in_channels}, H, W] or "
                 f"[{self.in_channels}, H, W]"
             )
-        x, values = self._cast(x)
+        x, values = self._cast(input)
         index = (self.crow_indices, self.col_indices, self.transposed_index)
         return bsr_conv2d(x, values, index, self.scale, self.bias, self.out_channels, self.kernel_size, self.geometry)
 

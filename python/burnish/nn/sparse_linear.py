@@ -114,7 +114,7 @@ class SparseLinear(LinearForm):
             return f"row_starts ends at {int(starts[-1])}, expected {self.nnz}, the number of values"
         return None
 
-    def forward(self, x: Tensor) -> Tensor:
-        x, values = self._operands(x)
+    def forward(self, input: Tensor) -> Tensor:
+        x, values = self._operands(input)
         buffers = self._buffers  # a tenth of the time that an attribute of nn.Module takes
         return sparse_linear(x, values, buffers["bitmap"], buffers["row_starts"], self._parameters["bias"])  # type: ignore[arg-type]

@@ -278,7 +278,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 group,
                 origin,
                 [tensors.local(parameter) for parameter in origin],
-                [tensors.local(grads[i]) for i in members],
+                [tensors.in_order_of(tensors.local(params[i]), tensors.local(grads[i])) for i in members],
                 [self._masks.local(parameter) for parameter in origin] if masked else [],
                 number + len(self.param_groups) * kind,
             )

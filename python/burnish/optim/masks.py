@@ -53,11 +53,7 @@ class Masks:
 
     def local(self, parameter: Tensor) -> Tensor:
         """The mask of what this process holds of ``parameter``, in the order of its elements."""
-        mask = tensors.local(self.of[parameter])
-        mine = tensors.local(parameter)
-        if tensors.same_order(mine, mask):
-            return mask
-        return torch.empty_like(mine, dtype=torch.bool).copy_(mask)
+        return tensors.in_order_of(tensors.local(parameter), tensors.local(self.of[parameter]))
 
 
 def _among(key: Any, parameters: set[Tensor]) -> bool:
