@@ -9,9 +9,10 @@ namespace burnish {
 namespace {
 
 constexpr int64_t kPackedBytes = int64_t{128} << 10;  // of W, packed together: they stay in L2
-constexpr int64_t kCopied = 8192;   // elements of rows of W that are copied before they are packed: they stay in L1
-constexpr int64_t kLongest = 4096;  // elements of a column that are: sums in one go lose little up to there
-constexpr int64_t kFewRows = 8;     // up to which a projection reads W as it lies
+constexpr int64_t kCopied = 8192;  // elements of rows of W that are copied before they are packed: they stay in L1
+constexpr int64_t kSumBytes = 64 << 10;  // of rows of X, for more columns of W than one block
+constexpr int64_t kLongest = 4096;       // elements of a column that are: sums in one go lose little up to there
+constexpr int64_t kFewRows = 8;          // up to which a projection reads W as it lies
 constexpr int64_t kPackedWhole = int64_t{256} << 10;
 constexpr int64_t kRowsByRows = 12;
 constexpr int64_t kRowBlock = 512;  // rows that meet a packed panel: x's chunk of them stays in L2
@@ -66,14 +67,15 @@ int64_t packed_bytes(const Kernels& level, const Step& step) {
   return level.panel_columns * round_up(step.depth.size() * size_of(step.term->x.format), 4);
 }
 
-// Columns of the terms' W that are packed together.
-int64_t column_block(const std::vector<Term>& terms) {
-  int64_t block = kColumnBlock;
+// Columns of the terms' W that are packed together for `rows` rows of X, whose sums of many columns would leave L2.
+int64_t column_block(const std::vector<Term>& terms, int64_t rows) {
+  int64_t wanted = kColumnBlock;
   for (const Term& term : terms) {
     const Weight& weight = term.weight;
-    if (weight.compressed != nullptr && weight.transposed) block = std::max(block, weight.compressed->together());
+    if (weight.compressed != nullptr && weight.transposed) wanted = std::max(wanted, weight.compressed->together());
   }
-  return block;
+  const int64_t most = kSumBytes / (4 * kColumnBlock * std::max<int64_t>(1, rows)) * kColumnBlock;
+  return std::clamp(most, kColumnBlock, wanted);
 }
 
 // W where it lies, or these elements of it in `kept`.
@@ -139,7 +141,7 @@ void add_products(const Kernels& level, const std::vector<Term>& terms, int64_t 
     return add_product_by_rows(level, steps[0], rows, columns, sink);
   }
   const Format format = terms[0].x.format;
-  const int64_t block = column_block(terms), part = kCopied / block;
+  const int64_t block = column_block(terms, rows), part = kCopied / block;
   const int64_t packed = block / kColumnBlock * (kPackedBytes + 4 * kColumnBlock);  // a panel's rows are whole words
   const auto [kept_rows, kept_columns] =
       terms[0].weight.transposed ? std::pair{part, block} : std::pair{block, longest(columns, format)};
