@@ -141,7 +141,7 @@ void add_products(const Kernels& level, const std::vector<Term>& terms, int64_t 
     return add_product_by_rows(level, steps[0], rows, columns, sink);
   }
   const Format format = terms[0].x.format;
-  const int64_t block = column_block(terms, rows), part = kCopied / block;
+  const int64_t block = column_block(terms, rows), part = kCopied / block / 8 * 8;
   const int64_t packed = block / kColumnBlock * (kPackedBytes + 4 * kColumnBlock);  // a panel's rows are whole words
   const auto [kept_rows, kept_columns] =
       terms[0].weight.transposed ? std::pair{part, block} : std::pair{block, longest(columns, format)};

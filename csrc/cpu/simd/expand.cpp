@@ -13,14 +13,18 @@
 
 namespace burnish::BURNISH_ISA {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512VBMI2__)
+
 BURNISH_INLINE Vec load(const int8_t* values, int64_t count) {
   return Vec(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(count), values))));
 }
+
 #elif defined(__AVX2__)
+
 BURNISH_INLINE Vec load_all(const int8_t* values) {
   return Vec(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(values)))));
 }
+
 #endif
 
 namespace {
@@ -30,7 +34,7 @@ constexpr int64_t kLinesAhead = 2;  // of its values: the processor then follows
 
 // What a byte says of 8 places: which of them are stored, a bit each.
 struct Bitmap {
-  static constexpr bool kHalf = false;  // whether of each group half are stored
+  static constexpr bool kHalf = false;  // whether half of each group is stored
   static constexpr uint8_t stored(uint8_t byte) { return byte; }
 };
 struct Grouped {
@@ -46,17 +50,6 @@ struct Part {
   T* end;
   int64_t count;
 };
-
-template <class Out, class T>
-Out converted(T value) {
-  if constexpr (std::is_same_v<T, Out>) {
-    return value;
-  } else if constexpr (std::is_same_v<T, int8_t>) {
-    return from_float<Out>(static_cast<float>(value));
-  } else {
-    return from_float<Out>(to_float(value));
-  }
-}
 
 #if defined(__AVX512VBMI2__)
 
@@ -167,6 +160,17 @@ void take_row(const float* dense, const Part<T>& part) {
 }
 
 #else
+
+template <class Out, class T>
+Out converted(T value) {
+  if constexpr (std::is_same_v<T, Out>) {
+    return value;
+  } else if constexpr (std::is_same_v<T, int8_t>) {
+    return from_float<Out>(static_cast<float>(value));
+  } else {
+    return from_float<Out>(to_float(value));
+  }
+}
 
 template <class Kind, class T, class Out>
 void fill_places(const uint8_t* bytes, const T* values, int64_t count, Out* out) {
@@ -288,8 +292,8 @@ void fill_rows(const Rows& from, int64_t rows, const Matrix& out) {
 template <template <class> class Rows, class T, class Weight>
 void expand(const Weight& weight, int64_t row, int64_t rows, int64_t column, int64_t width, const Matrix& out) {
   const Rows<const T> from{weight, static_cast<const T*>(weight.values), row, column, width};
-  if (std::is_same_v<T, float> || out.format == Format::kFloat) return fill_rows<float>(from, rows, out);
-  fill_rows<std::conditional_t<std::is_same_v<T, fp16>, fp16, bf16>>(from, rows, out);
+  if (out.format == Format::kFloat) return fill_rows<float>(from, rows, out);
+  fill_rows<std::conditional_t<std::is_same_v<T, int8_t>, bf16, T>>(from, rows, out);
 }
 
 template <template <class> class Rows, class Weight>
