@@ -11,7 +11,8 @@ from burnish import ops
 from burnish.ops import sparse24_linear
 from burnish.ops.sparse24_linear import compress as compress24
 from burnish.ops.sparse24_linear import expand as expand24
-from burnish.ops.sparse_linear import compress, expand, sparse_linear
+from burnish.ops.sparse24_linear import sparse24_linear_backward
+from burnish.ops.sparse_linear import compress, expand, sparse_linear, sparse_linear_backward
 from burnish.sparse24_format import positions
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -246,3 +247,33 @@ def test_parts_of_a_sparse_weight_that_contradict_each_other_are_refused(M: int,
             sparse_linear(x, values, bits, where)
     with pytest.raises(RuntimeError, match="row_starts begins with 0 and ends with"):
         sparse_linear(x, values[:-1], bitmap, starts)
+
+
+@pytest.mark.parametrize("M", [1, 65, 70, 130, 300])
+@pytest.mark.parametrize("form", ["2:4", "2:4 of int8", "bitmap"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_wide_weights_are_exact_on_integers(M: int, form: str, dtype: torch.dtype) -> None:
+    """Columns of a weight are expanded together, the more the fewer rows there are, and some of its rows at a time."""
+    N, K = 75, 1083
+    generator = torch.Generator().manual_seed(M)
+    mask = torch.rand(N, K, generator=generator) < 0.5
+    mask = mask if form == "bitmap" else two_of_four(mask, generator)
+    weight = torch.randint(-4, 5, (N, K), generator=generator) * mask
+    dy = torch.randint(-1, 2, (M, N), generator=generator)
+    x = torch.randint(-1, 2, (M, K), generator=generator)
+    if form == "bitmap":
+        dx, dvalues, _ = sparse_linear_backward(
+            dy.to(dtype), x.to(dtype), *compress(weight.to(dtype), mask), True, True, False
+        )
+        assert torch.equal(dvalues.long(), (dy.T @ x)[mask])
+    else:
+        as_int8 = form == "2:4 of int8"
+        values, metadata = compress24(weight.to(torch.int8 if as_int8 else dtype), mask)
+        scale = torch.ones(N) if as_int8 else None
+        dx, dvalues, _ = sparse24_linear_backward(
+            dy.to(dtype), x.to(dtype), values, metadata, scale, True, not as_int8, False
+        )
+        if not as_int8:
+            padded = F.pad(dy.T @ x, (0, -K % 8))
+            assert torch.equal(dvalues.long(), padded.gather(1, positions(metadata)))
+    assert torch.equal(dx.long(), (dy @ weight).to(dtype).long())

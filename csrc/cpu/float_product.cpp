@@ -9,8 +9,10 @@ namespace burnish {
 namespace {
 
 constexpr int64_t kPackedBytes = int64_t{128} << 10;  // of W, packed together: they stay in L2
-constexpr int64_t kLongest = 4096;  // elements of a column that are: sums in one go lose little up to there
-constexpr int64_t kFewRows = 8;     // up to which a projection reads W as it lies
+constexpr int64_t kCopied = 8192;  // elements of rows of W that are copied before they are packed: they stay in L1
+constexpr int64_t kSumBytes = 64 << 10;  // of rows of X, for more columns of W than one block
+constexpr int64_t kLongest = 4096;       // elements of a column that are: sums in one go lose little up to there
+constexpr int64_t kFewRows = 8;          // up to which a projection reads W as it lies
 constexpr int64_t kPackedWhole = int64_t{256} << 10;
 constexpr int64_t kRowsByRows = 12;
 constexpr int64_t kRowBlock = 512;  // rows that meet a packed panel: x's chunk of them stays in L2
@@ -65,24 +67,48 @@ int64_t packed_bytes(const Kernels& level, const Step& step) {
   return level.panel_columns * round_up(step.depth.size() * size_of(step.term->x.format), 4);
 }
 
-// The panels of `columns` for a step, one after the other, `panel_bytes` apart; `kept` is for a copy to pack from.
-void pack(const Kernels& level, const Step& step, Range columns, char* panels, int64_t panel_bytes, const Block& kept) {
-  const Weight& weight = step.term->weight;
-  const auto [row, column] = weight.transposed ? std::pair{step.depth, columns} : std::pair{columns, step.depth};
-  Matrix from = kept.matrix();
+// Columns of the terms' W that are packed together for `rows` rows of X, whose sums of many columns would leave L2.
+int64_t column_block(const std::vector<Term>& terms, int64_t rows) {
+  int64_t wanted = kColumnBlock;
+  for (const Term& term : terms) {
+    const Weight& weight = term.weight;
+    if (weight.compressed != nullptr && weight.transposed) wanted = std::max(wanted, weight.compressed->together());
+  }
+  const int64_t most = kSumBytes / (4 * kColumnBlock * std::max<int64_t>(1, rows)) * kColumnBlock;
+  return std::clamp(most, kColumnBlock, wanted);
+}
+
+// W where it lies, or these elements of it in `kept`.
+Matrix dense_part(const Kernels& level, const Weight& weight, Range depth, Range columns, const Block& kept) {
+  const auto [row, column] = weight.transposed ? std::pair{depth, columns} : std::pair{columns, depth};
   if (weight.compressed != nullptr) {
     weight.compressed->take(level, row, column, kept);
   } else if (weight.dropout != nullptr) {
-    level.take_rows(weight.matrix, row.begin, row.size(), column.begin, column.size(), weight.dropout, from);
+    level.take_rows(weight.matrix, row.begin, row.size(), column.begin, column.size(), weight.dropout, kept.matrix());
   } else {
-    from = weight.matrix.at(row.begin, column.begin);
+    return weight.matrix.at(row.begin, column.begin);
   }
-  for (int64_t n = 0; n < columns.size(); n += level.panel_columns, panels += panel_bytes) {
-    const int64_t count = std::min(level.panel_columns, columns.size() - n);
-    if (weight.transposed) {
-      level.pack_columns(from.at(0, n), count, step.depth.size(), panels);
-    } else {
-      level.pack_rows(from.at(n, 0), count, step.depth.size(), panels);
+  return kept.matrix();
+}
+
+// The panels of `columns` for a step, one after the other, `panel_bytes` apart; `kept` is for a copy to pack from, of
+// `part` of the depth where that is W's rows. Columns are copied from end to end, as memory likes it.
+void pack(const Kernels& level, const Step& step, Range columns, char* panels, int64_t panel_bytes, const Block& kept,
+          int64_t part) {
+  const Weight& weight = step.term->weight;
+  const int64_t depth = step.depth.size(), size = size_of(step.term->x.format);
+  if (!weight.transposed || (weight.compressed == nullptr && weight.dropout == nullptr)) part = depth;
+  for (int64_t k = 0; k < depth; k += part) {
+    const Range here{step.depth.begin + k, step.depth.begin + std::min(k + part, depth)};
+    const Matrix from = dense_part(level, weight, here, columns, kept);
+    for (int64_t n = 0; n < columns.size(); n += level.panel_columns) {
+      const int64_t count = std::min(level.panel_columns, columns.size() - n);
+      char* to = panels + n / level.panel_columns * panel_bytes + k * size * round_up(count, level.lanes);
+      if (weight.transposed) {
+        level.pack_columns(from.at(0, n), count, here.size(), to);
+      } else {
+        level.pack_rows(from.at(n, 0), count, here.size(), to);
+      }
     }
   }
 }
@@ -95,7 +121,7 @@ void add_product_by_rows(const Kernels& level, const Step& step, int64_t rows, R
   const int64_t panel_bytes = packed_bytes(level, step);
   scratch.reserve(Scratch::bytes<char>(panels * panel_bytes));
   char* packed = scratch.take<char>(panels * panel_bytes);
-  pack(level, step, columns, packed, panel_bytes, {});
+  pack(level, step, columns, packed, panel_bytes, {}, 0);
   for (int64_t row = 0; row < rows; row += kRowsByRows) {
     const int64_t count = std::min(kRowsByRows, rows - row);
     level.multiply_panels(step.term->x.at(row, step.depth.begin), count, packed, panel_bytes, columns.size(),
@@ -114,30 +140,30 @@ void add_products(const Kernels& level, const std::vector<Term>& terms, int64_t 
       packed_bytes(level, steps[0]) * ceil_div(columns.size(), level.panel_columns) <= kPackedWhole) {
     return add_product_by_rows(level, steps[0], rows, columns, sink);
   }
-  constexpr int64_t kPacked = kPackedBytes + 4 * kColumnBlock;  // a panel's rows are whole words
   const Format format = terms[0].x.format;
-  const int64_t chunk = longest(columns, format);
+  const int64_t block = column_block(terms, rows), part = kCopied / block / 8 * 8;
+  const int64_t packed = block / kColumnBlock * (kPackedBytes + 4 * kColumnBlock);  // a panel's rows are whole words
   const auto [kept_rows, kept_columns] =
-      terms[0].weight.transposed ? std::pair{chunk, kColumnBlock} : std::pair{kColumnBlock, chunk};
-  scratch.reserve(Block::bytes(rows, kColumnBlock, Format::kFloat) + Scratch::bytes<char>(kPacked) +
+      terms[0].weight.transposed ? std::pair{part, block} : std::pair{block, longest(columns, format)};
+  scratch.reserve(Block::bytes(rows, block, Format::kFloat) + Scratch::bytes<char>(packed) +
                   Block::bytes(kept_rows, kept_columns, format));
-  const Block tile = Block::take(scratch, rows, kColumnBlock, Format::kFloat);
-  char* panels = scratch.take<char>(kPacked);
+  const Block tile = Block::take(scratch, rows, block, Format::kFloat);
+  char* panels = scratch.take<char>(packed);
   const Block kept = Block::take(scratch, kept_rows, kept_columns, format);
-  for (int64_t n = columns.begin; n < columns.end; n += kColumnBlock) {
-    const Range here{n, std::min(n + kColumnBlock, columns.end)};
+  for (int64_t n = columns.begin; n < columns.end; n += block) {
+    const Range here{n, std::min(n + block, columns.end)};
     Sink sums = sink.at(0, n);
     if (sink.y != nullptr) sums = tile.sums(false);
     for (size_t i = 0; i < steps.size(); ++i) {
       const Step& step = steps[i];
       const bool last = i + 1 == steps.size();
       const int64_t panel_bytes = packed_bytes(level, step);
-      pack(level, step, here, panels, panel_bytes, kept);
+      pack(level, step, here, panels, panel_bytes, kept, part);
       Ahead ahead;
       if (!last) {
         ahead = memory_of(steps[i + 1], here);
       } else if (here.end < columns.end) {
-        ahead = memory_of(steps[0], {here.end, std::min(here.end + kColumnBlock, columns.end)});
+        ahead = memory_of(steps[0], {here.end, std::min(here.end + block, columns.end)});
       }
       Sink to = sums;
       if (last && sink.y != nullptr) {

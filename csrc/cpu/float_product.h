@@ -58,18 +58,20 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
+// Columns of W that are packed together, in panels.
+constexpr int64_t kColumnBlock = 64;
+
 // A matrix that is stored in another form.
 class Compressed {
  public:
   virtual ~Compressed() = default;
   // out = these rows and columns, dense, in out's format, a product format. Columns begin at a multiple of 8.
   virtual void take(const Kernels& level, Range rows, Range columns, const Block& out) const = 0;
+  // Columns that are taken together where the rows are the depth: a multiple of kColumnBlock.
+  virtual int64_t together() const { return kColumnBlock; }
   // The depth that is summed in one go, at most: less where a float's error would grow too large.
   virtual int64_t longest(Format) const { return std::numeric_limits<int64_t>::max(); }
 };
-
-// Columns of W that are packed together, in panels.
-constexpr int64_t kColumnBlock = 64;
 
 // `columns` (from a multiple of kColumnBlock on, and to one or the last) of sink = the sum of the terms, for `rows`
 // rows of X. With `dropout`, the first term's product is dropped where row `mask_row` + i, column j is; at least one

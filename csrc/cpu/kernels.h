@@ -60,6 +60,14 @@ struct BlockProduct {
   Format format;  // of weights and panels, a product format
 };
 
+// What values of a sparse weight are: floats of a format, or int8.
+enum class Stored : int {
+  kFloat = static_cast<int>(Format::kFloat),
+  kBf16 = static_cast<int>(Format::kBf16),
+  kFp16 = static_cast<int>(Format::kFp16),
+  kInt8
+};
+
 // A weight of any kept elements: a bit each in the bitmap, rows of `row_bytes` whole words of 64.
 struct BitmapWeight {
   const void* values;
@@ -67,7 +75,11 @@ struct BitmapWeight {
   const uint8_t* bitmap;
   int64_t row_bytes;
   const int64_t* starts;  // [rows + 1]: where the values of each row begin
+  const int32_t* before;  // [rows, lines of kLineBits]: values of a row before each; null where none are asked for
 };
+
+// Elements of a bitmap in a cache line.
+constexpr int64_t kLineBits = 512;
 
 // A 2:4 weight: a byte of metadata for each 8 elements of a row, of which 4 are values.
 struct Sparse24Weight {
@@ -151,12 +163,18 @@ struct Kernels {
   // to[i] = from[i] * factor in another format, count elements.
   void (*convert)(const float* from, float factor, int64_t count, void* to, Format format);
   int64_t (*count_bits)(const uint8_t* bits, int64_t bytes);
-  // Which elements of a row of 2:4 weights are stored, a bit each, from its metadata.
-  void (*bits_of_metadata)(const uint8_t* metadata, int64_t bytes, uint8_t* bits);
-  // out[k] = the next of the values, which are `size` bytes each, where bit k is set, else zero; count elements.
-  void (*expand)(const void* values, int64_t size, const uint8_t* bits, int64_t count, void* out);
-  // The elements of `dense` whose bit is set, one after the other.
-  void (*compress)(const float* dense, const uint8_t* bits, int64_t count, void* out, Format format);
+  // out = rows [row, row + rows) of a weight, `width` elements from column `column` (a multiple of 8) on, in the format
+  // that is stored, or a product format.
+  void (*expand_sparse24)(const Sparse24Weight& weight, Stored stored, int64_t row, int64_t rows, int64_t column,
+                          int64_t width, const Matrix& out);
+  void (*expand_bitmap)(const BitmapWeight& weight, Format stored, int64_t row, int64_t rows, int64_t column,
+                        int64_t width, const Matrix& out);
+  // The same elements of `dense`, fp32, to where `values` has them, of `format` and the shape of the weight's; `width`
+  // is a multiple of 8.
+  void (*compress_sparse24)(const Sparse24Weight& weight, int64_t row, int64_t rows, int64_t column, int64_t width,
+                            const Matrix& dense, void* values, Format format);
+  void (*compress_bitmap)(const BitmapWeight& weight, int64_t row, int64_t rows, int64_t column, int64_t width,
+                          const Matrix& dense, void* values, Format format);
   // y = x W^T on rows [begin, end) of W, x [rows, width] of bf16 or fp32 with zeros up to the bitmap's width, at most
   // kFewRowsSparse. Returns a row whose contents contradict each other, or -1. `spare`: 4 rows of W, dense, 64 bytes
   // apart. Null where the level has no such kernel.
@@ -190,7 +208,7 @@ struct Kernels {
   uint64_t (*read)(const void* data, int64_t bytes);
 };
 
-inline int64_t sparse24_spare(int64_t row_bytes) { return row_bytes + 64 + 16 * 8 * row_bytes; }
+inline int64_t sparse24_spare(int64_t row_bytes) { return 16 * 8 * row_bytes; }
 
 // Vectors of rows of x that sparse_kept takes at most.
 constexpr int64_t kKeptVectors = 4;

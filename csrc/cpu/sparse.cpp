@@ -14,48 +14,6 @@ constexpr int64_t kBlockRows = 256;    // of the weight's gradient, made dense t
 
 }  // namespace
 
-SparseWeight::SparseWeight(int64_t N, int64_t K, const Tensor& values)
-    : N(N),
-      K(K),
-      values_(static_cast<const char*>(values.const_data_ptr())),
-      type_(values.scalar_type()),
-      size_(type_ == ScalarType::Char ? 1 : size_of(format_of(type_))) {}
-
-void SparseWeight::take(const Kernels& level, Range rows, Range columns, const Block& out) const {
-  static thread_local Scratch scratch;
-  const int64_t count = columns.size();
-  scratch.reserve(Scratch::bytes<uint8_t>((count + 7) / 8) + 2 * Scratch::bytes<float>(count));
-  auto* storage = scratch.take<uint8_t>((count + 7) / 8);
-  auto* copy = scratch.take<char>(4 * count);
-  auto* floats = scratch.take<float>(count);
-  const bool as_stored = type_ != ScalarType::Char && format_of(type_) == out.format;
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
-    char* to = out.row(row - rows.begin);
-    const uint8_t* stored = bits(level, row, columns, storage);
-    level.expand(values_ + place(level, row, columns.begin) * size_, size_, stored, count, as_stored ? to : copy);
-    if (type_ == ScalarType::Char) {
-      const auto* bytes = reinterpret_cast<const int8_t*>(copy);
-      std::copy(bytes, bytes + count, floats);
-      level.convert(floats, 1.0f, count, to, out.format);
-    } else if (!as_stored) {
-      level.take_rows({copy, 0, format_of(type_)}, 0, 1, 0, count, nullptr, {to, 0, out.format});
-    }
-  }
-}
-
-void SparseWeight::give(const Kernels& level, const Block& dense, Range rows, Range columns, void* values) const {
-  static thread_local Scratch scratch;
-  const int64_t count = columns.size(), padded = round_up(count, 8);
-  scratch.reserve(Scratch::bytes<uint8_t>(padded / 8));
-  auto* storage = scratch.take<uint8_t>(padded / 8);
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
-    float* from = dense.floats(row - rows.begin);
-    std::fill(from + count, from + padded, 0.0f);  // what is stored beyond K
-    level.compress(from, bits(level, row, columns, storage), padded,
-                   static_cast<char*>(values) + place(level, row, columns.begin) * size_, format_of(type_));
-  }
-}
-
 void sparse_product(const Operand& x, const SparseWeight& weight, const Sink& y) {
   const Kernels& level = kernels();
   const int64_t M = x.rows.count, N = weight.N, K = weight.K;
@@ -123,7 +81,7 @@ namespace {
 
 // dvalues: dy^T x a block at a time, of which the stored elements are kept.
 void pull_values(const Kernels& level, const Matrix& dy, const Matrix& x, int64_t M, const SparseWeight& weight,
-                 void* dvalues) {
+                 void* dvalues, Format format) {
   static thread_local Scratch transposed;
   const int64_t N = weight.N, K = weight.K, width = 4 * level.panel_columns;
   transposed.reserve(Block::bytes(N, M, dy.format));
@@ -149,7 +107,10 @@ void pull_values(const Kernels& level, const Matrix& dy, const Matrix& x, int64_
         const Range rows{n, std::min(n + kBlockRows, N)};
         add_products(level, {{pulled.matrix().at(n, 0), {x.at(0, k), true}, M}}, rows.size(), {0, columns.size()},
                      dense.sums(false));
-        weight.give(level, dense, rows, columns, dvalues);
+        for (int64_t i = 0; i < rows.size(); ++i) {
+          std::fill(dense.floats(i) + columns.size(), dense.floats(i) + round_up(columns.size(), 8), 0.0f);
+        }
+        weight.give(level, dense, rows, columns, dvalues, format);
       }
     }
   });
@@ -199,7 +160,7 @@ SparseGradients sparse_backward(const Tensor& dy, const Tensor& x, const SparseW
   if (wanted.values) {
     const Operand from(x);
     const Matrix rows = in_product_format(level, from.matrix, M, K, x_copies);
-    pull_values(level, dz, rows, M, weight, dvalues.mutable_data_ptr());
+    pull_values(level, dz, rows, M, weight, dvalues.mutable_data_ptr(), format);
   }
   copies.trim();
   x_copies.trim();

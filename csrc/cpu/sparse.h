@@ -10,27 +10,20 @@
 
 namespace burnish {
 
-// A weight [N, K] as a bitmap and values of one format, or int8.
+// A weight [N, K] of which some elements are stored.
 class SparseWeight : public Compressed {
  public:
-  SparseWeight(int64_t N, int64_t K, const Tensor& values);
+  SparseWeight(int64_t N, int64_t K) : N(N), K(K) {}
 
-  void take(const Kernels& level, Range rows, Range columns, const Block& out) const override;
-  // Elements of `dense` [rows, columns] at the places of the stored ones, into `values`.
-  void give(const Kernels& level, const Block& dense, Range rows, Range columns, void* values) const;
+  // The elements of `dense` [rows, columns], fp32 and zero up to a multiple of 8 columns, at the places of stored ones,
+  // into `values` of `format`.
+  virtual void give(const Kernels& level, const Block& dense, Range rows, Range columns, void* values,
+                    Format format) const = 0;
+
+  // Parts of rows that are a page apart: a few lines of memory in order cost little more than one.
+  int64_t together() const override { return 4 * kColumnBlock; }
 
   const int64_t N, K;
-
- protected:
-  // Which elements of a row are stored, from a column that is a multiple of 8 on; `storage` has (count + 7) / 8 bytes.
-  virtual const uint8_t* bits(const Kernels& level, int64_t row, Range columns, uint8_t* storage) const = 0;
-  // Where in the values those begin.
-  virtual int64_t place(const Kernels& level, int64_t row, int64_t column) const = 0;
-
- private:
-  const char* values_;
-  ScalarType type_;
-  int64_t size_;  // bytes of a value
 };
 
 // Rows of the weight that a thread takes at least.

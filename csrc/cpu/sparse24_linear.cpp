@@ -16,25 +16,27 @@ constexpr int64_t kSerialElements = int64_t{1} << 18;  // of the weight: what a 
 
 class Grouped : public SparseWeight {
  public:
-  Grouped(const Tensor& values, const Tensor& metadata, int64_t K)
-      : SparseWeight(metadata.size(0), K, values),
-        metadata_(metadata.const_data_ptr<uint8_t>()),
-        row_bytes_(metadata.size(1)) {}
+  Grouped(const Sparse24Weight& weight, Stored stored)
+      : SparseWeight(weight.rows, weight.width), weight_(weight), stored_(stored) {}
 
- protected:
-  const uint8_t* bits(const Kernels& level, int64_t row, Range columns, uint8_t* storage) const override {
-    level.bits_of_metadata(metadata_ + row * row_bytes_ + columns.begin / kStep24,
-                           (columns.size() + kStep24 - 1) / kStep24, storage);
-    return storage;
+  void take(const Kernels& level, Range rows, Range columns, const Block& out) const override {
+    level.expand_sparse24(weight_, stored_, rows.begin, rows.size(), columns.begin, columns.size(), out.matrix());
   }
-  int64_t place(const Kernels&, int64_t row, int64_t column) const override {
-    return (row * row_bytes_ * kStep24 + column) / 2;
+  void give(const Kernels& level, const Block& dense, Range rows, Range columns, void* values,
+            Format format) const override {
+    level.compress_sparse24(weight_, rows.begin, rows.size(), columns.begin, round_up(columns.size(), kStep24),
+                            dense.matrix(), values, format);
   }
 
  private:
-  const uint8_t* metadata_;
-  int64_t row_bytes_;
+  const Sparse24Weight weight_;
+  const Stored stored_;
 };
+
+Sparse24Weight weight_of(const Tensor& x, const Tensor& values, const Tensor& metadata) {
+  return {values.const_data_ptr(), metadata.const_data_ptr<uint8_t>(), metadata.size(1), metadata.size(0),
+          x.size(x.dim() - 1)};
+}
 
 void check_operands(const char* op, const Tensor& x, const Tensor& values, const Tensor& metadata,
                     const std::optional<Tensor>& scale) {
@@ -105,7 +107,7 @@ Tensor sparse24_linear(const Tensor& x, const Tensor& values, const Tensor& meta
   constexpr const char* kOp = "sparse24_linear";
   static thread_local Scratch floats, padded;
   check_operands(kOp, x, values, metadata, scale);
-  const int64_t N = metadata.size(0), K = x.size(x.dim() - 1);
+  const int64_t N = metadata.size(0);
   check_bias(kOp, bias, N);
   const Format format = format_of(x.scalar_type());
   const Kernels& level = kernels();
@@ -119,7 +121,7 @@ Tensor sparse24_linear(const Tensor& x, const Tensor& values, const Tensor& meta
                format,
                bias.has_value() ? as_floats(*bias, floats.take<float>(N)) : nullptr};
   const Operand rows(x);
-  const Sparse24Weight weight{values.const_data_ptr(), metadata.const_data_ptr<uint8_t>(), metadata.size(1), N, K};
+  const Sparse24Weight weight = weight_of(x, values, metadata);
   if (scale.has_value()) {
     multiply_int8(rows, weight, as_floats(*scale, floats.take<float>(N)), y.bias, y.y);
   } else if (rows.rows.count <= kFewRowsSparse && format == Format::kBf16 && level.sparse24_dot != nullptr &&
@@ -128,7 +130,7 @@ Tensor sparse24_linear(const Tensor& x, const Tensor& values, const Tensor& meta
     for_blocks(weight,
                [&](int64_t begin, int64_t end) { level.sparse24_dot(weight, whole, rows.rows.count, begin, end, y); });
   } else {
-    sparse_product(rows, Grouped(values, metadata, K), y);
+    sparse_product(rows, Grouped(weight, static_cast<Stored>(format)), y);
   }
   return made;
 }
@@ -144,7 +146,8 @@ SparseGradients sparse24_linear_backward(const Tensor& dy, const Tensor& x, cons
   BURNISH_CHECK(!(values_grad && scale.has_value()), kOp, ": values_grad is True, but int8 values have no gradient");
   floats.reserve(Scratch::bytes<float>(N));
   const float* factors = scale.has_value() ? as_floats(*scale, floats.take<float>(N)) : nullptr;
-  const Grouped weight(values, metadata, x.size(x.dim() - 1));
+  const Stored stored = scale.has_value() ? Stored::kInt8 : static_cast<Stored>(format_of(x.scalar_type()));
+  const Grouped weight(weight_of(x, values, metadata), stored);
   return sparse_backward(dy, x, weight, values, factors, {x_grad, values_grad, bias_grad});
 }
 

@@ -13,30 +13,28 @@ namespace {
 
 constexpr int64_t kWord = 64;                          // elements that a row of the bitmap is a multiple of
 constexpr int64_t kSerialElements = int64_t{1} << 18;  // of the weight: what a second thread must be worth
+constexpr int64_t kLineBytes = kLineBits / 8;          // of the bitmap
 constexpr int64_t kKeptBytes = 640 << 10;              // of x transposed, which is to stay in L2
 constexpr int64_t kTransposed = 256;                   // columns of x that are transposed together
 constexpr const char* kContradiction = " of bitmap keeps other elements than row_starts counts";
 
 class Bitmapped : public SparseWeight {
  public:
-  Bitmapped(const Tensor& values, const Tensor& bitmap, const Tensor& row_starts, int64_t K)
-      : SparseWeight(bitmap.size(0), K, values),
-        bitmap_(bitmap.const_data_ptr<uint8_t>()),
-        row_bytes_(bitmap.size(1)),
-        starts_(row_starts.const_data_ptr<int64_t>()) {}
+  Bitmapped(const BitmapWeight& weight, Format format, int64_t N, int64_t K)
+      : SparseWeight(N, K), weight_(weight), format_(format) {}
 
- protected:
-  const uint8_t* bits(const Kernels&, int64_t row, Range columns, uint8_t*) const override {
-    return bitmap_ + row * row_bytes_ + columns.begin / 8;
+  void take(const Kernels& level, Range rows, Range columns, const Block& out) const override {
+    level.expand_bitmap(weight_, format_, rows.begin, rows.size(), columns.begin, columns.size(), out.matrix());
   }
-  int64_t place(const Kernels& level, int64_t row, int64_t column) const override {
-    return starts_[row] + level.count_bits(bitmap_ + row * row_bytes_, column / 8);
+  void give(const Kernels& level, const Block& dense, Range rows, Range columns, void* values,
+            Format format) const override {
+    level.compress_bitmap(weight_, rows.begin, rows.size(), columns.begin, round_up(columns.size(), 8), dense.matrix(),
+                          values, format);
   }
 
  private:
-  const uint8_t* bitmap_;
-  int64_t row_bytes_;
-  const int64_t* starts_;
+  const BitmapWeight weight_;
+  const Format format_;
 };
 
 void check_operands(const char* op, const Tensor& x, const Tensor& values, const Tensor& bitmap,
@@ -72,12 +70,16 @@ void check_ends(const char* op, const Tensor& values, const Tensor& row_starts) 
                 ", expected 0 and ", nnz, ", the number of values");
 }
 
-// Throws unless bitmap, row_starts and the number of values say the same: kernels read where they say.
-void check_contents(const char* op, const Tensor& values, const Tensor& bitmap, const Tensor& row_starts, int64_t K) {
+// The weight with what its kernels for whole rows ask for, in `storage`. Throws unless bitmap, row_starts and the
+// number of values say the same: kernels read where they say.
+BitmapWeight checked_contents(const char* op, const Tensor& values, const Tensor& bitmap, const Tensor& row_starts,
+                              int64_t K, Scratch& storage) {
   check_ends(op, values, row_starts);
-  const int64_t N = bitmap.size(0), width = bitmap.size(1);
+  const int64_t N = bitmap.size(0), width = bitmap.size(1), lines = ceil_div(width, kLineBytes);
   const auto* bits = bitmap.const_data_ptr<uint8_t>();
   const auto* starts = row_starts.const_data_ptr<int64_t>();
+  storage.reserve(Scratch::bytes<int32_t>(N * lines));
+  auto* before = storage.take<int32_t>(N * lines);
   const Kernels& level = kernels();
   std::atomic<int64_t> wrong{N};
   parallel_for(0, N, std::max<int64_t>(1, 131072 / std::max<int64_t>(1, width)), [&](int64_t begin, int64_t end) {
@@ -85,12 +87,18 @@ void check_contents(const char* op, const Tensor& values, const Tensor& bitmap, 
       const uint8_t* there = bits + row * width;
       bool beyond = K % 8 != 0 && there[K / 8] >> K % 8 != 0;
       for (int64_t i = (K + 7) / 8; i < width; ++i) beyond = beyond || there[i] != 0;
-      if (beyond || starts[row + 1] - starts[row] != level.count_bits(there, width)) {
+      int64_t count = 0;
+      for (int64_t line = 0; line < lines; ++line) {
+        before[row * lines + line] = static_cast<int32_t>(count);
+        count += level.count_bits(there + line * kLineBytes, std::min(kLineBytes, width - line * kLineBytes));
+      }
+      if (beyond || starts[row + 1] - starts[row] != count) {
         wrong = std::min(wrong.load(), row);
       }
     }
   });
   BURNISH_CHECK(wrong == N, op, ": row ", wrong.load(), kContradiction);
+  return {values.const_data_ptr(), values.size(0), bits, width, starts, before};
 }
 
 // Calls f(begin, end, memory of `spare` bytes) for rows of a weight of `width` columns, by all threads. f returns a row
@@ -190,8 +198,12 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& bitmap
                format,
                bias.has_value() ? as_floats(*bias, floats.take<float>(N)) : nullptr};
   const Operand rows(x);
-  const BitmapWeight weight{values.const_data_ptr(), values.size(0), bitmap.const_data_ptr<uint8_t>(), bitmap.size(1),
-                            row_starts.const_data_ptr<int64_t>()};
+  const BitmapWeight weight{values.const_data_ptr(),
+                            values.size(0),
+                            bitmap.const_data_ptr<uint8_t>(),
+                            bitmap.size(1),
+                            row_starts.const_data_ptr<int64_t>(),
+                            nullptr};
   const Kernels& level = kernels();
   const bool few = keeps_few(rows, weight, N);
   if (few || (rows.rows.count <= kFewRowsSparse && format != Format::kFp16 && level.sparse_dot != nullptr)) {
@@ -199,8 +211,10 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& bitmap
     const int64_t wrong = few ? multiply_kept(rows, weight, format, N, y) : multiply_few_rows(rows, weight, N, y);
     BURNISH_CHECK(wrong < 0, kOp, ": row ", wrong, kContradiction);
   } else {
-    check_contents(kOp, values, bitmap, row_starts, K);
-    sparse_product(rows, Bitmapped(values, bitmap, row_starts, K), y);
+    static thread_local Scratch storage;
+    const BitmapWeight checked = checked_contents(kOp, values, bitmap, row_starts, K, storage);
+    sparse_product(rows, Bitmapped(checked, format, N, K), y);
+    storage.trim();
   }
   return made;
 }
@@ -211,9 +225,12 @@ SparseGradients sparse_linear_backward(const Tensor& dy, const Tensor& x, const 
   check_operands(kOp, x, values, bitmap, row_starts);
   check_gradient(kOp, dy, x, bitmap.size(0));
   const int64_t K = x.size(x.dim() - 1);
-  check_contents(kOp, values, bitmap, row_starts, K);
-  const Bitmapped weight(values, bitmap, row_starts, K);
-  return sparse_backward(dy, x, weight, values, nullptr, {x_grad, values_grad, bias_grad});
+  static thread_local Scratch storage;
+  const BitmapWeight checked = checked_contents(kOp, values, bitmap, row_starts, K, storage);
+  const Bitmapped weight(checked, format_of(x.scalar_type()), bitmap.size(0), K);
+  const SparseGradients made = sparse_backward(dy, x, weight, values, nullptr, {x_grad, values_grad, bias_grad});
+  storage.trim();
+  return made;
 }
 
 }  // namespace

@@ -40,9 +40,14 @@ void add_floats(const float* from, int64_t count, float* to);
 void add_columns(const Matrix& x, int64_t rows, int64_t columns, double* sums);
 void convert(const float* from, float factor, int64_t count, void* to, Format format);
 int64_t count_bits(const uint8_t* bits, int64_t bytes);
-void bits_of_metadata(const uint8_t* metadata, int64_t bytes, uint8_t* bits);
-void expand(const void* values, int64_t size, const uint8_t* bits, int64_t count, void* out);
-void compress(const float* dense, const uint8_t* bits, int64_t count, void* out, Format format);
+void expand_sparse24(const Sparse24Weight& weight, Stored stored, int64_t row, int64_t rows, int64_t column,
+                     int64_t width, const Matrix& out);
+void expand_bitmap(const BitmapWeight& weight, Format stored, int64_t row, int64_t rows, int64_t column, int64_t width,
+                   const Matrix& out);
+void compress_sparse24(const Sparse24Weight& weight, int64_t row, int64_t rows, int64_t column, int64_t width,
+                       const Matrix& dense, void* values, Format format);
+void compress_bitmap(const BitmapWeight& weight, int64_t row, int64_t rows, int64_t column, int64_t width,
+                     const Matrix& dense, void* values, Format format);
 int64_t sparse_kept(const BitmapWeight& weight, Format format, const float* x, int64_t vectors, int64_t rows,
                     int64_t width, int64_t begin, int64_t end, void* spare, const Sink& y);
 void sparse24_int8(const Sparse24Int8& args, int64_t begin, int64_t end, void* spare);
@@ -53,6 +58,7 @@ void sparse24_dot(const Sparse24Weight& weight, const Matrix& x, int64_t rows, i
                   const Sink& y);
 constexpr int64_t kSparse24Offset = 128;
 #else
+void expand_bytes(const Sparse24Weight& weight, int64_t row, int8_t* out);  // a row of int8 as it is
 constexpr decltype(Kernels::sparse_dot) sparse_dot = nullptr;
 constexpr decltype(Kernels::sparse24_dot) sparse24_dot = nullptr;
 constexpr int64_t kSparse24Offset = 0;

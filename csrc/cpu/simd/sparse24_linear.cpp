@@ -280,15 +280,10 @@ void sparse24_int8(const Sparse24Int8& args, int64_t begin, int64_t end, void*) 
 
 void sparse24_int8(const Sparse24Int8& args, int64_t begin, int64_t end, void* spare) {
   const int64_t width = args.weight.row_bytes * kStep24;
-  auto* bits = static_cast<uint8_t*>(spare);
-  auto* dense = static_cast<int8_t*>(spare) + round_up(args.weight.row_bytes, 64);
-  const auto* values = static_cast<const char*>(args.weight.values);
+  auto* dense = static_cast<int8_t*>(spare);
   for (int64_t n = begin; n < end; n += kFinished) {
     const int64_t columns = std::min(kFinished, end - n);
-    for (int64_t i = 0; i < columns; ++i) {
-      bits_of_metadata(args.weight.metadata + (n + i) * args.weight.row_bytes, args.weight.row_bytes, bits);
-      expand(values + (n + i) * width / 2, 1, bits, width, dense + i * width);
-    }
+    for (int64_t i = 0; i < columns; ++i) expand_bytes(args.weight, n + i, dense + i * width);
     for (int64_t m = 0; m < args.rows; ++m) {
       int32_t sums[kFinished] = {};
       const int8_t* q = static_cast<const int8_t*>(args.q) + m * args.q_stride;

@@ -9,6 +9,7 @@
 
 #include "cpu/simd/bitmap.h"
 #include "cpu/simd/element.h"
+#include "cpu/simd/spread.h"
 
 namespace burnish::BURNISH_ISA {
 
@@ -34,19 +35,11 @@ struct Lines {
   const char* end;
 };
 
-// Assembly: the compiler would read the values by the instruction itself, and reuse one register, whose old contents
-// the instruction waits for.
 BURNISH_INLINE __m512i expand_chunk(const uint16_t* values, uint32_t bits) {
-  __m512i chunk;
-  const __m512i packed = _mm512_loadu_si512(values);
-  asm volatile("vpexpandw %1, %0%{%2%}%{z%}" : "=v"(chunk) : "v"(packed), "Yk"(static_cast<__mmask32>(bits)));
-  return chunk;
+  return spread_words(_mm512_loadu_si512(values), bits);
 }
 BURNISH_INLINE __m512i expand_chunk(const uint32_t* values, uint16_t bits) {
-  __m512i chunk;
-  const __m512i packed = _mm512_loadu_si512(values);
-  asm volatile("vpexpandd %1, %0%{%2%}%{z%}" : "=v"(chunk) : "v"(packed), "Yk"(static_cast<__mmask16>(bits)));
-  return chunk;
+  return spread_dwords(_mm512_loadu_si512(values), bits);
 }
 
 BURNISH_INLINE void multiply_add(Vec& sum, __m512i weight, __m512i x, uint16_t) { Pairs::multiply_add(sum, weight, x); }
