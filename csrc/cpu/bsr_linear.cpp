@@ -256,7 +256,7 @@ Tensor bsr_linear(const Tensor& x, const Tensor& values, const Tensor& crow, con
   const Kernels& level = kernels();
   char* out = static_cast<char*>(y.mutable_data_ptr());
   if (M <= kFewRows && !w.int8) {
-    if (M > 0) multiply_few(level, w, from.matrix, M, {nullptr, 0, false, out, N, w.format, biases});
+    if (M > 0) multiply_few(level, w, from.matrix, M, all_of(out, M, N, w.format, biases));
     return y;
   }
   const int64_t group = level.panel_columns, row_bytes = std::max<int64_t>(w.across * w.bk, 1) * 4;

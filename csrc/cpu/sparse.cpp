@@ -193,7 +193,7 @@ SparseGradients sparse_backward(const Tensor& dy, const Tensor& x, const SparseW
     dz = scaled.matrix();
   }
   if (wanted.x) {
-    const Sink to{nullptr, 0, false, dx.mutable_data_ptr(), K, format, nullptr};
+    const Sink to = all_of(dx.mutable_data_ptr(), M, K, format, nullptr);
     add_products_parallel(level, {{dz, {dz, true, nullptr, &weight}, N}}, M, K, to);
   }
   if (wanted.values) {

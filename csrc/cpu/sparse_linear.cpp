@@ -182,14 +182,9 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& bitmap
   Tensor made = torch::stable::new_empty(x, sizes_with_last(x, N));
   floats.reserve(Scratch::bytes<float>(N));
   const Format format = format_of(x.scalar_type());
-  const Sink y{nullptr,
-               0,
-               false,
-               made.mutable_data_ptr(),
-               N,
-               format,
-               bias.has_value() ? as_floats(*bias, floats.take<float>(N)) : nullptr};
   const Operand rows(x);
+  const Sink y = all_of(made.mutable_data_ptr(), rows.rows.count, N, format,
+                        bias.has_value() ? as_floats(*bias, floats.take<float>(N)) : nullptr);
   const BitmapWeight weight{values.const_data_ptr(), values.size(0), bitmap.const_data_ptr<uint8_t>(), bitmap.size(1),
                             row_starts.const_data_ptr<int64_t>()};
   const Kernels& level = kernels();
