@@ -86,9 +86,9 @@ void gather(const Kernels& level, const Matrix& dy, int64_t M, const Factors& fa
         add_products(level, {gathered}, R, n, pulled.sums(row > 0));
       }
       if (dB != nullptr) {
+        const Format format = factors.B.matrix.format;
         level.store_transposed(pulled.floats(0) + n.begin, pulled.stride / 4, R, n.size(),
-                               static_cast<char*>(dB) + n.begin * R * size_of(factors.B.matrix.format), R,
-                               factors.B.matrix.format);
+                               into(static_cast<char*>(dB) + n.begin * R * size_of(format), R, format));
       }
       if (dbias != nullptr) std::copy(sums + n.begin, sums + n.end, dbias + n.begin);
     }

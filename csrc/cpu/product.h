@@ -58,6 +58,9 @@ inline Sink sums_of(float* sums, int64_t stride, bool add) {
   return {sums, stride, add, nullptr, 0, Format::kFloat, nullptr};
 }
 
+// y alone, `stride` elements from row to row.
+inline Sink into(void* y, int64_t stride, Format format) { return {nullptr, 0, false, y, stride, format, nullptr}; }
+
 // All of y [rows, columns], with nothing between its rows. A y of `kStreamed` bytes and more is not read first to be
 // written: that costs more than what reads y next saves. In fp32 it gains nothing.
 inline Sink all_of(void* y, int64_t rows, int64_t columns, Format format, const float* bias) {

@@ -135,8 +135,8 @@ void pull_values(const Kernels& level, const Matrix& dy, const Matrix& x, int64_
     for (int64_t row = 0; row < M; ++row) {
       level.slope_row(dy.at(row, begin).data, dy.format, nullptr, 0, nullptr, end - begin, copy.floats(row));
     }
-    level.store_transposed(copy.floats(0), copy.stride / 4, M, end - begin, pulled.row(begin),
-                           pulled.stride / size_of(dy.format), dy.format);
+    level.store_transposed(copy.floats(0), copy.stride / 4, M, end - begin,
+                           into(pulled.row(begin), pulled.stride / size_of(dy.format), dy.format));
     floats.trim();
   });
   parallel_for(0, (K + width - 1) / width, 1, [&](int64_t begin, int64_t end) {

@@ -159,8 +159,8 @@ int64_t multiply_kept(const Operand& x, const BitmapWeight& weight, Format forma
                    for (int64_t k = begin * kTransposed; k < std::min(end * kTransposed, K); k += kTransposed) {
                      const int64_t width = std::min(kTransposed, K - k);
                      level.take_rows(x.matrix, row, rows, k, width, nullptr, copy.matrix());
-                     level.store_transposed(copy.floats(0), copy.stride / 4, columns, width, transposed + k * columns,
-                                            columns, Format::kFloat);
+                     level.store_transposed(copy.floats(0), copy.stride / 4, columns, width,
+                                            into(transposed + k * columns, columns, Format::kFloat));
                    }
                  });
     wrong = for_rows(
