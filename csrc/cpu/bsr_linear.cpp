@@ -121,11 +121,9 @@ struct Forward {
   const Kernels& level;
   const BlockWeight& w;
   Panels panels;
-  const float* bias;       // [N], or null
   const float* scale;      // [N] of int8 values
   const float* row_scale;  // [rows] of the packed x
-  char* y;                 // [rows, N]
-  Format y_format;
+  Sink y;                  // [rows, N]
 };
 
 // Rows of blocks [first, last) for one group of rows of x, into y.
@@ -152,7 +150,7 @@ void multiply(const Forward& f, int64_t first, int64_t last, int64_t g) {
     const int64_t at = (r - first) * w.bn, rows = std::min(w.bn, outputs - at);
     if (w.int8) {
       f.level.int8_block_product(product, rows, count, f.row_scale + g * f.panels.group, f.scale + n + at,
-                                 f.bias == nullptr ? nullptr : f.bias + n + at, sums + at * lanes, lanes);
+                                 f.y.at(0, n + at).bias, sums + at * lanes, lanes);
       continue;
     }
     if (converts) {
@@ -161,13 +159,12 @@ void multiply(const Forward& f, int64_t first, int64_t last, int64_t g) {
       product.weights = reinterpret_cast<const char*>(converted);
     }
     f.level.block_product(product, rows, count, sums + at * lanes, lanes);
-    for (int64_t i = 0; i < rows && f.bias != nullptr; ++i) {
+    for (int64_t i = 0; i < rows && f.y.bias != nullptr; ++i) {
       float* row = sums + (at + i) * lanes;
-      for (int64_t m = 0; m < count; ++m) row[m] += f.bias[n + at + i];
+      for (int64_t m = 0; m < count; ++m) row[m] += f.y.bias[n + at + i];
     }
   }
-  const int64_t size = size_of(f.y_format);
-  f.level.store_transposed(sums, lanes, outputs, count, f.y + (g * f.panels.group * w.N + n) * size, w.N, f.y_format);
+  f.level.store_transposed(sums, lanes, outputs, count, f.y.at(g * f.panels.group, n));
   scratch.trim();
 }
 
@@ -186,7 +183,7 @@ Matrix quantise(const Kernels& level, const Matrix& x, const Panels& panels, int
 
 // All rows of blocks for `rows` rows of x.
 void multiply_rows(const Kernels& level, const BlockWeight& w, const Matrix& x, int64_t rows, const float* scale,
-                   const float* bias, char* y) {
+                   const Sink& y) {
   static thread_local Scratch scratch, copies;
   const Format format = w.int8 ? Format::kFloat : level.product_format(x.format);
   Panels panels(level, rows, w.K, w.bk, w.int8 ? 4 : format == Format::kBf16 ? 2 : 1, format);
@@ -199,7 +196,7 @@ void multiply_rows(const Kernels& level, const BlockWeight& w, const Matrix& x, 
                [&](int64_t begin, int64_t end) {
                  for (int64_t g = begin; g < end; ++g) panels.pack(level, from, g);
                });
-  const Forward forward{level, w, panels, bias, scale, row_scale, y, x.format};
+  const Forward forward{level, w, panels, scale, row_scale, y};
   const int64_t bundle = std::max<int64_t>(1, kTileRows / w.bn);
   for_blocks(w.crow, w.down, bundle, panels.groups(), w.bn * w.bk * std::min(rows, panels.group),
              [&](int64_t first, int64_t last, int64_t g) { multiply(forward, first, last, g); });
@@ -254,16 +251,15 @@ Tensor bsr_linear(const Tensor& x, const Tensor& values, const Tensor& crow, con
   const float* biases = bias.has_value() ? as_floats(*bias, floats.take<float>(N)) : nullptr;
   const float* scales = w.int8 ? as_floats(*scale, floats.take<float>(N)) : nullptr;
   const Kernels& level = kernels();
-  char* out = static_cast<char*>(y.mutable_data_ptr());
+  const Sink out = all_of(y.mutable_data_ptr(), M, N, from.matrix.format, biases);
   if (M <= kFewRows && !w.int8) {
-    if (M > 0) multiply_few(level, w, from.matrix, M, {nullptr, 0, false, out, N, w.format, biases});
+    if (M > 0) multiply_few(level, w, from.matrix, M, out);
     return y;
   }
   const int64_t group = level.panel_columns, row_bytes = std::max<int64_t>(w.across * w.bk, 1) * 4;
   const int64_t most = std::max<int64_t>(1, kPanelBytes / (row_bytes * group)) * group;
   for (int64_t m = 0; m < M; m += most) {
-    multiply_rows(level, w, from.matrix.at(m, 0), std::min(most, M - m), scales, biases,
-                  out + m * N * size_of(from.matrix.format));
+    multiply_rows(level, w, from.matrix.at(m, 0), std::min(most, M - m), scales, out.at(m, 0));
   }
   return y;
 }

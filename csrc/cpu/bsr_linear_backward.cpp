@@ -55,10 +55,10 @@ Matrix block_at(const Backward& b, int64_t position, float* storage) {
 }
 
 // dx of columns of blocks [first, last), all groups: the blocks turned round once, then multiplied by each group.
-void pull(const Backward& b, const Panels& panels, int64_t first, int64_t last, char* dx) {
+void pull(const Backward& b, const Panels& panels, int64_t first, int64_t last, const Sink& dx) {
   static thread_local Scratch scratch;
   const BlockWeight& w = b.w;
-  const int64_t stride = turned_stride(b, w.bn), turned = stride * w.bk, size = size_of(w.format);
+  const int64_t stride = turned_stride(b, w.bn), turned = stride * w.bk;
   int64_t longest = 0;
   for (int64_t c = first; c < last; ++c) longest = std::max<int64_t>(longest, w.ccol[c + 1] - w.ccol[c]);
   scratch.reserve(Scratch::bytes<char>(longest * turned) + Scratch::bytes<float>(w.bk * panels.group) +
@@ -81,15 +81,14 @@ void pull(const Backward& b, const Panels& panels, int64_t first, int64_t last, 
       product.pieces = w.row + begin;
       product.segments = count;
       b.level.block_product(product, outputs, panels.group_rows(g), sums, panels.group);
-      b.level.store_transposed(sums, panels.group, outputs, panels.group_rows(g),
-                               dx + (g * panels.group * w.K + c * w.bk) * size, w.K, w.format);
+      b.level.store_transposed(sums, panels.group, outputs, panels.group_rows(g), dx.at(g * panels.group, c * w.bk));
     }
   }
   scratch.trim();
 }
 
 // dx [M, K] from dz [M, N] of the product format.
-void pull_all(const Backward& b, const Matrix& dz, char* dx) {
+void pull_all(const Backward& b, const Matrix& dz, const Sink& dx) {
   static thread_local Scratch scratch;
   Panels panels(b.level, b.M, b.w.N, b.w.bn, b.depth(), b.format);
   scratch.reserve(panels.bytes());
@@ -195,7 +194,7 @@ std::tuple<Tensor, Tensor, Tensor> bsr_linear_backward(const Tensor& dy, const T
     const Backward call{level, w, M, w.bn == 1 ? Format::kFloat : format};
     const Matrix dz = w.int8 ? scaled(level, pulled.matrix, M, N, *scale, call.format, left)
                              : in_format(level, pulled.matrix, M, N, call.format, left);
-    pull_all(call, dz, static_cast<char*>(dx.mutable_data_ptr()));
+    pull_all(call, dz, all_of(dx.mutable_data_ptr(), M, K, from.matrix.format, nullptr));
   }
   if (values_grad) {
     const Backward call{level, w, M, format};

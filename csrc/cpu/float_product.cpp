@@ -242,9 +242,9 @@ void round_projection(const Kernels& level, const Block& sums, int64_t parts, in
       level.convert(total, 1.0f, columns, to.rows.row(row), format);
     }
     if (to.transposed.data == nullptr) return;
+    const int64_t size = size_of(format);
     level.store_transposed(sums.floats(begin), sums.stride / 4, end - begin, columns,
-                           to.transposed.row(0) + begin * size_of(format), to.transposed.stride / size_of(format),
-                           format);
+                           into(to.transposed.row(0) + begin * size, to.transposed.stride / size, format));
   };
   parallel_for(0, rows, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns * parts)), some);
 }

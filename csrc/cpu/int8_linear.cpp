@@ -268,7 +268,7 @@ std::tuple<Tensor, Tensor> int8_linear_backward(const Tensor& dy, const std::opt
   scale_columns(level, {dz, N * 4, Format::kFloat}, M, as_floats(scale, scratch.take<float>(N)), N, scaled);
   const Int8Rows w(weight, N, K);
   add_products_parallel(level, {w.pull(scaled.matrix())}, M, K,
-                        {nullptr, 0, false, dx.mutable_data_ptr(), K, format, nullptr});
+                        all_of(dx.mutable_data_ptr(), M, K, format, nullptr));
   scratch.trim();
   return {dx, dbias};
 }

@@ -154,9 +154,8 @@ struct Kernels {
   // sums[i][j] = 0 where element (row + i, column + j) is dropped.
   void (*drop_sums)(float* sums, int64_t stride, int64_t row, int64_t rows, int64_t column, int64_t width,
                     const Dropout& dropout);
-  // to [columns, rows], `to_stride` elements a row, = from [rows, columns], `stride` floats a row.
-  void (*store_transposed)(const float* from, int64_t stride, int64_t rows, int64_t columns, void* to,
-                           int64_t to_stride, Format format);
+  // y [columns, rows] of `to` = from [rows, columns], `stride` floats a row; nothing joins.
+  void (*store_transposed)(const float* from, int64_t stride, int64_t rows, int64_t columns, const Sink& to);
   void (*add_floats)(const float* from, int64_t count, float* to);  // to[i] += from[i]
   // sums[j] += the sum of column j of x, in double: the cheap way to a sum that rounds once.
   void (*add_columns)(const Matrix& x, int64_t rows, int64_t columns, double* sums);

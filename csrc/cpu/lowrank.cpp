@@ -86,9 +86,9 @@ void gather(const Kernels& level, const Matrix& dy, int64_t M, const Factors& fa
         add_products(level, {gathered}, R, n, pulled.sums(row > 0));
       }
       if (dB != nullptr) {
+        const Format format = factors.B.matrix.format;
         level.store_transposed(pulled.floats(0) + n.begin, pulled.stride / 4, R, n.size(),
-                               static_cast<char*>(dB) + n.begin * R * size_of(factors.B.matrix.format), R,
-                               factors.B.matrix.format);
+                               into(static_cast<char*>(dB) + n.begin * R * size_of(format), R, format));
       }
       if (dbias != nullptr) std::copy(sums + n.begin, sums + n.end, dbias + n.begin);
     }
@@ -180,7 +180,7 @@ Tensor lowrank_forward(const Tensor& x, const Factors& factors, const Base* base
   const Kernels& level = kernels();
   floats.reserve(Scratch::bytes<float>(N));
   const float* offset = bias.has_value() ? as_floats(*bias, floats.take<float>(N)) : nullptr;
-  const Sink y{nullptr, 0, false, made.mutable_data_ptr(), N, from.matrix.format, offset};
+  const Sink y = all_of(made.mutable_data_ptr(), M, N, from.matrix.format, offset);
   const int64_t block = R <= kNarrow ? kNarrowRows : kWideRows;
   if (base == nullptr && factors.mask() == nullptr && M >= 2 * block &&
       level.product_format(from.matrix.format) == from.matrix.format) {
@@ -221,7 +221,7 @@ Gradients lowrank_backward(const Tensor& dy, const Tensor& x, const Factors& fac
          wanted.bias ? dbias.mutable_data_ptr<float>() : nullptr);
   if (wanted.x) {
     const Term low{t.rows.matrix(), {factors.A.matrix, true}, R};
-    const Sink to{nullptr, 0, false, dx.mutable_data_ptr(), K, from.matrix.format, nullptr};
+    const Sink to = all_of(dx.mutable_data_ptr(), M, K, from.matrix.format, nullptr);
     if (base != nullptr) {
       base->backward(level, pulled, low, factors.mask(), to);
     } else {
@@ -229,7 +229,7 @@ Gradients lowrank_backward(const Tensor& dy, const Tensor& x, const Factors& fac
     }
   }
   if (wanted.factors) {
-    const Sink to{nullptr, 0, false, dA.mutable_data_ptr(), K, factors.A.matrix.format, nullptr};
+    const Sink to = all_of(dA.mutable_data_ptr(), R, K, factors.A.matrix.format, nullptr);
     add_products_parallel(level, {{t.transposed.matrix(), {from.matrix, true, factors.mask()}, M}}, R, K, to);
   }
   s_scratch.trim();

@@ -30,6 +30,8 @@ struct Ahead {
   int64_t rows = 0;
 };
 
+constexpr int64_t kLineBytes = 64;
+
 // Where a product goes: fp32 sums, or y. With `add`, the sums that are there join. `bias` joins in y.
 struct Sink {
   float* sums;
@@ -38,13 +40,15 @@ struct Sink {
   void* y;           // null: the result stays in sums
   int64_t y_stride;  // elements
   Format y_format;
-  const float* bias;  // or null
+  const float* bias;    // or null
+  bool stream = false;  // whole lines of y go past the caches; y and its rows begin at lines
 
   Sink at(int64_t row, int64_t column) const {
     Sink moved = *this;
     if (sums != nullptr) moved.sums += row * sums_stride + column;
     if (y != nullptr) moved.y = static_cast<char*>(y) + (row * y_stride + column) * size_of(y_format);
     if (bias != nullptr) moved.bias += column;
+    moved.stream = stream && column * size_of(y_format) % kLineBytes == 0;
     return moved;
   }
 };
@@ -52,6 +56,18 @@ struct Sink {
 // Sums without y.
 inline Sink sums_of(float* sums, int64_t stride, bool add) {
   return {sums, stride, add, nullptr, 0, Format::kFloat, nullptr};
+}
+
+// y alone, `stride` elements from row to row.
+inline Sink into(void* y, int64_t stride, Format format) { return {nullptr, 0, false, y, stride, format, nullptr}; }
+
+// All of y [rows, columns], with nothing between its rows. A y of `kStreamed` bytes and more is not read first to be
+// written: that costs more than what reads y next saves. In fp32 it gains nothing.
+inline Sink all_of(void* y, int64_t rows, int64_t columns, Format format, const float* bias) {
+  constexpr int64_t kStreamed = int64_t{512} << 10;
+  const int64_t width = columns * size_of(format);
+  const bool lines = reinterpret_cast<uintptr_t>(y) % kLineBytes == 0 && width % kLineBytes == 0;
+  return {nullptr, 0, false, y, columns, format, bias, format == Format::kBf16 && lines && rows * width >= kStreamed};
 }
 
 // A row of dropout: which elements are kept. Bit i of byte g is element 8 g + i.

@@ -93,8 +93,8 @@ void pull_values(const Kernels& level, const Matrix& dy, const Matrix& x, int64_
     for (int64_t row = 0; row < M; ++row) {
       level.slope_row(dy.at(row, begin).data, dy.format, nullptr, 0, nullptr, end - begin, copy.floats(row));
     }
-    level.store_transposed(copy.floats(0), copy.stride / 4, M, end - begin, pulled.row(begin),
-                           pulled.stride / size_of(dy.format), dy.format);
+    level.store_transposed(copy.floats(0), copy.stride / 4, M, end - begin,
+                           into(pulled.row(begin), pulled.stride / size_of(dy.format), dy.format));
     floats.trim();
   });
   parallel_for(0, (K + width - 1) / width, 1, [&](int64_t begin, int64_t end) {
@@ -154,7 +154,7 @@ SparseGradients sparse_backward(const Tensor& dy, const Tensor& x, const SparseW
     dz = scaled.matrix();
   }
   if (wanted.x) {
-    const Sink to{nullptr, 0, false, dx.mutable_data_ptr(), K, format, nullptr};
+    const Sink to = all_of(dx.mutable_data_ptr(), M, K, format, nullptr);
     add_products_parallel(level, {{dz, {dz, true, nullptr, &weight}, N}}, M, K, to);
   }
   if (wanted.values) {

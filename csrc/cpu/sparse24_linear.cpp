@@ -113,14 +113,9 @@ Tensor sparse24_linear(const Tensor& x, const Tensor& values, const Tensor& meta
   const Kernels& level = kernels();
   Tensor made = torch::stable::new_empty(x, sizes_with_last(x, N));
   floats.reserve(2 * Scratch::bytes<float>(N));
-  const Sink y{nullptr,
-               0,
-               false,
-               made.mutable_data_ptr(),
-               N,
-               format,
-               bias.has_value() ? as_floats(*bias, floats.take<float>(N)) : nullptr};
   const Operand rows(x);
+  const Sink y = all_of(made.mutable_data_ptr(), rows.rows.count, N, format,
+                        bias.has_value() ? as_floats(*bias, floats.take<float>(N)) : nullptr);
   const Sparse24Weight weight = weight_of(x, values, metadata);
   if (scale.has_value()) {
     multiply_int8(rows, weight, as_floats(*scale, floats.take<float>(N)), y.bias, y.y);

@@ -167,8 +167,8 @@ int64_t multiply_kept(const Operand& x, const BitmapWeight& weight, Format forma
                    for (int64_t k = begin * kTransposed; k < std::min(end * kTransposed, K); k += kTransposed) {
                      const int64_t width = std::min(kTransposed, K - k);
                      level.take_rows(x.matrix, row, rows, k, width, nullptr, copy.matrix());
-                     level.store_transposed(copy.floats(0), copy.stride / 4, columns, width, transposed + k * columns,
-                                            columns, Format::kFloat);
+                     level.store_transposed(copy.floats(0), copy.stride / 4, columns, width,
+                                            into(transposed + k * columns, columns, Format::kFloat));
                    }
                  });
     wrong = for_rows(
@@ -190,14 +190,9 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& bitmap
   Tensor made = torch::stable::new_empty(x, sizes_with_last(x, N));
   floats.reserve(Scratch::bytes<float>(N));
   const Format format = format_of(x.scalar_type());
-  const Sink y{nullptr,
-               0,
-               false,
-               made.mutable_data_ptr(),
-               N,
-               format,
-               bias.has_value() ? as_floats(*bias, floats.take<float>(N)) : nullptr};
   const Operand rows(x);
+  const Sink y = all_of(made.mutable_data_ptr(), rows.rows.count, N, format,
+                        bias.has_value() ? as_floats(*bias, floats.take<float>(N)) : nullptr);
   const BitmapWeight weight{values.const_data_ptr(),
                             values.size(0),
                             bitmap.const_data_ptr<uint8_t>(),

@@ -34,8 +34,7 @@ void take_rows(const Matrix& x, int64_t row, int64_t rows, int64_t column, int64
                const Matrix& out);
 void drop_sums(float* sums, int64_t stride, int64_t row, int64_t rows, int64_t column, int64_t width,
                const Dropout& dropout);
-void store_transposed(const float* from, int64_t stride, int64_t rows, int64_t columns, void* to, int64_t to_stride,
-                      Format format);
+void store_transposed(const float* from, int64_t stride, int64_t rows, int64_t columns, const Sink& to);
 void add_floats(const float* from, int64_t count, float* to);
 void add_columns(const Matrix& x, int64_t rows, int64_t columns, double* sums);
 void convert(const float* from, float factor, int64_t count, void* to, Format format);

@@ -202,32 +202,48 @@ void turn(const Matrix& from, int64_t rows, int64_t columns, const Matrix& to) {
   });
 }
 
-void store_transposed(const float* from, int64_t stride, int64_t rows, int64_t columns, void* to, int64_t to_stride,
-                      Format format) {
-  with_type(format, [&](auto* type) {
-    auto* out = static_cast<decltype(type)>(to);
+void store_transposed(const float* from, int64_t stride, int64_t rows, int64_t columns, const Sink& to) {
+  with_type(to.y_format, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    auto* out = static_cast<T*>(to.y);
     int64_t r = 0;
 #if defined(__AVX512F__)
+    struct Turned {
+      __m512i of[16];
+      BURNISH_INLINE Turned(const float* from, int64_t stride, int64_t rows, int64_t columns) {
+        BURNISH_UNROLL for (int i = 0; i < 16; ++i) {
+          of[i] = i < rows ? _mm512_castps_si512(load(from + i * stride, columns).v) : _mm512_setzero_si512();
+        }
+        transpose(of);
+      }
+      BURNISH_INLINE Vec operator[](int i) const { return Vec(_mm512_castsi512_ps(of[i])); }
+    };
+    if constexpr (std::is_same_v<T, bf16>) {
+      for (; to.stream && r + 32 <= rows; r += 32) {
+        for (int64_t c = 0; c < columns; c += 16) {
+          const int64_t width = columns - c < 16 ? columns - c : 16;
+          const Turned low(from + r * stride + c, stride, 16, width);
+          const Turned high(from + (r + 16) * stride + c, stride, 16, width);
+          BURNISH_UNROLL for (int i = 0; i < 16; ++i) {
+            if (i < width) stream(out + (c + i) * to.y_stride + r, low[i], high[i]);
+          }
+        }
+      }
+      if (r > 0) _mm_sfence();
+    }
     for (; r < rows; r += 16) {
       const int64_t count = rows - r < 16 ? rows - r : 16;
       for (int64_t c = 0; c < columns; c += 16) {
         const int64_t width = columns - c < 16 ? columns - c : 16;
-        __m512i block[16];
+        const Turned block(from + r * stride + c, stride, count, width);
         BURNISH_UNROLL for (int i = 0; i < 16; ++i) {
-          block[i] =
-              i < count ? _mm512_castps_si512(load(from + (r + i) * stride + c, width).v) : _mm512_setzero_si512();
-        }
-        transpose(block);
-        BURNISH_UNROLL for (int i = 0; i < 16; ++i) {
-          if (i < width) store(out + (c + i) * to_stride + r, Vec(_mm512_castsi512_ps(block[i])), count);
+          if (i < width) store(out + (c + i) * to.y_stride + r, block[i], count);
         }
       }
     }
 #endif
     for (; r < rows; ++r) {
-      for (int64_t c = 0; c < columns; ++c) {
-        out[c * to_stride + r] = from_float<std::remove_pointer_t<decltype(type)>>(from[r * stride + c]);
-      }
+      for (int64_t c = 0; c < columns; ++c) out[c * to.y_stride + r] = from_float<T>(from[r * stride + c]);
     }
   });
 }

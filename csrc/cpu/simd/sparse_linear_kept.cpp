@@ -153,7 +153,7 @@ int64_t sparse_kept(const BitmapWeight& weight, Format format, const float* x, i
         }
       });
     }
-    store_transposed(sums, columns, count, columns, finished, kFinished, Format::kFloat);
+    store_transposed(sums, columns, count, columns, into(finished, kFinished, Format::kFloat));
     for (int64_t m = 0; m < rows; ++m) finish_row(finished + m * kFinished, count, y.at(m, block));
   }
   return -1;

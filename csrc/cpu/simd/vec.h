@@ -81,13 +81,13 @@ BURNISH_INLINE void store(float* p, Vec a, int64_t count) {
     _mm512_mask_storeu_ps(p, first_lanes(count), a.v);
   }
 }
-BURNISH_INLINE void store(bf16* p, Vec a, int64_t count) {
+BURNISH_INLINE __m256i to_bf16(Vec a) {
   constexpr int kSubnormal = 0x20;
   if (!_mm512_fpclass_ps_mask(a.v, kSubnormal)) [[likely]] {
     const __m256bh rounded = _mm512_cvtneps_pbh(a.v);
     __m256i words;
     memcpy(&words, &rounded, sizeof words);
-    return store_words(p, words, count);
+    return words;
   }
   // the instruction would flush subnormal numbers: round as integers
   const __m512i bits = _mm512_castps_si512(a.v);
@@ -95,7 +95,13 @@ BURNISH_INLINE void store(bf16* p, Vec a, int64_t count) {
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   const __m512i kept = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-  store_words(p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)), count);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+}
+BURNISH_INLINE void store(bf16* p, Vec a, int64_t count) { store_words(p, to_bf16(a), count); }
+// A line of 32, past the caches: other threads see it after an sfence.
+BURNISH_INLINE void stream(bf16* p, Vec low, Vec high) {
+  const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(to_bf16(low)), to_bf16(high), 1);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), line);
 }
 BURNISH_INLINE void store(fp16* p, Vec a, int64_t count) {
   store_words(p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), count);
