@@ -267,8 +267,7 @@ std::tuple<Tensor, Tensor> int8_linear_backward(const Tensor& dy, const std::opt
   const Block scaled = Block::take(scratch, M, N, product);
   scale_columns(level, {dz, N * 4, Format::kFloat}, M, as_floats(scale, scratch.take<float>(N)), N, scaled);
   const Int8Rows w(weight, N, K);
-  add_products_parallel(level, {w.pull(scaled.matrix())}, M, K,
-                        all_of(dx.mutable_data_ptr(), M, K, format, nullptr));
+  add_products_parallel(level, {w.pull(scaled.matrix())}, M, K, all_of(dx.mutable_data_ptr(), M, K, format, nullptr));
   scratch.trim();
   return {dx, dbias};
 }
