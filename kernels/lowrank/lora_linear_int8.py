@@ -30,10 +30,11 @@ from burnish.kernels.lowrank.lowrank_linear_sums import (
 from burnish.kernels.quant.int8_linear import GRADIENTS, gradient_parts
 from burnish.kernels.quant.int8_quantize_rows import quantize
 
-#: where int8_linear's tiles leave no registers for three parts and a mask: more warps, or less tile
-THREE_PARTS = {
-    "sm_80": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3), Tile(16, 64, 64, 8, 3)),
-    "gfx942": SPLIT_GEMM["gfx942"][1:],
+#: by architecture and parts, where int8_linear's tiles leave no registers for these and a mask: other warps, less tile
+FITTED = {
+    ("sm_80", 3): (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3), Tile(16, 64, 64, 8, 3)),
+    ("sm_90", 2): (*SPLIT_GEMM["sm_90"][:2], Tile(16, 64, 64, 4, 3)),
+    ("gfx942", 3): SPLIT_GEMM["gfx942"][1:],
 }
 
 
@@ -180,8 +181,8 @@ def input_gradient(
 
 
 def gradient_tiles(arch: str, parts: int) -> tuple[Tile, ...]:
-    """int8_linear's, or :data:`THREE_PARTS`'."""
-    return THREE_PARTS[arch] if parts == 3 and arch in THREE_PARTS else split_tiles(arch, parts)
+    """int8_linear's, or :data:`FITTED`'s."""
+    return FITTED.get((arch, parts), split_tiles(arch, parts))
 
 
 def pull_back(dy, weight, scale, sums, A, dropout, dx, tile):  # type: ignore[no-untyped-def]

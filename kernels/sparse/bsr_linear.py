@@ -327,7 +327,10 @@ def gradient_tiles(arch: str, dtype: torch.dtype, out: int, depth: int, parts: i
     """Those of dx; ``parts`` unless the values are floats. Taller ones put the parts, or the columns that are gathered
     for shallow blocks, on the stack."""
     table = narrowed(split_tiles(arch, parts), out) if parts else tiles(arch, dtype, out)
-    tallest = 64 if parts and depth <= 4 else 128 if parts or out == NARROW_STRIPE else 256
+    if parts and (depth <= 4 or (parts == 3 and out == NARROW_STRIPE)):
+        tallest = 64
+    else:
+        tallest = 128 if parts or out == NARROW_STRIPE else 256
     return tuple(dict.fromkeys(replace(tile, block_m=min(tile.block_m, tallest)) for tile in table))
 
 
