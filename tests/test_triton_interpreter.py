@@ -158,14 +158,15 @@ def test_every_forward_tile_is_exact(tile: tiles.Tile, even: bool) -> None:
         assert torch.equal(y, expected), path.__name__
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("tile", SPLIT_TILES, ids=lambda tile: tile.name)
-def test_every_backward_tile_is_exact(tile: tiles.Tile) -> None:
+def test_every_backward_tile_is_exact(tile: tiles.Tile, dtype: torch.dtype) -> None:
     dz, n, k = torch.empty(tile.block_m + 3, tile.block_k + 5), tile.block_k + 5, tile.block_n + 7
     _, weight, scale, _ = integers(1, n, k)
     dz.random_(-8, 9, generator=torch.Generator().manual_seed(1))
-    dx = torch.full((dz.shape[0], k), math.nan)
-    int8_linear.input_gradient(dz, weight, scale, dx, tile)
-    assert torch.equal(dx, (dz.double() @ weight[:, :k].double()).float())
+    dx = torch.full((dz.shape[0], k), math.nan, dtype=dtype)
+    int8_linear.input_gradient(dz.to(dtype), weight, scale, dx, tile)
+    assert torch.equal(dx, (dz.double() @ weight[:, :k].double()).to(dtype))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -189,7 +190,8 @@ def test_both_forward_paths_give_the_same_bits(dtype: torch.dtype, activation: i
 @pytest.mark.parametrize("n", [1, 2, 30, int8_linear.TWO_PARTS_MIN_N - 1, int8_linear.TWO_PARTS_MIN_N])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
 def test_the_split_keeps_the_elementwise_bound_under_cancellation(dtype: torch.dtype, n: int) -> None:
-    """Rows of w that nearly cancel: the bound of rule N2 without its output term is met before the one rounding."""
+    """Rows of w that nearly cancel: the bound of rule N2 without a term of what is stored, but for dz * scale of a bf16
+    dz, which is bf16."""
     generator = torch.Generator().manual_seed(n)
     dz = torch.randn(33, n, generator=generator)
     weight = torch.randint(-128, 128, (n, 48), generator=generator).to(torch.int8)
@@ -198,18 +200,19 @@ def test_the_split_keeps_the_elementwise_bound_under_cancellation(dtype: torch.d
     scale = torch.ones(n) + torch.rand(n, generator=generator) * 1e-3
     dz = dz.to(dtype)
     dx, _ = int8_linear.int8_linear_backward(dz, None, weight, scale, None, 48, 0, False)
-    v = dz.double() * scale.double()
+    v = dz.double() * scale.double() if dtype != torch.bfloat16 else (dz.float() * scale).bfloat16().double()
     exact, magnitude = v @ weight.double(), v.abs() @ weight.double().abs()
     bound = 2 * ((n + 2) * 2.0**-23 * magnitude + torch.finfo(dtype).eps * exact.abs()) + 1e-30
     assert ((dx.double() - exact).abs() <= bound).all()
 
 
-def test_infinite_gradients_stay_infinite() -> None:
-    dz = torch.tensor([[math.inf, 1.0], [-math.inf, 1.0], [math.nan, 1.0], [3e38, 1.0]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+def test_infinite_gradients_stay_infinite(dtype: torch.dtype) -> None:
+    dz = torch.tensor([[math.inf, 1.0], [-math.inf, 1.0], [math.nan, 1.0], [3e38, 1.0]], dtype=dtype)
     weight = torch.tensor([[2, -3, 0], [1, 1, 1]], dtype=torch.int8)
     packed = torch.nn.functional.pad(weight, (0, 13))
     dx, _ = int8_linear.int8_linear_backward(dz, None, packed, torch.ones(2), None, 3, 0, False)
-    expected = dz @ weight.float()
+    expected = dz.float() @ weight.float()
     assert torch.equal(dx.isnan(), expected.isnan())
     assert torch.equal(dx.isinf(), expected.isinf())
     assert torch.equal(dx[~dx.isnan()].sign(), expected[~expected.isnan()].sign())
@@ -312,17 +315,18 @@ def test_every_forward_tile_over_an_int8_base_is_exact(tile: tiles.Tile) -> None
     assert torch.equal(y, (x.double() @ weight[:, :k].double().T + low + bias).float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("tile", SPLIT_TILES, ids=lambda tile: tile.name)
-def test_every_backward_tile_over_an_int8_base_is_exact(tile: tiles.Tile) -> None:
+def test_every_backward_tile_over_an_int8_base_is_exact(tile: tiles.Tile, dtype: torch.dtype) -> None:
     m, n, k = tile.block_m + 3, tile.block_k + 5, tile.block_n + 7
-    dy = torch.randint(-8, 9, (m, n), generator=torch.Generator().manual_seed(n)).float()
+    dy = torch.randint(-8, 9, (m, n), generator=torch.Generator().manual_seed(n)).to(dtype)
     _, weight, scale, _ = integers(1, n, k)
-    sums, A, low = adapter(m, k, 20, torch.float32)
+    sums, A, low = adapter(m, k, 20, dtype)
     mask = Dropout(torch.tensor([-5]), 30000)
-    dx = torch.full((m, k), math.nan)
+    dx = torch.full((m, k), math.nan, dtype=dtype)
     lora_linear_int8.pull_back(dy, weight, scale, sums, A.T.contiguous(), mask, dx, tile)
     keep = dropout.keep(mask.seed, m, k, 30000 / 65536)
-    assert torch.equal(dx, (dy.double() @ weight[:, :k].double() + torch.where(keep, low, 0.0)).float())
+    assert torch.equal(dx, (dy.double() @ weight[:, :k].double() + torch.where(keep, low, 0.0)).to(dtype))
 
 
 @pytest.mark.parametrize("rank", [5, 40, 100, 150])

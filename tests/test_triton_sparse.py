@@ -14,14 +14,19 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from burnish import block_format, sparse24_format  # noqa: E402
 from burnish.kernels.common import target, tiles  # noqa: E402
+from burnish.kernels.quant import int8_linear  # noqa: E402
 from burnish.kernels.sparse import bsr_linear, bsr_linear_narrow, sparse24_linear, sparse_linear  # noqa: E402
 from burnish.ops.sparse_linear import compress as compress_bitmap  # noqa: E402
 
 DTYPES = (torch.bfloat16, torch.float32, torch.int8)
+#: how many parts a long sum of gradients of int8 values takes
+PARTS = {d: int8_linear.gradient_parts(d, int8_linear.TWO_PARTS_MIN_N) for d in (*DTYPES[:2], torch.float16)}
 #: rows and columns of blocks whose depth takes several steps, and of which a step takes several
 DEEP, SHALLOW = (128, 128), (16, 16)
 
 Table = Callable[[str, torch.dtype], tuple[tiles.Tile, ...]]
+#: likewise of gradients, by their type and the number of parts
+PullTable = Callable[[str, torch.dtype, int], tuple[tiles.Tile, ...]]
 
 
 def every(table: Table, dtypes: tuple[torch.dtype, ...] = DTYPES) -> list[Any]:
@@ -32,6 +37,16 @@ def every(table: Table, dtypes: tuple[torch.dtype, ...] = DTYPES) -> list[Any]:
             label = f"{tile.block_m}x{tile.block_n}x{tile.block_k}-{str(dtype)[6:]}"
             found[label] = pytest.param(tile, dtype, id=label)
     return list(found.values())
+
+
+def every_pull(table: PullTable) -> list[Any]:
+    """Each shape of tile of gradients, with the types of values and of gradients."""
+    floats = every(lambda arch, dtype: table(arch, dtype, 0), DTYPES[:2])
+    found = [pytest.param(*param.values, param.values[1], id=param.id) for param in floats]
+    for dtype, parts in PARTS.items():
+        for param in every(lambda arch, dtype, parts=parts: table(arch, dtype, parts), (dtype,)):
+            found.append(pytest.param(param.values[0], torch.int8, dtype, id=f"int8-{param.id}"))
+    return found
 
 
 def integers(seed: int, *shape: int) -> torch.Tensor:
@@ -66,8 +81,8 @@ def block_tiles(out: int) -> Table:
     return lambda arch, dtype: bsr_linear.tiles(arch, dtype, out)
 
 
-def block_gradient_tiles(out: int) -> Table:
-    return lambda arch, dtype: bsr_linear.gradient_tiles(arch, dtype, out, out, dtype == torch.int8)
+def block_gradient_tiles(out: int) -> PullTable:
+    return lambda arch, dtype, parts: bsr_linear.gradient_tiles(arch, dtype, out, out, parts)
 
 
 def blocks_forward(tile: tiles.Tile, dtype: torch.dtype, block: tuple[int, int]) -> None:
@@ -80,12 +95,12 @@ def blocks_forward(tile: tiles.Tile, dtype: torch.dtype, block: tuple[int, int])
     check(y, x[:, :k], weight.T, bias)
 
 
-def blocks_pull(tile: tiles.Tile, dtype: torch.dtype, block: tuple[int, int]) -> None:
+def blocks_pull(tile: tiles.Tile, dtype: torch.dtype, gradient: torch.dtype, block: tuple[int, int]) -> None:
     m, n, k = tile.block_m + 3, 3 * block[0] + 7, block[1] + 5
     (values, *index), weight = kept_blocks(n, k, block, dtype)
     transposed = block_format.transpose_index(*index, block_format.blocks_along(k, block[1]))
-    dx = result(m, k, dtype)
-    dy = integers(4, m, n).to(dx.dtype)
+    dx = result(m, k, gradient)
+    dy = integers(4, m, n).to(gradient)
     scale = torch.ones(n) if dtype == torch.int8 else None
     bsr_linear.input_gradient(dy, values, transposed, scale, dx, tile)
     check(dx, dy, weight, None)
@@ -101,17 +116,19 @@ def test_every_forward_tile_of_shallow_blocks_is_exact(tile: tiles.Tile, dtype: 
     blocks_forward(tile, dtype, SHALLOW)
 
 
-@pytest.mark.parametrize(("tile", "dtype"), every(block_gradient_tiles(128)))
-def test_every_backward_tile_of_deep_blocks_is_exact(tile: tiles.Tile, dtype: torch.dtype) -> None:
-    blocks_pull(tile, dtype, DEEP)
+@pytest.mark.parametrize(("tile", "dtype", "gradient"), every_pull(block_gradient_tiles(128)))
+def test_every_backward_tile_of_deep_blocks_is_exact(
+    tile: tiles.Tile, dtype: torch.dtype, gradient: torch.dtype
+) -> None:
+    blocks_pull(tile, dtype, gradient, DEEP)
 
 
-@pytest.mark.parametrize(("tile", "dtype"), every(block_gradient_tiles(16)))
+@pytest.mark.parametrize(("tile", "dtype", "gradient"), every_pull(block_gradient_tiles(16)))
 @pytest.mark.parametrize("block", [SHALLOW, *bsr_linear_narrow.BLOCKS], ids=lambda block: f"{block[0]}x{block[1]}")
 def test_every_backward_tile_of_shallow_blocks_is_exact(
-    tile: tiles.Tile, dtype: torch.dtype, block: tuple[int, int]
+    tile: tiles.Tile, dtype: torch.dtype, gradient: torch.dtype, block: tuple[int, int]
 ) -> None:
-    blocks_pull(tile, dtype, block)
+    blocks_pull(tile, dtype, gradient, block)
 
 
 def two_of_four(n: int, k: int, dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
@@ -130,12 +147,14 @@ def test_every_forward_tile_of_two_of_four_is_exact(tile: tiles.Tile, dtype: tor
     check(y, x, weight.T, bias)
 
 
-@pytest.mark.parametrize(("tile", "dtype"), every(sparse24_linear.gradient_tiles))
-def test_every_backward_tile_of_two_of_four_is_exact(tile: tiles.Tile, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("tile", "dtype", "gradient"), every_pull(sparse24_linear.gradient_tiles))
+def test_every_backward_tile_of_two_of_four_is_exact(
+    tile: tiles.Tile, dtype: torch.dtype, gradient: torch.dtype
+) -> None:
     m, n, k = tile.block_m + 3, tile.block_k + 5, tile.block_n + 13
     packed, weight = two_of_four(n, k, dtype)
-    dx = result(m, k, dtype)
-    dy = integers(4, m, n).to(dx.dtype)
+    dx = result(m, k, gradient)
+    dy = integers(4, m, n).to(gradient)
     sparse24_linear.input_gradient(dy, *packed, torch.ones(n) if dtype == torch.int8 else None, dx, tile)
     check(dx, dy, weight, None)
 

@@ -59,20 +59,22 @@ def column_slices(block, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 def split_dot(v, b, product, PARTS: tl.constexpr):
     """product + v @ b for fp32 v and bf16 b: v becomes a sum of PARTS bf16 values, each multiplied on the tensor cores.
 
-    A product of two bf16 values is exact in fp32, so the error is v's alone, nothing for three parts (24 bits) and at
-    most 2**-16 |v| for two, and that of the sums. Tensor cores cut off what a sum has too much instead of rounding it:
-    three parts, which stand for fp32, are summed as :func:`float_dot` sums, from small to large and apart from
-    ``product``.
+    A product of two bf16 values is exact in fp32, so the error is v's alone, nothing for three parts (24 bits), at most
+    2**-16 |v| for two and one rounding to bf16 for one, and that of the sums. Tensor cores cut off what a sum has too
+    much instead of rounding it: three parts, which stand for fp32, are summed as :func:`float_dot` sums, from small to
+    large and apart from ``product``.
     """
     high, rest = split_bf16(v)
-    if PARTS == 3:
+    if PARTS == 1:
+        return tl.dot(high, b, product)
+    elif PARTS == 2:
+        product = tl.dot(high, b, product)
+        return tl.dot(rest.to(tl.bfloat16), b, product)
+    else:
         middle, rest = split_bf16(rest)
         block = tl.dot(rest.to(tl.bfloat16), b)
         block = tl.dot(middle, b, block)
         return product + (tl.dot(high, b) + block)
-    else:
-        product = tl.dot(high, b, product)
-        return tl.dot(rest.to(tl.bfloat16), b, product)
 
 
 @triton.jit

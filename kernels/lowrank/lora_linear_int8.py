@@ -27,13 +27,14 @@ from burnish.kernels.lowrank.lowrank_linear_sums import (
     lowrank_tile,
     rank_block,
 )
-from burnish.kernels.quant.int8_linear import gradient_parts
+from burnish.kernels.quant.int8_linear import GRADIENTS, gradient_parts
 from burnish.kernels.quant.int8_quantize_rows import quantize
 
-#: where int8_linear's tiles leave no registers for fp32 parts and a mask: more warps, or less tile
-FP32_GRADIENT = {
-    "sm_80": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3), Tile(16, 64, 64, 8, 3)),
-    "gfx942": SPLIT_GEMM["gfx942"][1:],
+#: by architecture and parts, where int8_linear's tiles leave no registers for these and a mask: other warps, less tile
+FITTED = {
+    ("sm_80", 3): (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3), Tile(16, 64, 64, 8, 3)),
+    ("sm_90", 2): (*SPLIT_GEMM["sm_90"][:2], Tile(16, 64, 64, 4, 3)),
+    ("gfx942", 3): SPLIT_GEMM["gfx942"][1:],
 }
 
 
@@ -173,16 +174,15 @@ def input_gradient(
     dx: torch.Tensor,
 ) -> None:
     """Write dx [..., K] = keep * (t A) + (dy * scale) @ weight from dy [M, N]; M and K > 0."""
-    tiles = gradient_tiles(target.arch(dy.device), dy.element_size())
-    tile = pick(tiles, dy.shape[0], A.shape[1], target.sm_count(dy.device))
+    (m, n), k = dy.shape, A.shape[1]
+    tiles = gradient_tiles(target.arch(dy.device), gradient_parts(dx.dtype, n))
+    tile = pick(tiles, m, k, target.sm_count(dy.device))
     pull_back(dy, weight, scale.contiguous(), sums, A, dropout, dx, tile)
 
 
-def gradient_tiles(arch: str, itemsize: int) -> tuple[Tile, ...]:
-    """int8_linear's, or :data:`FP32_GRADIENT`'s."""
-    if itemsize == 4 and arch in FP32_GRADIENT:
-        return FP32_GRADIENT[arch]
-    return split_tiles(arch, 3 if itemsize == 4 else 2)
+def gradient_tiles(arch: str, parts: int) -> tuple[Tile, ...]:
+    """int8_linear's, or :data:`FITTED`'s."""
+    return FITTED.get((arch, parts), split_tiles(arch, parts))
 
 
 def pull_back(dy, weight, scale, sums, A, dropout, dx, tile):  # type: ignore[no-untyped-def]
@@ -203,7 +203,7 @@ def pull_back(dy, weight, scale, sums, A, dropout, dx, tile):  # type: ignore[no
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    """Every tile: forward once, rank blocks and types spread over them, backward in fp32 and one 16-bit type."""
+    """Every tile: forward once, rank blocks and types spread over them, backward in each type."""
     sizes = "M:i32 N:i32 R:i32 base_width:i32 width:i32 factor:fp32"
     for index, tile in enumerate(INT8_GEMM[arch]):
         dtype, rank = spread(index)
@@ -213,14 +213,14 @@ def variants(arch: str) -> Iterator[Variant]:
             lora_linear_fwd_kernel_int8, tile, f"r{rank}-{dtype[1:]}", f"{pointers} {sizes} stride_fn:i32", "int8",
             stride_fr=1, splits=1, HAS_BIAS=True, EVEN_K=index % 2 == 0, BLOCK_R=rank,
         )  # fmt: skip
-    for itemsize in (2, 4):
-        for index, tile in enumerate(gradient_tiles(arch, itemsize)):
-            dtype, rank, drop = pointer_of(itemsize, index), TILE_RANK_BLOCK[itemsize], itemsize == 4 or index != 1
+    for parts, dtype in GRADIENTS.items():
+        for index, tile in enumerate(gradient_tiles(arch, parts)):
+            rank, drop = TILE_RANK_BLOCK[4 if parts == 3 else 2], parts == 3 or index != 1
             pointers = f"weight_ptr:*i8 scale_ptr:*fp32 sums_ptr:*fp32 seed_ptr:*i64 dy_ptr:{dtype} factor_ptr:{dtype}"
             pointers += f" dx_ptr:{dtype} {sizes} K:i32 threshold:i32 stride_dym:i32 stride_fr:i32"
             yield of_tile(
                 lora_linear_bwd_dx_kernel_int8, tile, f"r{rank}-{dtype[1:]}{'-drop' if drop else ''}", pointers,
-                "bf16", splits=1, DROP=drop, PARTS=itemsize // 2 + 1, BLOCK_R=rank,
+                "bf16", splits=1, DROP=drop, PARTS=parts, BLOCK_R=rank,
             )  # fmt: skip
 
 

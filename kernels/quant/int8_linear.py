@@ -11,11 +11,11 @@ split path's bytes plus what L2 delivers during one launch. That is small M, and
 
 Weights are the ``rows`` layout: K padded to 16 bytes with zeros, so every load of weights and q is a 16-byte one.
 
-Backward: ``dx = (dz * scale) @ w`` needs fp32 quality from an fp32 operand, and tensor cores offer bf16. An int8
-weight is exact in bf16, so only ``v = dz * scale`` is split, into parts of 8 bits each (:func:`products.split_dot`).
-Three parts hold all 24 bits. Two leave at most 2**-16 |v|, which the element-wise bound 2 (N + 2) 2**-23 sum |v||w|
-covers, with the fp32 summation, from N = 83 on: two parts serve 16-bit gradients with N >= 128, three the rest. Against
-one bf16 product that is two or three times the tensor-core work; an fp32 ("ieee") product would be 15 times on an H100.
+Backward: ``dx = (dz * scale) @ w`` on bf16 tensor cores. An int8 weight is exact in bf16, and ``v = dz * scale``, which
+is fp32, is split into parts of 8 bits each (:func:`products.split_dot`). A bf16 gradient rounds v to bf16: one part.
+fp16 and fp32 gradients keep v. Three parts hold all 24 bits. Two leave at most 2**-16 |v|, which the element-wise bound
+2 (N + 2) 2**-23 sum |v||w| covers, with the fp32 summation, from N = 83 on: two parts serve fp16 gradients with
+N >= 128, three the rest. An fp32 ("ieee") product would be 15 times the tensor-core work of one part on an H100.
 With an activation, z is recomputed by the forward's GEMM, which then writes dz in fp32 instead of y. dbias sums dz in a
 fixed order, in fp32.
 """
@@ -38,8 +38,10 @@ from burnish.kernels.quant.int8_quantize_rows import POINTERS, quantize
 
 #: the fused path keeps a block of x and its running maxima in registers, so its tiles have few rows
 FUSED_MAX_ROWS = 32
-#: from this N on two bf16 parts are enough for a 16-bit gradient; see above
+#: from this N on two bf16 parts are enough for an fp16 gradient; see above
 TWO_PARTS_MIN_N = 128
+#: a gradient of each number of parts, in Triton's notation
+GRADIENTS = {1: "*bf16", 2: "*fp16", 3: "*fp32"}
 #: the widest tile whose accumulators leave registers for an activation's slope
 SLOPE_MAX_COLUMNS = 128
 #: rows and columns a program of the column sum covers, and rows it loads at once
@@ -305,7 +307,9 @@ def input_gradient(dz: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, 
 
 def gradient_parts(dtype: torch.dtype, n: int) -> int:
     """How many bf16 parts of dz * scale a gradient of this dtype needs, summed over n."""
-    return 2 if dtype != torch.float32 and n >= TWO_PARTS_MIN_N else 3
+    if dtype == torch.bfloat16:
+        return 1
+    return 2 if dtype == torch.float16 and n >= TWO_PARTS_MIN_N else 3
 
 
 def column_sums(dz: torch.Tensor) -> torch.Tensor:
@@ -363,7 +367,8 @@ def variants(arch: str) -> Iterator[Variant]:
                 int8_linear_fwd_kernel_fused, tile, f"{dtype[1:]}-act{index + 2}", f"{pointers} stride_xm:i32",
                 "int8", stride_xk=1, ACTIVATION=index + 2, HAS_BIAS=True,
             )  # fmt: skip
-    for dz, dx, parts in (("*bf16", "*bf16", 2), ("*fp32", "*fp16", 2), ("*fp32", "*fp32", 3)):
+    for parts, dx in GRADIENTS.items():
+        dz = "*bf16" if parts == 1 else "*fp32"  # the latter of an activation
         for tile in split_tiles(arch, parts):
             pointers = f"dz_ptr:{dz} weight_ptr:*i8 scale_ptr:*fp32 dx_ptr:{dx} {sizes} K:i32 stride_dzm:i32"
             label = f"{dz[1:]}-{dx[1:]}-parts{parts}"

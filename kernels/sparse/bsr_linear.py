@@ -12,7 +12,7 @@ columns of x for itself, so what L2 delivers bounds small blocks. For few rows t
 that a few large blocks fill the GPU.
 
 int8 values: x is quantised by :mod:`int8_quantize_rows`, sums are int32, the epilogue is int8_linear's, and so are the
-bits. Their dx takes dy * scale in bf16 parts, as int8_linear's does.
+bits. Their dx takes dy * scale in bf16 parts, one for a bf16 dy, as int8_linear's does.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from burnish.kernels.common.operands import UNITS, matrix, objection
 from burnish.kernels.common.products import weight_dot
 from burnish.kernels.common.tiles import FULL_GEMM, HALF_GEMM, INT8_GEMM, Tile, narrowed, pick, split_tiles, swizzle
 from burnish.kernels.common.variants import Variant
-from burnish.kernels.quant.int8_linear import column_sums, gradient_parts
+from burnish.kernels.quant.int8_linear import GRADIENTS, column_sums, gradient_parts
 from burnish.kernels.quant.int8_quantize_rows import quantize
 from burnish.kernels.sparse import bsr_linear_described, bsr_linear_narrow
 from burnish.kernels.sparse.bsr_linear_dw import values_gradient
@@ -326,8 +326,11 @@ def input_gradient(dy, values, transposed, scale, dx, tile=None):  # type: ignor
 def gradient_tiles(arch: str, dtype: torch.dtype, out: int, depth: int, parts: int) -> tuple[Tile, ...]:
     """Those of dx; ``parts`` unless the values are floats. Taller ones put the parts, or the columns that are gathered
     for shallow blocks, on the stack."""
-    table = narrowed(split_tiles(arch, 3), out) if parts else tiles(arch, dtype, out)
-    tallest = 64 if parts and depth <= 4 else 128 if parts or out == NARROW_STRIPE else 256
+    table = narrowed(split_tiles(arch, parts), out) if parts else tiles(arch, dtype, out)
+    if parts and (depth <= 4 or (parts == 3 and out == NARROW_STRIPE)):
+        tallest = 64
+    else:
+        tallest = 128 if parts or out == NARROW_STRIPE else 256
     return tuple(dict.fromkeys(replace(tile, block_m=min(tile.block_m, tallest)) for tile in table))
 
 
@@ -344,9 +347,10 @@ def variants(arch: str) -> Iterator[Variant]:
             for tile in tiles(arch, dtype, out)[:count] if out >= 16 else ():
                 yield forward_variant(tile, out, depth, half(dtype, index), index)
                 index += 1
-            for tile in gradient_tiles(arch, dtype, depth, out, dtype == torch.int8)[:count]:
-                yield gradient_variant(tile, depth, out, half(dtype, index), index)
-                index += 1
+            for parts in GRADIENTS if dtype == torch.int8 else (0,):
+                for tile in gradient_tiles(arch, dtype, depth, out, parts)[:count]:
+                    yield gradient_variant(tile, depth, out, half(dtype, index), parts, index)
+                    index += 1
 
 
 def half(dtype: torch.dtype, index: int) -> torch.dtype:
@@ -366,13 +370,13 @@ def forward_variant(tile: Tile, out: int, depth: int, dtype: torch.dtype, index:
     )  # fmt: skip
 
 
-def gradient_variant(tile: Tile, out: int, depth: int, dtype: torch.dtype, index: int) -> Variant:
-    parts = (2 + index % 2) * (dtype == torch.int8)
-    pointer = ("*bf16", "*fp32")[index % 2] if parts else TYPES[dtype]
+def gradient_variant(tile: Tile, out: int, depth: int, dtype: torch.dtype, parts: int, index: int) -> Variant:
+    pointer = GRADIENTS[parts] if parts else TYPES[dtype]
     types = {"dy_ptr": pointer, "values_ptr": TYPES[dtype], "dx_ptr": pointer, "scale_ptr": "*fp32"}
     types |= {"transposed_ptr": "*i32"} | dict.fromkeys(("M", "N", "K", "stripes", "blocks", "stride_dym"), "i32")
     constants = {"PARTS": parts, "EVEN_K": index % 4 < 2, "OUT": out, "DEPTH": depth}
     return Variant(
         f"{depth}x{out}-{tile.name}-{TYPES[dtype][1:]}-{pointer[1:]}", bsr_linear_bwd_dx_kernel, types,
-        constants | tile.constants, tile.num_warps, tile.num_stages, UNITS[pointer], narrow=depth < 16,
+        constants | tile.constants, tile.num_warps, tile.num_stages, "bf16" if parts else UNITS[pointer],
+        narrow=depth < 16,
     )  # fmt: skip

@@ -5,7 +5,7 @@ memory moves 9/16 of a dense weight's bytes in 16 bits; what follows is a dense 
 bytes bound, for few rows. Tensor cores that skip the zeros are for CUDA C++: Triton has no instruction for them.
 
 int8 values: x is quantised by :mod:`int8_quantize_rows`, sums are int32, the epilogue is int8_linear's, and so are the
-bits. Their dx takes dy * scale in bf16 parts, as int8_linear's does.
+bits. Their dx takes dy * scale in bf16 parts, one for a bf16 dy, as int8_linear's does.
 
 Backward: dx expands the same tiles; the gradient of the values is a dense tile of dy^T x, of which each group's two
 positions are picked and written. M is cut into parts where the tiles are too few for the GPU, added in order.
@@ -28,7 +28,7 @@ from burnish.kernels.common.planes import unweave, unweave_pair, weave
 from burnish.kernels.common.tiles import FULL_GEMM, HALF_GEMM, INT8_GEMM, Tile, pick, split_tiles, swizzle
 from burnish.kernels.common.variants import Variant
 from burnish.kernels.lowrank.lowrank_linear_sums import add_parts
-from burnish.kernels.quant.int8_linear import column_sums, gradient_parts
+from burnish.kernels.quant.int8_linear import GRADIENTS, column_sums, gradient_parts
 from burnish.kernels.quant.int8_quantize_rows import quantize
 
 
@@ -200,9 +200,10 @@ def tiles(arch: str, dtype: torch.dtype) -> tuple[Tile, ...]:
     return tuple(replace(tile, num_warps=4) if tile.block_m == 16 else tile for tile in table)
 
 
-def gradient_tiles(arch: str, dtype: torch.dtype) -> tuple[Tile, ...]:
-    """Those of dx, by the type of values. On sm_100 four warps put two registers of the square one on the stack."""
-    table = expanded_tiles(split_tiles(arch, 3)) if dtype == torch.int8 else tiles(arch, dtype)
+def gradient_tiles(arch: str, dtype: torch.dtype, parts: int) -> tuple[Tile, ...]:
+    """Those of dx; ``parts`` unless the values are floats. On sm_100 four warps put two registers of the square one on
+    the stack."""
+    table = expanded_tiles(split_tiles(arch, parts)) if parts else tiles(arch, dtype)
     warps = {(64, 64): 8} if arch == "sm_100" else {}
     return tuple(replace(tile, num_warps=warps.get((tile.block_m, tile.block_n), tile.num_warps)) for tile in table)
 
@@ -245,11 +246,12 @@ def sparse24_linear_backward(
 def input_gradient(dy, values, metadata, scale, dx, tile=None):  # type: ignore[no-untyped-def]
     """Write dx [..., K] = (dy * scale) W from dy [M, N]; M and K > 0."""
     (m, n), k, half = dy.shape, dx.shape[-1], values.shape[1]
-    tile = tile or pick(gradient_tiles(target.arch(dy.device), values.dtype), m, k, target.sm_count(dy.device))
+    parts = 0 if scale is None else gradient_parts(dx.dtype, n)
+    tile = tile or pick(gradient_tiles(target.arch(dy.device), dx.dtype, parts), m, k, target.sm_count(dy.device))
     sparse24_linear_bwd_dx_kernel[tile.grid(m, k)](
         *(dy, values, metadata, dy if scale is None else scale.contiguous(), dx),
         *(m, n, k, half, metadata.shape[1], dy.stride(0)),
-        PARTS=0 if scale is None else gradient_parts(dx.dtype, n),
+        PARTS=parts,
         **tile.constants,
         **tile.options,
     )
@@ -292,17 +294,18 @@ def variants(arch: str) -> Iterator[Variant]:
                 "int8" if dtype == torch.int8 else UNITS[pointer], narrow(tile, 8),
             )  # fmt: skip
             index += 1
-        for tile in gradient_tiles(arch, dtype):
-            values = "*i8" if dtype == torch.int8 else pointer_of(dtype.itemsize, index)
-            pointer = ("*bf16", "*fp32")[index % 2] if dtype == torch.int8 else values
-            types = {"dy_ptr": pointer, "values_ptr": values, "metadata_ptr": "*u8", "dx_ptr": pointer}
-            types |= {"scale_ptr": "*fp32", "stride_dym": "i32", **sizes}
-            yield Variant(
-                f"{tile.name}-{values[1:]}-{pointer[1:]}", sparse24_linear_bwd_dx_kernel, types,
-                {"PARTS": (2 + index % 2) * (dtype == torch.int8), **tile.constants}, tile.num_warps, tile.num_stages,
-                UNITS[pointer], narrow(tile, 8),
-            )  # fmt: skip
-            index += 1
+        for parts in GRADIENTS if dtype == torch.int8 else (0,):
+            for tile in gradient_tiles(arch, dtype, parts):
+                pointer = GRADIENTS[parts] if parts else pointer_of(dtype.itemsize, index)
+                values = "*i8" if parts else pointer
+                types = {"dy_ptr": pointer, "values_ptr": values, "metadata_ptr": "*u8", "dx_ptr": pointer}
+                types |= {"scale_ptr": "*fp32", "stride_dym": "i32", **sizes}
+                yield Variant(
+                    f"{tile.name}-{values[1:]}-{pointer[1:]}", sparse24_linear_bwd_dx_kernel, types,
+                    {"PARTS": parts, **tile.constants}, tile.num_warps, tile.num_stages,
+                    "bf16" if parts else UNITS[pointer], narrow(tile, 8),
+                )  # fmt: skip
+                index += 1
     for itemsize, out in ((2, "*bf16"), (2, "*fp32"), (4, "*fp32")):
         tile, pointer = dw_tile(arch, itemsize), pointer_of(itemsize, 0)
         types = {"dy_ptr": pointer, "x_ptr": pointer, "metadata_ptr": "*u8", "dw_ptr": out, **sizes}
