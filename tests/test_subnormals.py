@@ -7,7 +7,7 @@ import torch
 from burnish import ops
 
 
-@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("rows", [1, 64, 1400])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("op", ["lowrank_linear", "lora_linear"])
 def test_a_subnormal_bias_is_kept(op: str, dtype: torch.dtype, rows: int) -> None:
