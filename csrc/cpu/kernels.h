@@ -79,7 +79,7 @@ struct BitmapWeight {
 };
 
 // Elements of a bitmap in a cache line.
-constexpr int64_t kLineBits = 512;
+constexpr int64_t kLineBits = 8 * kLineBytes;
 
 // A 2:4 weight: a byte of metadata for each 8 elements of a row, of which 4 are values.
 struct Sparse24Weight {

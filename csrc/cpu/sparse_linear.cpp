@@ -13,7 +13,6 @@ namespace {
 
 constexpr int64_t kWord = 64;                          // elements that a row of the bitmap is a multiple of
 constexpr int64_t kSerialElements = int64_t{1} << 18;  // of the weight: what a second thread must be worth
-constexpr int64_t kLineBytes = kLineBits / 8;          // of the bitmap
 constexpr int64_t kKeptBytes = 640 << 10;              // of x transposed, which is to stay in L2
 constexpr int64_t kTransposed = 256;                   // columns of x that are transposed together
 constexpr const char* kContradiction = " of bitmap keeps other elements than row_starts counts";

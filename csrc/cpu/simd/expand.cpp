@@ -91,9 +91,7 @@ BURNISH_INLINE __m512i fill(const T* values, int64_t count, uint64_t bits) {
     const auto there = static_cast<__mmask32>((uint64_t{1} << count) - 1);
     return spread_words(_mm512_maskz_loadu_epi16(there, values), static_cast<__mmask32>(bits));
   } else {
-    const __m256bh rounded = _mm512_cvtneps_pbh(load(values, count).v);  // exact
-    __m256i words;
-    memcpy(&words, &rounded, sizeof words);
+    const __m256i words = normal_to_bf16(load(values, count));  // exact
     return spread_words(_mm512_castsi256_si512(words), static_cast<__mmask32>(bits));
   }
 }

@@ -229,7 +229,7 @@ void store_transposed(const float* from, int64_t stride, int64_t rows, int64_t c
           }
         }
       }
-      if (r > 0) _mm_sfence();
+      if (r > 0) end_stream();
     }
     for (; r < rows; r += 16) {
       const int64_t count = rows - r < 16 ? rows - r : 16;

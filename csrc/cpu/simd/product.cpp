@@ -40,15 +40,6 @@ class Walker {
   int64_t lines_;
 };
 
-// Lines that went past the caches are there for other threads, and for what writes them again.
-BURNISH_INLINE void end_stream(const Sink& sink) {
-#if defined(__AVX512BF16__)
-  if (sink.stream) _mm_sfence();
-#else
-  (void)sink;
-#endif
-}
-
 #if defined(__AVX512BF16__)
 // Whole rows of bf16, two vectors an instruction and a store; false where that may be wrong: the instruction makes zero
 // of subnormal numbers, so a zero in the result is done again with care. Sums of pairs alone are never subnormal.
@@ -80,7 +71,7 @@ BURNISH_INLINE bool store_pairs(const Vec (&sum)[MR][NV], const Sink& sink, int6
         }
       }
     }
-    if (zero != 0) end_stream(sink);
+    if (zero != 0 && sink.stream) end_stream();
     return zero == 0;
   }
 }
@@ -210,6 +201,7 @@ Format product_format(Format format) {
 
 void multiply(const Matrix& x, int64_t rows, const void* panel, int64_t columns, int64_t depth, const Sink& sink,
               const Ahead& ahead) {
+  const bool streams = kStreams && sink.stream;
   with_element(x.format, [&](auto element) {
     using Element = decltype(element);
     const int64_t passes = (rows + kRows - 1) / kRows;
@@ -223,7 +215,7 @@ void multiply(const Matrix& x, int64_t rows, const void* panel, int64_t columns,
       // equal passes: 16 rows as 6 + 5 + 5, not 6 + 6 + 4
       const int64_t first = rows * pass / passes, last = rows * (pass + 1) / passes;
       int64_t lines = walker.lines() * (pass + 1) / passes - walker.lines() * pass / passes;
-      if (sink.y != nullptr && !sink.stream) {  // claims the lines of y that a later pass writes
+      if (sink.y != nullptr && !streams) {  // claims the lines of y that a later pass writes
         const int64_t size = size_of(sink.y_format);
         for (int64_t row = pass == 0 ? last : claimed(pass); row < claimed(pass + 1); ++row) {
           const char* y = static_cast<const char*>(sink.y) + row * sink.y_stride * size;
@@ -241,11 +233,12 @@ void multiply(const Matrix& x, int64_t rows, const void* panel, int64_t columns,
           lines, sink.at(first, 0), columns);
     }
   });
-  end_stream(sink);
+  if (streams) end_stream();
 }
 
 void multiply_panels(const Matrix& x, int64_t rows, const char* panels, int64_t panel_bytes, int64_t columns,
                      int64_t depth, const Sink& sink) {
+  const bool streams = kStreams && sink.stream;
   with_element(x.format, [&](auto element) {
     using Element = decltype(element);
     const int64_t passes = (rows + kRows - 1) / kRows, size = size_of(sink.y_format);
@@ -253,7 +246,7 @@ void multiply_panels(const Matrix& x, int64_t rows, const char* panels, int64_t 
     for (int64_t n = 0; n < columns; n += kPanelColumns, panels += panel_bytes) {
       const int64_t here = columns - n < kPanelColumns ? columns - n : kPanelColumns;
       const int64_t next = columns - n - here < kPanelColumns ? columns - n - here : kPanelColumns;
-      for (int64_t row = 0; row < rows && !sink.stream; ++row) {  // claims the lines of y that the next panel writes
+      for (int64_t row = 0; row < rows && !streams; ++row) {  // claims the lines of y that the next panel writes
         const char* y = static_cast<const char*>(sink.y) + (row * sink.y_stride + n + here) * size;
         for (int64_t at = 0; at < next * size; at += 64) __builtin_prefetch(y + at, 1, 3);
       }
@@ -266,7 +259,7 @@ void multiply_panels(const Matrix& x, int64_t rows, const char* panels, int64_t 
       }
     }
   });
-  end_stream(sink);
+  if (streams) end_stream();
 }
 
 void add_floats(const float* from, int64_t count, float* to) {

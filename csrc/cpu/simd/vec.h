@@ -81,15 +81,18 @@ BURNISH_INLINE void store(float* p, Vec a, int64_t count) {
     _mm512_mask_storeu_ps(p, first_lanes(count), a.v);
   }
 }
+// Of numbers none of which is subnormal: the instruction flushes those.
+BURNISH_INLINE __m256i normal_to_bf16(Vec a) {
+  const __m256bh rounded = _mm512_cvtneps_pbh(a.v);
+  __m256i words;
+  memcpy(&words, &rounded, sizeof words);
+  return words;
+}
 BURNISH_INLINE __m256i to_bf16(Vec a) {
   constexpr int kSubnormal = 0x20;
-  if (!_mm512_fpclass_ps_mask(a.v, kSubnormal)) [[likely]] {
-    const __m256bh rounded = _mm512_cvtneps_pbh(a.v);
-    __m256i words;
-    memcpy(&words, &rounded, sizeof words);
-    return words;
-  }
-  // the instruction would flush subnormal numbers: round as integers
+  if (!_mm512_fpclass_ps_mask(a.v, kSubnormal)) [[likely]]
+    return normal_to_bf16(a);
+  // round as integers
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
@@ -98,7 +101,7 @@ BURNISH_INLINE __m256i to_bf16(Vec a) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
 }
 BURNISH_INLINE void store(bf16* p, Vec a, int64_t count) { store_words(p, to_bf16(a), count); }
-// A line of 32, past the caches: other threads see it after an sfence.
+// A line of 32, past the caches: it is there for other threads, and for what writes it again, after end_stream.
 BURNISH_INLINE void stream(bf16* p, Vec low, Vec high) {
   const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(to_bf16(low)), to_bf16(high), 1);
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), line);
@@ -224,6 +227,13 @@ BURNISH_INLINE Vec from_int32(const int32_t* p, int32_t offset) {
 }
 
 #endif
+
+constexpr bool kStreams = Vec::kLanes == 16;  // whether there is stream
+BURNISH_INLINE void end_stream() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
 
 // The sums of the lanes of four vectors, in order.
 BURNISH_INLINE void add_lanes(const Vec (&sum)[4], float* out) {
