@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -97,6 +98,21 @@ def test_the_ops_equal_a_dense_layer_on_integers(
     mask = two_of_four(mask, generator)
     exact = F.linear(x.double(), weight.double().where(mask, 0)).to(dtype)
     assert torch.equal(sparse24_linear(x, *compress24(weight, mask)), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [3, 20])
+def test_a_thread_begins_with_a_weight_of_no_columns(rows: int, dtype: torch.dtype) -> None:
+    """Before any other call has left memory to the thread."""
+    x, weight, dy = torch.ones(rows, 0, dtype=dtype), torch.ones(5, 0, dtype=dtype), torch.ones(rows, 5, dtype=dtype)
+    kept = compress(weight, weight.bool())
+    with ThreadPoolExecutor(1) as fresh:
+        y = fresh.submit(sparse_linear, x, *kept).result()
+    with ThreadPoolExecutor(1) as fresh:
+        dx, dvalues, _ = fresh.submit(sparse_linear_backward, dy, x, *kept, True, True, False).result()
+    assert torch.equal(y, torch.zeros_like(dy))
+    assert dx.shape == x.shape
+    assert dvalues.numel() == 0
 
 
 @given(rows=st.integers(0, 20), size=sizes, dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**20))

@@ -276,6 +276,7 @@ struct BitmapRows {
 
 template <class Out, class Rows>
 void fill_rows(const Rows& from, int64_t rows, const Matrix& out) {
+  if (from.width == 0) return;  // a weight of no columns has no places to look up
   for (int64_t i = 0; i < rows; ++i) {
     if (i + 2 * kRowsAhead < rows) __builtin_prefetch(from.bytes(i + 2 * kRowsAhead), 0, 2);
     if (i + kRowsAhead < rows) {
