@@ -19,7 +19,7 @@ constexpr int64_t kMaxDepth = 131072;  // of int8 values: int32 sums hold it
 constexpr int64_t kBlocks[][2] = {{16, 16}, {32, 32}, {64, 64}, {128, 128}, {1, 16}, {4, 16}};
 constexpr int64_t kPanelBytes = int64_t{1} << 20;  // of x, packed together: they stay in L2
 constexpr int64_t kFewRows = 4;                    // up to which x is read as it lies
-constexpr int64_t kTileRows = 16;                  // outputs that are finished together, at least
+constexpr int64_t kTileRows = 32;                  // outputs that are finished together, at least: whole lines of bf16
 
 const int32_t* check_vector(const char* op, const char* name, const Tensor& tensor, int64_t length,
                             const BlockWeight& w) {

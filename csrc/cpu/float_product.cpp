@@ -14,7 +14,7 @@ constexpr int64_t kSumBytes = 64 << 10;  // of rows of X, for more columns of W 
 constexpr int64_t kLongest = 4096;       // elements of a column that are: sums in one go lose little up to there
 constexpr int64_t kFewRows = 8;          // up to which a projection reads W as it lies
 constexpr int64_t kPackedWhole = int64_t{256} << 10;
-constexpr int64_t kRowsByRows = 12;
+constexpr int64_t kRowsByRows = 24;
 constexpr int64_t kRowBlock = 512;  // rows that meet a packed panel: x's chunk of them stays in L2
 constexpr int64_t kPartialBytes = int64_t{4} << 20;
 
@@ -135,7 +135,7 @@ void add_products(const Kernels& level, const std::vector<Term>& terms, int64_t 
                   const Dropout* dropout, int64_t mask_row) {
   static thread_local Scratch scratch;
   const std::vector<Step> steps = steps_of(terms, columns);
-  if (steps.size() == 1 && terms[0].depth <= kNarrow && sink.y != nullptr && rows >= 2 * kRowsByRows && !dropout &&
+  if (steps.size() == 1 && terms[0].depth <= kNarrow && sink.y != nullptr && rows >= kRowsByRows && !dropout &&
       terms[0].weight.dropout == nullptr && terms[0].weight.compressed == nullptr &&
       packed_bytes(level, steps[0]) * ceil_div(columns.size(), level.panel_columns) <= kPackedWhole) {
     return add_product_by_rows(level, steps[0], rows, columns, sink);
