@@ -60,7 +60,8 @@ check() {
     export BURNISH_EMULATE_CUDA=1
     local rules=(--backend=native --schedules=1 --only=guard)
   else
-    export BURNISH_CPU_ISA=$3 asan=detect_stack_use_after_return=1
+    # the frames that GCC 12 lays apart for this are aligned to 32 bytes, and AVX-512 stores to arrays in them by 64
+    export BURNISH_CPU_ISA=$3 asan=detect_stack_use_after_return=$([[ $3 == avx512 ]] && echo 0 || echo 1)
     local rules=(--backend=cpu --fuzz="$examples" --only=deterministic --only=double_backward --only=special
       --positions=2)
   fi
