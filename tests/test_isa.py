@@ -1,7 +1,8 @@
 """The CPU kernels at every instruction set this machine has: the same rules and, of ops that sum integers, the same
 bits.
 
-``BURNISH_CPU_ISA`` is read once a process, so each level runs the conformance kit in a process of its own.
+``BURNISH_CPU_ISA`` is read once a process, so each level runs the conformance kit, and the tests of what is not among
+the kit's cases, in a process of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +34,8 @@ FLOAT_SUMS = {
     },
 }
 FLOATS = {op for ops in FLOAT_SUMS.values() for op in ops}
+#: tests of edges that the kit's cases do not have, each quick
+EDGES = ("test_sparse_formats.py", "test_sparse_patterns.py", "test_large_results.py", "test_subnormals.py")
 OURS = {name: spec for name, spec in registry.all_ops().items() if spec.namespace == "burnish"}
 LISTS = [name for name, spec in OURS.items() if "Tensor[]" in spec.schema]
 EXACT = [name for name in OURS if name not in FLOATS]
@@ -44,11 +48,19 @@ def levels() -> tuple[str, ...]:
     return LEVELS[: LEVELS.index(torch.ops.burnish.cpu_isa()) + 1]
 
 
+@pytest.fixture(params=LEVELS[:-1])
+def level(request: pytest.FixtureRequest) -> str:
+    """A level that this machine has and is not the highest there is."""
+    if request.param not in levels():
+        pytest.skip(f"this machine has no {request.param}")
+    return request.param
+
+
 def run(*command: str, **env: str) -> str:
     done = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, timeout=500, env={**os.environ, **env}
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
 
 
@@ -93,13 +105,16 @@ def test_fuzzed_and_special_inputs_give_the_same_bits_at_every_level(lists: bool
         pytest.param(EXACT, RULES, 0, id="exact"),
     ],
 )
-@pytest.mark.parametrize("level", LEVELS[:-1])
 def test_the_rules_hold_at_a_lower_level(level: str, ops: list[str], rules: tuple[str, ...], examples: int) -> None:
-    if level not in levels():
-        pytest.skip(f"this machine has no {level}")
     chosen = [f"--only={rule}" for rule in rules]
     out = run("-m", "burnish.testing", *ops, "--backend=cpu", *chosen, f"--fuzz={examples}", BURNISH_CPU_ISA=level)
     for op in ops:
         counts = dict(re.findall(rf"^{op} (cpu|cpu fuzzed): (\d+)$", out, re.MULTILINE))
         assert int(counts["cpu"]) >= len(rules) // 2 * len(registry.get(op).cases.test)
         assert int(counts.get("cpu fuzzed", 0)) >= examples
+
+
+def test_edges_hold_at_a_lower_level(level: str) -> None:
+    files = [str(Path(__file__).parent / name) for name in EDGES]
+    out = run("-m", "pytest", "-p", "no:cacheprovider", *files, BURNISH_CPU_ISA=level)
+    assert all(f"of tests/{name}" in out for name in EDGES)
