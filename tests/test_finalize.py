@@ -155,6 +155,14 @@ def test_the_blocks_of_a_mask_are_found(sides: tuple[int, int]) -> None:
     assert model[0].config.sides == sides
 
 
+def test_few_weights_take_no_more_than_their_bytes() -> None:
+    model = nn.Sequential(nn.Linear(256, 256, bias=False))
+    prune.Pruner(model, prune.Magnitude(), prune.Unstructured(), 0.999).step()
+    assert prune.TwoFour().violation(prune.masks(model)["0"]) is None
+    prune.finalize_(model)
+    assert (type(model[0]), model[0].nnz) == (SparseLinear, 66)
+
+
 def test_ragged_layers_and_layers_of_zeros() -> None:
     model = nn.Sequential(nn.Linear(100, 90), nn.Linear(90, 41))
     masks = {"0": mask_for(BlockSparse(32), 90, 100, 0.3), "1": torch.zeros(41, 90, dtype=torch.bool)}

@@ -91,6 +91,15 @@ def test_the_format_of_a_mask_is_found(pattern) -> None:
     assert found(pattern.mask(scores, 0.5)) == pattern
 
 
+@pytest.mark.parametrize(("in_four", "pattern"), [(2, prune.TwoFour()), (1, prune.TwoFour()), (0.5, FORMATS[-1])])
+def test_few_weights_that_are_two_of_four_by_chance_are_any(in_four: float, pattern) -> None:
+    kept = torch.zeros(64, 64, dtype=torch.bool)
+    kept[:: int(max(1, 1 / in_four)), ::4] = True
+    kept[:, 1::4] = in_four == 2
+    assert prune.TwoFour().violation(kept) is None
+    assert found(kept) == pattern
+
+
 def decided(criterion, weight, taken, pattern, sparsity):
     return criterion.decide(weight, taken, pattern, sparsity, None)
 

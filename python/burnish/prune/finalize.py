@@ -12,7 +12,7 @@ a linear layer, 2:4 along its inputs                :class:`burnish.nn.Sparse24L
 a linear layer, any other                           :class:`burnish.nn.SparseLinear`
 ==================================================  ==========================================================
 
-Of several patterns that a mask makes, the first of :data:`burnish.prune.patterns.FORMATS` counts, which
+Of several patterns that a mask makes, the one that :func:`burnish.prune.patterns.found` names counts, which
 :func:`burnish.prune.report` shows. What the masks keep is kept, zeros among it too. With ``measure`` each new layer
 races the dense one, both timed in turn on inputs like those that the example shows; where the dense layer wins, or no
 sparse layer fits, it stays dense, its mask's zeros in its weight. No masks are left either way.

@@ -177,8 +177,11 @@ FORMATS: tuple[Pattern, ...] = (
 
 
 def found(kept: Tensor) -> Pattern:
-    """The first of :data:`FORMATS` that a mask ``[N, K]`` holds."""
-    return next(pattern for pattern in FORMATS if pattern.violation(kept) is None)
+    """The first of :data:`FORMATS` that a mask ``[N, K]`` holds; not 2:4 where it leaves most of those places empty, as
+    any mask of few weights does by chance: 2:4 would store the zeros in them."""
+    few = 4 * int(kept.count_nonzero()) < kept.numel()
+    held = (pattern for pattern in FORMATS if pattern.violation(kept) is None)
+    return next(pattern for pattern in held if not (few and pattern == TwoFour()))
 
 
 def pruned_of(units: int, sparsity: float) -> int:

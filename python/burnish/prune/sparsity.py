@@ -25,7 +25,7 @@ from burnish.report import aligned, numberless, plural, ranges
 
 @dataclass(frozen=True)
 class Row:
-    """One masked layer: what it is, the first of :data:`burnish.prune.patterns.FORMATS` that its mask holds, its
+    """One masked layer: what it is, what :func:`burnish.prune.patterns.found` calls its mask, its
     weights and how many of them are zero."""
 
     fqn: str
