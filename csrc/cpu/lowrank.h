@@ -65,9 +65,9 @@ Tensor lowrank_forward(const Tensor& x, const Factors& factors, const Base* base
 // The gradients of that.
 Gradients lowrank_backward(const Tensor& dy, const Tensor& x, const Factors& factors, const Base* base, Wanted wanted);
 
-// y = the sum of the terms for a few rows, at most kDotRows: each weight is read as it lies, from memory, or where it is
-// transposed turned a piece at a time; X is in the weights' own format. A weight that is turned or of little depth is
-// better packed for more than kFewRows.
+// y = the sum of the terms for a few rows, at most kDotRows: each weight is read as it lies, from memory, or where it
+// is transposed turned a piece at a time; X is in the weights' own format. A weight of little depth alone is better
+// packed for more than kFewRows.
 constexpr int64_t kFewRows = 2;
 void add_few_rows(const Kernels& level, const std::vector<Term>& terms, int64_t rows, int64_t N, const Sink& y);
 
