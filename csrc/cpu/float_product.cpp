@@ -12,7 +12,6 @@ constexpr int64_t kPackedBytes = int64_t{128} << 10;  // of W, packed together: 
 constexpr int64_t kCopied = 8192;  // elements of rows of W that are copied before they are packed: they stay in L1
 constexpr int64_t kSumBytes = 64 << 10;  // of rows of X, for more columns of W than one block
 constexpr int64_t kLongest = 4096;       // elements of a column that are: sums in one go lose little up to there
-constexpr int64_t kFewRows = 8;          // up to which a projection reads W as it lies
 constexpr int64_t kPackedWhole = int64_t{256} << 10;
 constexpr int64_t kRowsByRows = 24;
 constexpr int64_t kRowBlock = 512;  // rows that meet a packed panel: x's chunk of them stays in L2
@@ -253,12 +252,13 @@ void project(const Kernels& level, const Matrix& x, int64_t rows, int64_t depth,
              const Dropout* dropout, float factor, const Projection& to) {
   static thread_local Scratch scratch;
   const Format format = to.rows.format;
-  if (rows <= kFewRows && !weight.transposed && dropout == nullptr) {
+  if (rows <= kDotRows && !weight.transposed && dropout == nullptr) {
     scratch.reserve(Block::bytes(rows, columns, Format::kFloat));
     const Block sums = Block::take(scratch, rows, columns, Format::kFloat);
     const int64_t grain = std::max<int64_t>(4, (int64_t{64} << 10) / std::max<int64_t>(1, depth * size_of(x.format)));
     parallel_for(0, columns, grain, [&](int64_t begin, int64_t end) {
-      level.dot(x, rows, weight.matrix.at(begin, 0), end - begin, depth, sums.sums(false).at(0, begin));
+      const DotTerm term{x, weight.matrix.at(begin, 0), depth};
+      level.dot(&term, 1, rows, end - begin, sums.sums(false).at(0, begin));
     });
     return round_projection(level, sums, 1, rows, columns, factor, to);
   }

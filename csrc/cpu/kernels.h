@@ -103,8 +103,8 @@ struct Sparse24Int8 {
   Format y_format;
 };
 
-// Rows of x that sparse_dot takes at most.
-constexpr int64_t kFewRowsSparse = 24;
+// Rows of x that dot and sparse_dot take at most: a dense W is better packed for more.
+constexpr int64_t kDotRows = 32, kFewRowsSparse = 24;
 
 struct Kernels {
   const char* name;
@@ -136,8 +136,9 @@ struct Kernels {
   // C of many columns, W packed in panels `panel_bytes` apart: a few rows of X and of C, from end to end.
   void (*multiply_panels)(const Matrix& x, int64_t rows, const char* panels, int64_t panel_bytes, int64_t columns,
                           int64_t depth, const Sink& sink);
-  // The same for a few rows, W [columns, depth] as it lies in memory; X and W of one format, whichever.
-  void (*dot)(const Matrix& x, int64_t rows, const Matrix& w, int64_t columns, int64_t depth, const Sink& sink);
+  // The sum of `count` terms for at most kDotRows rows of X, each W [columns, depth] as it lies in memory; all of
+  // one format, whichever.
+  void (*dot)(const DotTerm* terms, int64_t count, int64_t rows, int64_t columns, const Sink& sink);
   // sums [rows, columns], columns written up to a whole vector.
   void (*block_product)(const BlockProduct& args, int64_t rows, int64_t columns, float* sums, int64_t stride);
   // The same for a few columns, which are rows of x in weights' own format, `step_bytes` apart, `steps` elements wide

@@ -23,10 +23,12 @@ class FloatBase : public Base {
   explicit FloatBase(const Tensor& weight)
       : turned_(lies_by_columns(weight)), weight_(turned_ ? torch::stable::transpose(weight, 0, 1) : weight) {}
 
+  int64_t few_rows() const override { return kDotRows; }
+
   void forward(const Kernels& level, const Operand& x, const Term& low, const Sink& y) const override {
     static thread_local Scratch copies;
     const int64_t M = x.rows.count, K = x.rows.width, N = turned_ ? weight_.rows.width : weight_.rows.count;
-    if (low.x.format == x.matrix.format && M <= kFewRows) {
+    if (low.x.format == x.matrix.format && M <= kDotRows) {
       return add_few_rows(level, {low, {x.matrix, {weight_.matrix, turned_}, K}}, M, N, y);
     }
     const Matrix from = in_product_format(level, x.matrix, M, K, copies);
@@ -52,6 +54,8 @@ class Int8Base : public Base {
  public:
   Int8Base(const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias, int64_t K)
       : weight_(weight), scale_(scale), bias_(bias), K_(K) {}
+
+  int64_t few_rows() const override { return kFewRows; }
 
   void forward(const Kernels& level, const Operand& x, const Term& low, const Sink& y) const override {
     static thread_local Scratch copies;

@@ -17,42 +17,33 @@ constexpr int64_t kWideRows = 256;     // of a block, which repay packing factor
 }  // namespace
 
 void add_few_rows(const Kernels& level, const std::vector<Term>& terms, int64_t rows, int64_t N, const Sink& y) {
-  static thread_local Scratch scratch;
-  scratch.reserve(Block::bytes(rows, N, Format::kFloat));
-  const Block sums = Block::take(scratch, rows, N, Format::kFloat);
+  const Format format = terms[0].weight.matrix.format;
+  const auto turns = [](const Term& term) { return term.weight.transposed; };
+  const int64_t most = std::any_of(terms.begin(), terms.end(), turns) ? kTurnedBytes / size_of(format) : N;
   int64_t depth = 0;
   for (const Term& term : terms) depth += term.depth;
-  const auto add = [&](size_t i, const Matrix& weight, Range columns) {
-    const Term& term = terms[i];
-    Sink to = sums.sums(i > 0).at(0, columns.begin);
-    if (i + 1 == terms.size()) {
-      to = y.at(0, columns.begin);
-      to.sums = sums.floats(0) + columns.begin;
-      to.sums_stride = sums.stride / 4;
-      to.add = i > 0;
-    }
-    level.dot(term.x, rows, weight, columns.size(), term.depth, to);
-  };
   const int64_t grain = std::max<int64_t>(16, 32768 / std::max<int64_t>(1, depth));
   parallel_for(0, N, grain, [&](int64_t begin, int64_t end) {
     static thread_local Scratch copies;
-    for (size_t i = 0; i < terms.size(); ++i) {
-      const Term& term = terms[i];
-      if (!term.weight.transposed) {
-        add(i, term.weight.matrix.at(begin, 0), {begin, end});
-        continue;
+    const int64_t width = std::min(end - begin, most);
+    int64_t bytes = 0;
+    for (const Term& term : terms) bytes += turns(term) ? Block::bytes(width, term.depth, format) : 0;
+    std::vector<DotTerm> dots;
+    for (int64_t n = begin; n < end; n += width) {
+      const int64_t columns = std::min(width, end - n);
+      copies.reserve(bytes);
+      dots.clear();
+      for (const Term& term : terms) {
+        Matrix weight = term.weight.matrix.at(n, 0);
+        if (turns(term)) {
+          weight = Block::take(copies, width, term.depth, format).matrix();
+          level.turn(term.weight.matrix.at(0, n), term.depth, columns, weight);
+        }
+        dots.push_back({term.x, weight, term.depth});
       }
-      const Format format = term.weight.matrix.format;
-      const int64_t width = std::min(end - begin, kTurnedBytes / size_of(format));
-      copies.reserve(Block::bytes(width, term.depth, format));
-      const Block turned = Block::take(copies, width, term.depth, format);
-      for (int64_t n = begin; n < end; n += width) {
-        const Range columns{n, std::min(n + width, end)};
-        level.turn(term.weight.matrix.at(0, n), term.depth, columns.size(), turned.matrix());
-        add(i, turned.matrix(), columns);
-      }
-      copies.trim();
+      level.dot(dots.data(), static_cast<int64_t>(dots.size()), rows, columns, y.at(0, n));
     }
+    copies.trim();
   });
 }
 
@@ -187,7 +178,7 @@ Tensor lowrank_forward(const Tensor& x, const Factors& factors, const Base* base
     blocks_of_rows(level, from, factors, block, y);
     return made;
   }
-  const bool few = M <= kFewRows && factors.mask() == nullptr;
+  const bool few = factors.mask() == nullptr && M <= (base == nullptr ? kFewRows : base->few_rows());
   const Projection s = project_down(level, from, factors, few, false, scratch);
   const Term low{s.rows.matrix(), {factors.B.matrix, false}, R};
   if (base != nullptr) {

@@ -44,6 +44,8 @@ struct Wanted {
 class Base {
  public:
   virtual ~Base() = default;
+  // Rows of x up to which `low` may have its X in x's own format: at most kDotRows.
+  virtual int64_t few_rows() const = 0;
   // y = low + x W^T + bias
   virtual void forward(const Kernels& level, const Operand& x, const Term& low, const Sink& y) const = 0;
   // dx = keep * low + dy W
@@ -63,8 +65,9 @@ Tensor lowrank_forward(const Tensor& x, const Factors& factors, const Base* base
 // The gradients of that.
 Gradients lowrank_backward(const Tensor& dy, const Tensor& x, const Factors& factors, const Base* base, Wanted wanted);
 
-// y = the sum of the terms for all rows: for a few (kFewRows), each weight is read as it lies, from memory, or where it
-// is transposed turned a piece at a time; X is then in the weights' own format.
+// y = the sum of the terms for a few rows, at most kDotRows: each weight is read as it lies, from memory, or where it
+// is transposed turned a piece at a time; X is in the weights' own format. A weight of little depth alone is better
+// packed for more than kFewRows.
 constexpr int64_t kFewRows = 2;
 void add_few_rows(const Kernels& level, const std::vector<Term>& terms, int64_t rows, int64_t N, const Sink& y);
 

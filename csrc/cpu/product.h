@@ -30,6 +30,12 @@ struct Ahead {
   int64_t rows = 0;
 };
 
+// One of the products X W^T that make a sum, both by rows and of one format.
+struct DotTerm {
+  Matrix x, w;
+  int64_t depth;
+};
+
 constexpr int64_t kLineBytes = 64;
 
 // Where a product goes: fp32 sums, or y. With `add`, the sums that are there join. `bias` joins in y.

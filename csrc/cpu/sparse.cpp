@@ -27,7 +27,8 @@ void sparse_product(const Operand& x, const SparseWeight& weight, const Sink& y)
                           for (int64_t n = begin * kWeightRows; n < std::min(end * kWeightRows, N); n += kWeightRows) {
                             const Range rows{n, std::min(n + kWeightRows, N)};
                             weight.take(level, rows, {0, K}, dense);
-                            level.dot(x.matrix, M, dense.matrix(), rows.size(), K, y.at(0, n));
+                            const DotTerm term{x.matrix, dense.matrix(), K};
+                            level.dot(&term, 1, M, rows.size(), y.at(0, n));
                           }
                         });
   }

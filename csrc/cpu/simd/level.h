@@ -24,7 +24,7 @@ void multiply(const Matrix& x, int64_t rows, const void* panel, int64_t columns,
               const Ahead& ahead);
 void multiply_panels(const Matrix& x, int64_t rows, const char* panels, int64_t panel_bytes, int64_t columns,
                      int64_t depth, const Sink& sink);
-void dot(const Matrix& x, int64_t rows, const Matrix& w, int64_t columns, int64_t depth, const Sink& sink);
+void dot(const DotTerm* terms, int64_t count, int64_t rows, int64_t columns, const Sink& sink);
 void block_product(const BlockProduct& args, int64_t rows, int64_t columns, float* sums, int64_t stride);
 void block_dot(const BlockProduct& args, int64_t rows, int64_t columns, const Sink& sink);
 void int8_block_product(const BlockProduct& args, int64_t rows, int64_t columns, const float* row_scale,
