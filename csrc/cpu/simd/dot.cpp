@@ -1,8 +1,8 @@
 // X W^T for a few rows, all matrices as they lie in memory: nothing is packed, W is read once and from memory, into L2
 // ahead of use: prefetched into L1 it would wait for the few misses that L1 can have at a time.
 //
-// A tile of rows of X meets a tile of rows of W; each pair has a vector of partial sums over k and over the terms, added
-// up at the end.
+// A tile of rows of X meets a tile of rows of W; each pair has a vector of partial sums over k and over the terms,
+// added up at the end.
 #include <algorithm>
 #include <utility>
 
@@ -23,9 +23,7 @@ template <class Dot, int MR, int NC>
 void tile(const DotTerm* terms, int64_t count, int64_t row, int64_t column, std::pair<int, int> ahead, float* out) {
   using Stored = typename Dot::Stored;
   Vec sum[NC][MR];
-  BURNISH_UNROLL for (int n = 0; n < NC; ++n) {
-    BURNISH_UNROLL for (int m = 0; m < MR; ++m) sum[n][m] = Vec(0.0f);
-  }
+  BURNISH_UNROLL for (int n = 0; n < NC; ++n) { BURNISH_UNROLL for (int m = 0; m < MR; ++m) sum[n][m] = Vec(0.0f); }
   [[maybe_unused]] Vec total[NC][MR] = {};
   for (const DotTerm* term = terms; term < terms + count; ++term) {
     const auto* x = static_cast<const char*>(term->x.at(row, 0).data);
@@ -102,7 +100,7 @@ void dot_rows(const DotTerm* terms, int64_t count, int64_t rows, int64_t columns
         const int64_t m = rows * pass / passes, high = rows * (pass + 1) / passes - m;
         const std::pair<int, int> ahead(here * pass / passes, here * (pass + 1) / passes);
         tile_of<Dot>(high, here, std::make_integer_sequence<int, kColumns>())(terms, count, m, block + n, ahead,
-                                                                             out + m * kBlock + n);
+                                                                              out + m * kBlock + n);
       }
     }
     for (int64_t m = 0; m < rows; ++m) finish_row(out + m * kBlock, width, sink.at(m, block));
