@@ -177,8 +177,7 @@ def test_the_command_prints_keeps_and_draws(
     pytest.importorskip("rich")
     pytest.importorskip("matplotlib")
     out, chart = tmp_path / "table.json", tmp_path / "chart.png"
-    arguments = ["bench", toy.name, "--break-even", "--dtype", "fp32", "--shape", "1,8,8", "--rounds", "2"]
-    code = cli.main([*arguments, "--min-time", "0.1", "--json", str(out), "--plot", str(chart)])
+    code = cli.main([*_command(toy), "--json", str(out), "--plot", str(chart)])
     assert code == 0
     printed = capsys.readouterr().out
     assert "toy_linear" in printed
@@ -189,6 +188,62 @@ def test_the_command_prints_keeps_and_draws(
         density_table.load("cpu")
     )
     assert chart.stat().st_size > 10_000
+
+
+def _command(toy: OpSpec) -> list[str]:
+    options = ["--dtype", "fp32", "--shape", "1,8,8", "--rounds", "2", "--min-time", "0.1"]
+    return ["bench", toy.name, "--break-even", *options]
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_the_measurement(
+    toy: OpSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rich")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BURNISH_CACHE_DIR", str(tmp_path / "file"))
+    monkeypatch.setattr(break_even, "measure", lambda *args, **options: pytest.fail("measures"))
+    assert cli.main(_command(toy)) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"burnish bench: the table for swap_ cannot be kept in {tmp_path / 'file'}: ")
+    assert err.endswith("set BURNISH_CACHE_DIR to a folder that can be written\n")
+
+
+def test_a_cache_that_is_lost_meanwhile_costs_no_results(
+    toy: OpSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rich")
+
+    def measure(*args: Any, **options: Any) -> Any:
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("BURNISH_CACHE_DIR", str(tmp_path / "file"))
+        yield ENTRY
+
+    monkeypatch.setattr(break_even, "measure", measure)
+    assert cli.main([*_command(toy), "--json", str(tmp_path / "table.json")]) == 2
+    out, err = capsys.readouterr()
+    assert "toy_linear" in out
+    assert "set BURNISH_CACHE_DIR" in err
+    assert len(json.loads((tmp_path / "table.json").read_text())["entries"]) == 1
+
+
+@pytest.mark.parametrize("before", [[], [ENTRY]], ids=["no table", "a table"])
+def test_an_interrupted_run_leaves_the_table(
+    before: list[Entry], toy: OpSpec, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rich")
+    if before:
+        density_table.save(before, "cpu")
+
+    def measure(*args: Any, **options: Any) -> Any:
+        assert density_table.load("cpu") == before
+        yield replace(ENTRY, M=16)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(break_even, "measure", measure)
+    files = {path: path.read_bytes() for path in cache.glob("*")}
+    assert cli.main(_command(toy)) == 130
+    assert {path: path.read_bytes() for path in cache.glob("*")} == files
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -219,22 +220,39 @@ def _break_even(options: argparse.Namespace, table: Any, plot: Any) -> int:
         found = break_even.subjects(options.ops, _DTYPES[options.dtype or "bf16"])
     except (KeyError, ValueError) as error:
         raise UsageError(error.args[0]) from error
-    with limited_threads(options.threads), table.progress_bar() as progress:
-        about = machine.describe(options.device, options.command)
-        measured = break_even.measure(
-            found, device=options.device, rows=rows, size=next(iter(sizes), break_even.SIZE),
-            rounds=options.rounds, min_ms=options.min_time, progress=progress,
-        )  # fmt: skip
-        entries = list(measured)
-        kept = density_table.save(entries, options.device)
-    table.show_break_even(entries, table.console())
-    print(f"kept for swap_ in {kept}")
-    if options.json:
-        Path(options.json).write_text(density_table.to_json(about, entries))
+    with limited_threads(options.threads):
+        with _writable_cache():
+            density_table.check_writable(options.device)
+        with table.progress_bar() as progress:
+            about = machine.describe(options.device, options.command)
+            measured = break_even.measure(
+                found, device=options.device, rows=rows, size=next(iter(sizes), break_even.SIZE),
+                rounds=options.rounds, min_ms=options.min_time, progress=progress,
+            )  # fmt: skip
+            entries = list(measured)
+        table.show_break_even(entries, table.console())
+        if options.json:
+            Path(options.json).write_text(density_table.to_json(about, entries))
+        with _writable_cache():
+            print(f"kept for swap_ in {density_table.save(entries, options.device)}")
     if plot:
         where = about.get("gpu") or f"{about['cpu']}, {about['threads']} threads"
         plot.draw_break_even(entries, f"{where} · torch {about['torch']} · {about['date'][:10]}", options.plot)
     return 0
+
+
+@contextmanager
+def _writable_cache() -> Iterator[None]:
+    """Turns an OSError of a table in the cache folder into a UsageError."""
+    from burnish import tables
+
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"the table for swap_ cannot be kept in {tables.folder()}: {error.strerror}; set BURNISH_CACHE_DIR to a "
+            "folder that can be written"
+        ) from error
 
 
 def _count(cases: Sequence[tuple[OpSpec, Case]], path: str | None, table: Any) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from burnish import tables
+from burnish import durable, tables
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ def save(entries: Sequence[Entry], device: str) -> Path:
         OSError: the folder cannot be written.
     """
     return _table(device).add({_name(entry): asdict(entry) for entry in entries})
+
+
+def check_writable(device: str) -> None:
+    """Raise OSError, before anything is measured, where :func:`save` could not write; a table stays as it was."""
+    durable.check_writable(_table(device).path)
 
 
 def to_json(about: Mapping[str, Any], entries: Iterable[Entry]) -> str:

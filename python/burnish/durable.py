@@ -113,6 +113,12 @@ def update(path: Path, change: Callable[[bytes | None], bytes]) -> None:
         _flush(path.parent)
 
 
+def check_writable(path: Path) -> None:
+    """Raise OSError where :func:`update` could not replace a file, which stays as it was; its folder is made."""
+    with _staging(path.parent) as (stage, _):
+        (stage / path.name).write_bytes(path.read_bytes() if path.exists() else b"")
+
+
 def set_aside(path: Path, damaged: Callable[[bytes], bool]) -> Path | None:
     """Rename a file to ``.damaged`` if, once nobody writes, it is; returns its new place, None if it stays."""
     moved = path.with_suffix(".damaged")
