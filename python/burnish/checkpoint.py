@@ -35,6 +35,7 @@ import torch
 from burnish import configs, durable, fuse, kinds
 from burnish.errors import CheckpointError
 from burnish.nn import Fused
+from burnish.prune.masking import mask_keys
 from burnish.report import Slot
 from burnish.swap import adopt
 
@@ -277,6 +278,7 @@ def _fill(
     for module in model.modules():
         undo.callback(_restore, module, dict(module._parameters), dict(module._buffers), getattr(module, "dtype", None))
         before.update({(module, name): tensor for name, tensor in module._parameters.items() if tensor is not None})
+    _check_masks(mask_keys(tensors), mask_keys(model.state_dict()))
     placed = _placed(model, tensors, homes, device)
     try:
         model.load_state_dict(placed, strict=True, assign=True)
@@ -288,6 +290,29 @@ def _fill(
                 f"load: {name!r} is not in the checkpoint and has no value: build the model on a real device"
             )
     _keep_identity(before, undo)
+
+
+def _check_masks(saved: Mapping[str, str], has: Mapping[str, str]) -> None:
+    """Raise where the checkpoint has a mask and the model none, or the other way round; both are fqn -> key."""
+    lacking = [fqn for fqn, key in saved.items() if has.get(fqn) != key]
+    if lacking:
+        theirs = saved[lacking[0]].endswith("weight_mask")
+        how = "torch.nn.utils.prune.identity" if theirs else "burnish.prune.mask_"
+        raise CheckpointError(
+            f"load: the checkpoint was saved with masks on the weights of {_some(lacking)}, the model has none there: "
+            f"put masks of any values on them first ({how}), or save again after burnish.prune.finalize_"
+        )
+    over = [fqn for fqn in has if fqn not in saved]
+    if over:
+        raise CheckpointError(
+            f"load: the model has masks on the weights of {_some(over)}, the checkpoint none: take them off first "
+            "(burnish.prune.remove_)"
+        )
+
+
+def _some(fqns: list[str]) -> str:
+    more = f" and {len(fqns) - 3} more" if len(fqns) > 3 else ""
+    return ", ".join(map(repr, fqns[:3])) + more
 
 
 def _unfreeze(parameters: list[torch.nn.Parameter]) -> None:

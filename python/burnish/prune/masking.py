@@ -89,14 +89,19 @@ def masks(source: torch.nn.Module | Mapping[str, Any]) -> dict[str, Tensor]:
         return {fqn: mask.clone() for fqn, mask in found.items() if mask is not None}
     if not isinstance(source, Mapping):
         raise TypeError(f"masks: source is a {type(source).__name__}, expected an nn.Module or a state_dict")
-    taken = {}
-    for key, value in source.items():
+    return {fqn: source[key] != 0 for fqn, key in mask_keys(source).items()}
+
+
+def mask_keys(state: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of the masks in a ``state_dict``, by the fqns of their layers."""
+    found = {}
+    for key in state:
         fqn, own, rest = f".{key}".rpartition(_KEY)
         if own and rest.partition(".")[2] == "mask":
-            taken[fqn[1:]] = value != 0
+            found[fqn[1:]] = key
         elif f".{key}".endswith(".weight_mask"):
-            taken[key[: -len("weight_mask")].rstrip(".")] = value != 0
-    return taken
+            found[key[: -len("weight_mask")].rstrip(".")] = key
+    return found
 
 
 def mask_(model: torch.nn.Module, masks: Mapping[str, Tensor]) -> None:
