@@ -64,6 +64,12 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
         ("swap json:no_such_function", "burnish swap: json:no_such_function: module 'json' has no attribute"),
         ("swap json:__name__", "burnish swap: json:__name__ is a str, expected a function"),
         ("swap builtins:dict", "burnish swap: builtins:dict returned dict, expected a torch.nn.Module"),
+        ("swap json:loads", "burnish swap: json:loads needs s, expected a function without arguments that returns"),
+        ("swap torch.nn:Linear", "burnish swap: torch.nn:Linear needs in_features, out_features, expected a function"),
+        (
+            "swap builtins:iter",
+            "burnish swap: builtins:iter raised TypeError: iter expected at least 1 argument, got 0\n",
+        ),
         ("new-op", "burnish new-op: the following arguments are required: NAME"),
         ("new-op Bad-Name", "burnish new-op: op name 'Bad-Name': expected lower-case words joined by '_'"),
         ("new-op int8_linear", "burnish new-op: an op named 'int8_linear' exists"),
@@ -209,6 +215,24 @@ def test_swap_prints_the_report_and_saves(capsys, tmp_path, monkeypatch):
     code, _, err = run(capsys, "swap", "small_model:make", "--save", "/proc/x")
     assert code == 2
     assert err.startswith("burnish swap: save: /proc/x cannot be written")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def make():\n    raise ValueError('no\\nweights')", "broken_model:make raised ValueError: no weights ("),
+        ("1 / 0\n", "broken_model:make: importing broken_model raised ZeroDivisionError: division by zero ("),
+        ("def make(:\n", "broken_model:make: importing broken_model raised SyntaxError: "),
+    ],
+)
+def test_a_model_that_cannot_be_made_is_one_line(capsys, tmp_path, monkeypatch, source, message):
+    (tmp_path / "broken_model.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken_model", raising=False)
+    code, out, err = run(capsys, "swap", "broken_model:make")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"burnish swap: {message}")
+    assert "broken_model.py" in err
 
 
 def test_bench_leaves_what_it_is_to_write_alone_until_it_has_run(capsys, tmp_path):

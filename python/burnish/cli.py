@@ -14,11 +14,13 @@ Exit codes: 0 done, 1 something is wrong with what was asked about (a failed row
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -288,11 +290,9 @@ def _swap(options: argparse.Namespace) -> int:
         make = getattr(import_module(module_name), function)
     except (ImportError, AttributeError) as error:
         raise UsageError(f"{options.model}: {error}") from error
-    if not callable(make):
-        raise UsageError(f"{options.model} is a {type(make).__name__}, expected a function")
-    model = make()
-    if not isinstance(model, torch.nn.Module):
-        raise UsageError(f"{options.model} returned {type(model).__name__}, expected a torch.nn.Module")
+    except Exception as error:
+        raise UsageError(f"{options.model}: importing {module_name} raised {_in_a_line(error)}") from error
+    model = _made(options.model, make)
     try:
         print(burnish.swap_(model, {options.layers: burnish.Int8()}))
         if options.save:
@@ -301,6 +301,41 @@ def _swap(options: argparse.Namespace) -> int:
     except (burnish.SwapError, burnish.CheckpointError) as error:
         raise UsageError(str(error)) from error
     return 0
+
+
+def _made(name: str, make: Any) -> torch.nn.Module:
+    """The model that the user's function makes."""
+    if not callable(make):
+        raise UsageError(f"{name} is a {type(make).__name__}, expected a function")
+    needed = _needed(make)
+    if needed:
+        raise UsageError(
+            f"{name} needs {', '.join(needed)}, expected a function without arguments that returns the model"
+        )
+    try:
+        model = make()
+    except Exception as error:
+        raise UsageError(f"{name} raised {_in_a_line(error)}") from error
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(f"{name} returned {type(model).__name__}, expected a torch.nn.Module")
+    return model
+
+
+def _needed(function: Any) -> list[str]:
+    """The arguments that a function cannot be called without; none where it does not tell."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    catching_all = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [each.name for each in parameters if each.default is each.empty and each.kind not in catching_all]
+
+
+def _in_a_line(error: Exception) -> str:
+    """An error of the user's code: type, message, and the line of a file that raised it."""
+    said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return said if at.filename == __file__ or at.filename.startswith("<") else f"{said} ({at.filename}:{at.lineno})"
 
 
 def _new_op(options: argparse.Namespace) -> int:
