@@ -175,6 +175,15 @@ BAD = {
     "stream raises": (lambda m: calibrate(m, _raising()), OSError, "the disk is gone"),
     "model raises": (lambda m: calibrate(m, [IDS, IDS.float()]), RuntimeError, "Long, Int"),
     "wrong keywords": (lambda m: calibrate(m, [{"x": IDS}]), TypeError, "unexpected keyword argument 'x'"),
+    "labels": (
+        lambda m: calibrate(m, [IDS, (IDS, IDS)]), TypeError,
+        r"(?s)raised TypeError at batch 2: .*takes 2 positional arguments but 3 were given. The batch is a tuple of 2, "
+        r"and its items are the model's arguments: .* calibrate\(model, \(x for x, label in loader\)\)",
+    ),
+    "more keywords": (
+        lambda m: calibrate(m, [{"ids": IDS, "labels": IDS}]), TypeError,
+        r"The batch is a mapping, and its keys \(ids, labels\) are the model's keywords: leave the others out",
+    ),
     "infinite": (
         lambda m: calibrate(_poisoned(), [IDS]), ValueError, "layer 'blocks.0.q' was given a NaN, an infinity",
     ),
@@ -190,6 +199,15 @@ def test_bad_input_is_refused_and_leaves_nothing_behind(label: str) -> None:
     with pytest.raises(kind, match=match):
         call(model)
     assert same(before, snapshot(model))
+
+
+def test_batches_of_a_loader_go_in_without_their_labels() -> None:
+    data = torch.utils.data.TensorDataset(torch.randn(8, 6), torch.arange(8))
+    loader = torch.utils.data.DataLoader(data, batch_size=4)
+    with pytest.raises(TypeError, match=r"a list of 2, and its items are the model's arguments") as caught:
+        calibrate(nn.Sequential(nn.Linear(6, 4)), loader)
+    assert isinstance(caught.value.__cause__, TypeError)
+    assert calibrate(nn.Sequential(nn.Linear(6, 4)), (x for x, _ in loader))["0"].rows == 8
 
 
 def test_a_bar_without_rich_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,12 +93,13 @@ def calibrate(
 
     Args:
         model: any nn.Module.
-        batches: each a tensor, a tuple or list of arguments, or a mapping of keywords; read once, one at a time.
+        batches: each a tensor, a tuple or list of arguments, or a mapping of keywords; read once, one at a time. What
+            is no argument of the model, such as a label, has to be left out: ``(x for x, label in loader)``.
         filter_fn: asked ``(module, fqn)`` for each layer; false leaves it out.
         progress: show a bar on the terminal, which needs rich.
 
     Raises:
-        TypeError: not a module, or not an iterable of batches.
+        TypeError: not a module, not an iterable of batches, or a batch that the model does not take.
         ValueError: no batches or no layers, a batch on another device than the model, or a layer that was given a NaN
             or an infinity.
         ModuleNotFoundError: a bar without rich.
@@ -124,7 +125,10 @@ def calibrate(
         undo.enter_context(torch.no_grad())
         for count, batch in enumerate(_shown(batches) if progress else batches, 1):
             _check_device(batch, devices, count)
-            call(model, batch)
+            try:
+                call(model, batch)
+            except TypeError as error:
+                raise TypeError(_not_taken(batch, count, error)) from error
     if not count:
         raise ValueError("calibrate: batches is empty, expected at least one batch")
     inputs = {key: sums.inputs() for key, sums in seen.items() if sums.rows}
@@ -157,6 +161,20 @@ def _shown(batches: Iterable[Any]) -> Iterable[Any]:
     except ImportError:
         raise ModuleNotFoundError("calibrate: progress=True needs rich: pip install rich") from None
     return track(batches, description="calibrating")
+
+
+def _not_taken(batch: Any, number: int, error: TypeError) -> str:
+    """What to say of a TypeError of the model's."""
+    said = f"calibrate: the model raised TypeError at batch {number}: {error}"
+    if isinstance(batch, Mapping):
+        names = ", ".join(map(str, batch))
+        return f"{said}. The batch is a mapping, and its keys ({names}) are the model's keywords: leave the others out"
+    if not isinstance(batch, tuple | list):
+        return said
+    return (
+        f"{said}. The batch is a {type(batch).__name__} of {len(batch)}, and its items are the model's arguments: "
+        "leave out what is none, as in calibrate(model, (x for x, label in loader))"
+    )
 
 
 def _check_device(batch: Any, devices: set[torch.device], number: int) -> None:
