@@ -167,7 +167,10 @@ class Wider(Model):
 
 FAILING = {
     "NaN": (LowRank(rank=4), {}, r"layer 'head': the weight has NaN or Inf in 1 of 1600 places"),
-    "rank": ({"head": LowRank(rank=33)}, {}, "layer 'head': rank is 33, expected an integer from 1 to 32"),
+    "rank": (
+        {"head": LowRank(rank=33)}, {},
+        r"'head': rank is 33, expected an integer from 1 to 32; a rule with burnish.Keep\(\) leaves the layer out",
+    ),
     "no calibration": (AWARE, {}, "layer 'blocks.0.q': method is 'activation', which needs the second moment"),
     "part of a model": (
         {"blocks.0.*": AWARE, "head": AWARE},

@@ -19,6 +19,14 @@ class Misfit(Exception):
     """Raised by ``rebuild``: the layer in the model is not what the checkpoint's stood for; finishes "it has ..."."""
 
 
+def check_rank(name: str, rank: int, limit: int) -> None:
+    """Raise ValueError where a layer is too small for the rank that a rule gives."""
+    if rank > limit:
+        raise ValueError(
+            f"{name} is {rank}, expected an integer from 1 to {limit}; a rule with burnish.Keep() leaves the layer out"
+        )
+
+
 @dataclass(frozen=True)
 class Request:
     """One layer on its way through a swap.

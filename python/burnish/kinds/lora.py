@@ -15,7 +15,7 @@ import torch
 
 from burnish.configs import Config, LoRA
 from burnish.kinds import linear, peft
-from burnish.kinds.kind import Kind, Misfit, Request
+from burnish.kinds.kind import Kind, Misfit, Request, check_rank
 from burnish.nn.base_layer import dtype_of, operands, refusal, sizes, with_weight
 from burnish.nn.int8_linear import Int8Linear
 from burnish.nn.lora_linear import LoRALinear
@@ -45,6 +45,9 @@ def objection(module: torch.nn.Module, parents: list[torch.nn.Module]) -> str | 
 def convert(request: Request) -> LoRALinear:
     assert isinstance(request.config, LoRA)
     if not peft.is_layer(request.module):
+        rank = request.config.resolved().r
+        assert rank is not None
+        check_rank("r", rank, min(sizes(request.module)))
         return LoRALinear.from_float(request.module, request.config, request.mesh)
     found = peft.adapter(request.module)
     known = {name: getattr(found, name) for name in ("r", "lora_alpha", "lora_dropout", "use_rslora")}

@@ -17,7 +17,7 @@ import torch
 from burnish import measure, schemes
 from burnish.configs import Config, LowRank
 from burnish.kinds import linear
-from burnish.kinds.kind import Kept, Kind, Misfit, Request
+from burnish.kinds.kind import Kept, Kind, Misfit, Request, check_rank
 from burnish.nn.int8_linear import float_weight
 from burnish.nn.lowrank_conv2d import LowRankConv2d
 from burnish.nn.lowrank_linear import LowRankLinear
@@ -48,7 +48,8 @@ def convert(request: Request) -> torch.nn.Module:
     module, config = request.module, request.config
     assert isinstance(config, LowRank)
     rank = _automatic(request, config) if config.rank == "auto" else config.rank
-    if isinstance(rank, int) and rank <= _limit(module, config):
+    if isinstance(rank, int):
+        check_rank("rank", rank, _limit(module, config))
         _check_smaller(module, config, rank)
     fixed = config if rank is None else replace(config, rank=rank)
     cls = LowRankConv2d if isinstance(module, torch.nn.Conv2d) else LowRankLinear
