@@ -154,7 +154,7 @@ def _nan(net: Net) -> None:
 
 PISSA = LoRA(init_lora_weights="pissa")
 BAD_SWAPS = {
-    "rank of the last layer": ({"up": LoRA(r=20), "head": LoRA(r=20)}, None, "'head': r is 20, expected .* to 16; .*Keep"),
+    "rank of the last layer": ({"up": LoRA(r=20), "head": LoRA(r=20)}, None, "'head': r is 20, .* to 16; .*Keep"),
     "int8 beside it": ({"up": LoRA(), "inner.down": PISSA, "head": Int8()}, _nan, "'head'.*NaN"),
     "pissa on int8": (PISSA, lambda net: swap_(net, {"head": Int8()}), "'head': .*an Int8Linear"),
     "nothing": ({"encoder.*": LoRA()}, None, "rule 'encoder.*' matches nothing"),

@@ -356,3 +356,30 @@ def test_a_step_that_fails_leaves_no_scale_behind() -> None:
         optimizer.step()
         results.append(params)
     assert same(*results)
+
+
+@pytest.mark.parametrize(("saved", "given"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("masters", ["split", "fp32"])
+def test_masters_of_another_dtype_are_refused_and_the_advice_works(
+    masters: str, saved: torch.dtype, given: torch.dtype
+) -> None:
+    def made(dtype: torch.dtype) -> tuple[nn.Linear, optim.AdamW]:
+        model = nn.Linear(4, 3).to(dtype)
+        return model, optim.AdamW(model.parameters(), master_weights=masters)
+
+    def step(model: nn.Linear, optimizer: optim.AdamW) -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+    model, optimizer = made(saved)
+    step(model, optimizer)
+    state = optimizer.state_dict()
+    has, was, got = ("a", "of 16 bits", "fp32") if saved is torch.bfloat16 else ("no", "in fp32", "bf16")
+    match = f"has {has} master, as of a parameter {was}, and this one is {got}: load it into parameters {was} and conv"
+    with pytest.raises(ValueError, match=match):
+        made(given)[1].load_state_dict(state)
+    model, optimizer = made(saved)
+    optimizer.load_state_dict(state)
+    step(model.to(given), optimizer)
+    assert all(int(optimizer.state[parameter]["step"]) == 2 for parameter in model.parameters())

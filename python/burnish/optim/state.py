@@ -288,6 +288,12 @@ def _entries_of(
     """The checked state of one parameter; ``ours`` says that burnish saved it."""
     late = set() if ours else {"master", "ema"}
     missing, unknown = [name for name in wanted if name not in values and name not in late], set(values) - set(wanted)
+    if (missing, unknown) in (([], {"master"}), (["master"], set())):
+        saved = "of 16 bits" if unknown else "in fp32"
+        raise ValueError(
+            f"{who} has {'a' if unknown else 'no'} master, as of a parameter {saved}, and this one is "
+            f"{dtype_name(parameter.dtype)}: load it into parameters {saved} and convert the model afterwards"
+        )
     if missing or unknown:
         has = f"has no {', '.join(missing)}" if missing else f"has {', '.join(map(str, sorted(unknown, key=str)))}"
         raise ValueError(f"{who} {has}, expected {', '.join(wanted)}")
