@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from burnish import Int8, Keep, SwapError, swap_
-from swap_models import Model, same, snapshot
+from swap_models import IDS, Model, same, snapshot
 from torch import nn
 
 
@@ -250,6 +250,9 @@ FAILING = {
     "NaN": (lambda m: swap_(m, Int8()), SwapError, r"layer 'blocks.2.mlp.2': the weight has NaN or Inf in 1 of 32"),
     "rule": (lambda m: swap_(m, {"blocks.*": Int8(), "haed": Int8()}), SwapError, "rule 'haed'"),
     "filter raises": (lambda m: swap_(m, Int8(), filter_fn=_raising), KeyError, "blocks.0.q"),
+    "example without rows": (
+        lambda m: swap_(m, Int8(), measure=(IDS[:0],)), SwapError, "measure is an example that gives .* no rows",
+    ),
     "example raises": (
         lambda m: swap_(m, {"blocks.0.*": Int8()}, measure=(torch.zeros(2, 2),)), RuntimeError, "Long|Int|indices",
     ),

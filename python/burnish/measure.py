@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from burnish.errors import SwapError
 from burnish.nn.int8_linear import is_conv1d
 
 Call = Callable[[torch.Tensor], Any]
@@ -52,6 +53,9 @@ def shapes_of(
     shows; of linear layers as ``(rows, width)``.
 
     The pass runs in eval mode without gradients. Modules that it does not call, or calls with nothing, are absent.
+
+    Raises:
+        SwapError: no module that the pass calls is given a row.
     """
     if isinstance(measure, int):
         return {id(module): (measure, _width(module)) for module in modules}
@@ -63,7 +67,7 @@ def shapes_of(
             shape = tuple(x.shape)
         else:
             shape = (x.numel() // max(x.shape[-1], 1), x.shape[-1])
-        if shape[0]:
+        if shape[0] or id(module) not in shapes:
             shapes[id(module)] = shape
 
     handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
@@ -73,7 +77,10 @@ def shapes_of(
     finally:
         for handle in handles:
             handle.remove()
-    return shapes
+    found = {key: shape for key, shape in shapes.items() if shape[0]}
+    if shapes and not found:
+        raise SwapError("swap_: measure is an example that gives the layers no rows, expected at least one to time")
+    return found
 
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
