@@ -175,6 +175,18 @@ def test_memory_format_of_the_weight_is_kept() -> None:
     assert layer(x).stride() == conv(x).stride()
 
 
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+@pytest.mark.parametrize(("kernel", "groups"), [(1, 1), (1, 4), (3, 1), (3, 8), ((1, 3), 8)])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_memory_format_of_the_result_is_conv2ds(scheme: str, kernel: int | tuple, groups: int, mode: str) -> None:
+    for weight_format, memory_format in itertools.product((torch.contiguous_format, torch.channels_last), repeat=2):
+        conv = nn.Conv2d(8, 16, kernel, padding=1, groups=groups, padding_mode=mode).to(memory_format=weight_format)
+        layer = LowRankConv2d.from_float(conv, LowRank(rank=1, conv=scheme))
+        x = torch.randn(2, 8, 6, 5).to(memory_format=memory_format)
+        assert layer(x).stride() == conv(x).stride()
+        assert layer.to_float().weight.stride() == conv.weight.stride()
+
+
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
 def test_compiles_whole_and_exports(kernel: tuple) -> None:
     torch._dynamo.reset()

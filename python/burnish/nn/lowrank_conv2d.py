@@ -153,9 +153,7 @@ class LowRankConv2d(Factored):
             self._set_form(module, chosen_rank(terms, config), config.conv)
             factors = terms.factors(self.rank)
         wanted = _memory_format(weight)
-        self._set_factors(
-            [factor.to(weight.dtype).contiguous(memory_format=wanted) for factor in factors], weight.requires_grad
-        )
+        self._set_factors([_laid_out(factor.to(weight.dtype), wanted) for factor in factors], weight.requires_grad)
         self.config = config
         self.register_parameter("bias", module.bias)  # type: ignore[arg-type]
         return self.train(module.training)
@@ -169,7 +167,7 @@ class LowRankConv2d(Factored):
         with torch.no_grad():
             factors = [None if each is None else each.double() for each in (self.A, self.core, self.B)]
             dense = schemes.compose(self.scheme, self.groups, *factors)  # type: ignore[arg-type]
-        weight = dense.to(self.dtype).contiguous(memory_format=_memory_format(self.A))
+        weight = _laid_out(dense.to(self.dtype), _memory_format(self.A, self.core, self.B))
         conv.weight = Parameter(weight, requires_grad=self.A.requires_grad)
         conv.bias = self.bias
         return conv.train(self.training)
@@ -182,6 +180,19 @@ class LowRankConv2d(Factored):
         return f"{described}, rank={self.rank}, scheme={self.scheme}, {self.nbytes} bytes"
 
 
-def _memory_format(weight: Tensor) -> torch.memory_format:
-    lasting = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-    return torch.channels_last if lasting else torch.contiguous_format
+def _laid_out(weight: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """A copy with the very strides of a memory format, where ``contiguous`` leaves those that mean the same."""
+    return torch.empty_like(weight, memory_format=memory_format).copy_(weight)
+
+
+def _memory_format(*weights: Tensor | None) -> torch.memory_format:
+    """What torch's convolutions take them for, as far as one tells: where a weight lies in memory as both formats, as a
+    1 x 1 kernel does, by its strides."""
+    for weight in filter(torch.is_tensor, weights):
+        contiguous, lasting = (
+            torch.empty(weight.shape, device="meta", memory_format=each).stride()
+            for each in (torch.contiguous_format, torch.channels_last)
+        )
+        if weight.stride() == lasting != contiguous:
+            return torch.channels_last
+    return torch.contiguous_format
