@@ -12,12 +12,14 @@ from torch.nn import Parameter
 from burnish.checks import FLOATING
 from burnish.configs import LowRank
 from burnish.factorize import Factorization
+from burnish.nn import scripting
 from burnish.registry import dtype_name
 
 
 class Factored(torch.nn.Module):
     """The parent of :class:`burnish.nn.LowRankLinear` and :class:`burnish.nn.LowRankConv2d`."""
 
+    __prepare_scriptable__ = scripting.refuse
     _version = 1
     rank: int
     config: LowRank

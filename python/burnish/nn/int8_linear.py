@@ -35,6 +35,7 @@ import torch
 
 from burnish.autocast import autocast_dtype
 from burnish.configs import Int8
+from burnish.nn import scripting
 from burnish.nn.derived import derive
 from burnish.ops.int8_linear import ACTIVATIONS, MAX_K, int8_linear
 from burnish.ops.int8_linear_pack import int8_linear_pack, int8_linear_unpack
@@ -59,6 +60,7 @@ class Int8Linear(torch.nn.Module):
     The initial values are nn.Linear's, quantised. Usually made by :meth:`from_float` or :func:`burnish.swap_`.
     """
 
+    __prepare_scriptable__ = scripting.refuse
     _version = 1
     in_features: int
     out_features: int

@@ -37,6 +37,7 @@ import torch
 from burnish.autocast import autocast_dtype
 from burnish.checks import FLOATING
 from burnish.configs import LoRA
+from burnish.nn import scripting
 from burnish.nn.averaged import averaged, spread
 from burnish.nn.base_layer import dtype_of, is_sharded, operands, refusal, sizes, with_weight
 from burnish.nn.int8_linear import Int8Linear
@@ -67,6 +68,7 @@ class LoRALinear(torch.nn.Module):
         ValueError: an option out of range.
     """
 
+    __prepare_scriptable__ = scripting.refuse
     _version = 1
     in_features: int
     out_features: int

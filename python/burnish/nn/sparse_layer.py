@@ -32,7 +32,7 @@ from burnish import autocast
 from burnish.checks import FLOATING
 from burnish.configs import BlockSparse, Sparse, Sparse24
 from burnish.errors import PatternError
-from burnish.nn import masked
+from burnish.nn import masked, scripting
 from burnish.nn.derived import derive
 from burnish.nn.int8_linear import keep_dtype
 from burnish.ops.int8_quantize_rows import int8_quantize_rows
@@ -48,6 +48,7 @@ class SparseLayer(torch.nn.Module):
     matrix becomes tensors and back (``_compress``, ``_expand``) and what may be wrong with an index (``_fault``).
     """
 
+    __prepare_scriptable__ = scripting.refuse
     _version = 1
     INDEX: ClassVar[dict[str, torch.dtype]]
     CONFIG: ClassVar[type[BlockSparse] | type[Sparse24] | type[Sparse]]
