@@ -127,6 +127,19 @@ def test_the_slower_stay_dense_with_their_zeros(monkeypatch: pytest.MonkeyPatch)
     assert same(before, snapshot(model))
 
 
+def test_a_layer_that_was_compiled_in_place_and_stays_dense_is_called_itself() -> None:
+    torch._dynamo.reset()
+    model = masked()
+    model.group.compile(backend="eager")
+    expected = model(IMAGES)
+    prune.finalize_(model)
+    assert type(model.group) is nn.Conv2d
+    torch.testing.assert_close(model(IMAGES), expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        model.group.weight.zero_()
+        assert torch.equal(model.group(torch.ones(1, 64, 3, 3)).flatten(), model.group.bias)
+
+
 def test_measured_on_the_clock_of_this_machine() -> None:
     model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))
     prune.Pruner(model, prune.Magnitude(), prune.Block(16), 0.9).step()

@@ -244,6 +244,20 @@ def test_layers_know_their_input_by_the_name_that_torch_gives_it(config) -> None
     assert timed == ([] if isinstance(config, LoRA) else [row.fqn for row in report.swapped])
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_a_layer_that_was_compiled_in_place_is_called_itself(config, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    model, image = ByName(), torch.randn(2, 16, 8, 8)
+    model.fc.compile(backend="eager")
+    model(image)
+    report = swap_(model, config)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(model.fc), "forward", lambda self, input: "its own")
+        assert model(image) == "its own"
+    report.revert()
+    assert model.fc._compiled_call_impl is not None
+
+
 def test_hooks_flags_and_attributes_move_to_the_new_layer() -> None:
     model = Model()
     seen = []

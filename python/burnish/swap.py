@@ -249,12 +249,13 @@ def _share(made: torch.nn.Module, holder: torch.nn.Module, weights: Sequence[str
 
 def adopt(made: torch.nn.Module, original: torch.nn.Module) -> None:
     """Give the new module the hooks of the old one (the same dictionaries, so that handles keep working) and the
-    attributes that others may have put on it. A mask stays behind."""
+    attributes that others may have put on it. A mask stays behind, and what ``original.compile()`` made of it."""
     original = masked.plain(original)
     for name in _HOOKS:
         vars(made)[name] = vars(original)[name]
     for name, value in vars(original).items():
-        vars(made).setdefault(name, value)
+        if name != "_compiled_call_impl":
+            vars(made).setdefault(name, value)
 
 
 def _look(model: torch.nn.Module, layers: Sequence[Layer], value: int | tuple[Any, ...] | Mapping[str, Any]) -> None:

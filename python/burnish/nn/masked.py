@@ -58,8 +58,9 @@ def _has_mask_alone(module: Any) -> bool:
 
 
 def plain(module: Any, *, zeros: bool = False) -> Any:
-    """What ``module`` would be without the mask on its weight, a layer that shares all else with it; itself where it
-    has none. With ``zeros``, the weight is a new parameter that has them where the mask does."""
+    """What ``module`` would be without the mask on its weight, a layer that shares all else with it but what
+    ``module.compile()`` made of it; itself where it has none. With ``zeros``, the weight is a new parameter that has
+    them where the mask does."""
     mask = mask_of(module)
     if mask is None:
         return module
@@ -74,6 +75,7 @@ def plain(module: Any, *, zeros: bool = False) -> Any:
     if any(map(_masks_weight, pre_hooks.values())):
         pre_hooks = OrderedDict((key, hook) for key, hook in pre_hooks.items() if not _masks_weight(hook))
         state.pop("weight", None)  # what the hook computed last
+    state.pop("_compiled_call_impl", None)
     twin = cls.__new__(cls)
     vars(twin).update(
         state,
