@@ -147,3 +147,24 @@ def test_empty_and_scalar_tensors(tmp_path: Path) -> None:
     with torch.no_grad():
         fresh[0].bias.zero_()
     assert torch.equal(burnish.load(fresh, tmp_path)[0].bias, model[0].bias)
+
+
+@pytest.mark.parametrize("saved_compiled", [True, False, "by its wrapper's names"])
+@pytest.mark.parametrize("loaded_compiled", [True, False])
+def test_a_compiled_model_and_a_plain_one_have_one_checkpoint(
+    saved_compiled: bool | str, loaded_compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+
+    def compiled(model: nn.Module, wanted: bool) -> nn.Module:
+        return torch.compile(model, backend="eager") if wanted else model
+
+    model = swapped()
+    with monkeypatch.context() as patched:
+        if isinstance(saved_compiled, str):
+            patched.setattr(burnish.checkpoint, "_uncompiled", lambda model: model)
+        burnish.save(compiled(model, bool(saved_compiled)), tmp_path)
+    given = compiled(Net().eval(), loaded_compiled)
+    given(IDS)
+    assert burnish.load(given, tmp_path) is given
+    assert torch.equal(given(IDS), model(IDS))

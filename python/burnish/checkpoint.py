@@ -19,7 +19,8 @@ checksum   SHA-256 of the above
 =========  ===========================================================================================
 
 Loading builds the swapped layers where the recipe has them; the model it is given may be the float one, on any device
-or on meta. Dtypes are those that were saved. Nothing is pickled. Files are written as :mod:`burnish.durable` says.
+or on meta. What torch.compile wrapped has the names of the model itself. Dtypes are those that were saved. Nothing is
+pickled. Files are written as :mod:`burnish.durable` says.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def save(model: torch.nn.Module, path: str | os.PathLike[str]) -> None:
 
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"save: model is a {type(model).__name__}, expected an nn.Module")
-    folder = Path(path)
+    folder, model = Path(path), _uncompiled(model)
     tensors, tied = _distinct(model.state_dict())
     recipe = {"format": FORMAT, "burnish": __version__, **_recipe(model), "tied": tied}
     specs = {}
@@ -146,16 +147,28 @@ def load(
                 f"load: {folder / RECIPE} has format {version!r}, written by burnish {recipe.get('burnish')}; this "
                 f"burnish reads up to format {FORMAT}"
             )
-        model = _model(model)
+        given = _model(model)
+        model = _uncompiled(given)
         undo.callback(_unfreeze, [parameter for parameter in model.parameters() if parameter.requires_grad])
         try:
-            tensors = _read_tensors(durable.checked_payload(folder, recipe["payload"]), recipe["tied"])
-            slots = _slots(model, recipe["layers"], recipe["fused"])
+            tensors = _plain(_read_tensors(durable.checked_payload(folder, recipe["payload"]), recipe["tied"]))
+            slots = _slots(model, _plain(recipe["layers"]), _plain(recipe["fused"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"load: {folder / RECIPE} is malformed: {error!r}") from error
         _fill(model, slots, tensors, device, undo)
         undo.pop_all()
-    return model
+    return given
+
+
+def _uncompiled(model: torch.nn.Module) -> torch.nn.Module:
+    """The model that torch.compile wrapped: a checkpoint has its names."""
+    wrapped = model._modules.get("_orig_mod")
+    return model if wrapped is None else wrapped
+
+
+def _plain(named: Mapping[str, Any]) -> dict[str, Any]:
+    """By the names of the model that torch.compile wrapped, whose wrapper's the first checkpoints had."""
+    return {name.removeprefix("_orig_mod."): value for name, value in named.items()}
 
 
 def _model(given: Any) -> torch.nn.Module:
