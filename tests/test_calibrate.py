@@ -201,6 +201,16 @@ def test_bad_input_is_refused_and_leaves_nothing_behind(label: str) -> None:
     assert same(before, snapshot(model))
 
 
+def test_a_model_that_has_run_compiled_is_watched_all_the_same() -> None:
+    torch._dynamo.reset()
+    plain = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 4)).eval()
+    model, x = torch.compile(plain, backend="eager"), torch.randn(5, 6)
+    with torch.no_grad():
+        model(x)
+    assert [inputs.rows for inputs in calibrate(model, [x]).values()] == [5, 5]
+    assert all(row.times for row in burnish.swap_(model, burnish.Int8(), measure=x).rows)
+
+
 def test_batches_of_a_loader_go_in_without_their_labels() -> None:
     data = torch.utils.data.TensorDataset(torch.randn(8, 6), torch.arange(8))
     loader = torch.utils.data.DataLoader(data, batch_size=4)

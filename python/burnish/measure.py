@@ -8,10 +8,11 @@ in the model, and both see the same noise. The result is the median of the round
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,12 +104,15 @@ def call(model: torch.nn.Module, arguments: Any) -> Any:
 
 @contextmanager
 def eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """The model in eval mode; each of its modules is in its own again afterwards."""
+    """The model in eval mode, as Python runs it: compiled code does not see hooks that come later. Each of its modules
+    is in its own mode again afterwards."""
     training = [(module, module.training) for module in model.modules()]
     for module, _ in training:
         module.training = False
     try:
-        yield
+        # nothing is compiled before this module is loaded, which takes a second
+        with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+            yield
     finally:
         for module, mode in training:
             module.training = mode
