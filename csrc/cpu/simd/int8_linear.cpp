@@ -2,7 +2,7 @@
 //
 // A microkernel multiplies MR rows of q by NB groups of 16 channels over the whole depth, in registers, and leaves
 // int32 sums in a small tile that the epilogue turns into y. Weights are unsigned (w + 128), so each sum is too large
-// by 128 * sum(q), which is subtracted there; sums wrap modulo 2^32 and the true one fits.
+// by 128 * sum(q), which is subtracted there (kOffset); sums wrap modulo 2^32 and the true one fits.
 //
 // A panel of 64 channels is read from memory once and from L2 by every further pass over it. Each pass also prefetches
 // its share of the next panel, so that memory works while the multipliers do: with one pass it is a plain stream.
@@ -23,6 +23,7 @@ struct Prefetch {
 #if defined(__AVX512F__)
 
 constexpr int kMaxRows = 6;  // 6 x 4 sums, 4 weights and a broadcast fit the 32 registers
+constexpr bool kOffset = true;
 
 // Assembly, because GCC copies each accumulator when it goes through the intrinsic.
 BURNISH_INLINE void multiply_add(__m512i& sum, __m512i weight, __m512i q) {
@@ -73,36 +74,66 @@ void multiply(const int8_t* q, int64_t q_stride, const uint8_t* weight, int64_t 
 
 #elif defined(__AVX2__)
 
-constexpr int kMaxRows = 2;
+constexpr int kMaxRows = 4;     // 4 x 2 sums, a vector of weights and its magnitudes fit the 16 registers
+constexpr int64_t kPiece = 64;  // steps of the depth: 16 KiB of weights, which stay in L1
+constexpr bool kOffset = false;
 
-// vpmaddubsw saturates its pair sums, so bytes go to 16 bits first: even and odd ones apart, products exact.
+// Assembly, in order: GCC mixes the halves of a step, whose values are more than the registers, and a sum that went to
+// memory doubled the time.
+BURNISH_INLINE void add(__m256i& sum, __m256i products) {
+  asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(products));
+}
+
+// sums += the product with NB groups of 16 channels. vpmaddubsw saturates sums of two products: those of |w| <= 128 and
+// q with w's sign, at most 127, stay below. Brings the lines of `next` closer meanwhile.
 template <int MR, int NB>
-void multiply(const int8_t* q, int64_t q_stride, const uint8_t* weight, int64_t depth, int32_t* sums, Prefetch) {
-  const __m256i low = _mm256_set1_epi16(0x00ff);
-  for (int n = 0; n < NB; ++n) {  // one group of 16 channels at a time: two vectors a row
-    __m256i sum[MR][2];
-    BURNISH_UNROLL for (int m = 0; m < MR; ++m) sum[m][0] = sum[m][1] = _mm256_setzero_si256();
-    for (int64_t k = 0; k < depth; ++k) {
-      const uint8_t* w = weight + (k * NB + n) * 64;
-      BURNISH_UNROLL for (int half = 0; half < 2; ++half) {
-        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + half * 32));
-        const __m256i even = _mm256_and_si256(bytes, low);
-        const __m256i odd = _mm256_srli_epi16(bytes, 8);
-        BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
-          int32_t four;
-          memcpy(&four, q + m * q_stride + k * 4, 4);
-          const __m256i broadcast = _mm256_set1_epi32(four);
-          const __m256i q_even = _mm256_srai_epi16(_mm256_slli_epi16(broadcast, 8), 8);
-          const __m256i q_odd = _mm256_srai_epi16(broadcast, 8);
-          const __m256i pair = _mm256_add_epi32(_mm256_madd_epi16(even, q_even), _mm256_madd_epi16(odd, q_odd));
-          sum[m][half] = _mm256_add_epi32(sum[m][half], pair);
-        }
+BURNISH_INLINE void multiply_groups(const int8_t* q, int64_t q_stride, const uint8_t* weight, int64_t step_bytes,
+                                    int64_t depth, const uint8_t* next, int32_t* sums) {
+  constexpr int kHalves = 2 * NB;
+  const __m256i offset = _mm256_set1_epi8(-128), ones = _mm256_set1_epi16(1);
+  __m256i sum[MR][kHalves];
+  BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
+    BURNISH_UNROLL for (int h = 0; h < kHalves; ++h) {
+      sum[m][h] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums + m * kPanel + h * 8));
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k, next += NB * 64) {
+    BURNISH_UNROLL for (int n = 0; n < NB; ++n) _mm_prefetch(next + n * 64, _MM_HINT_T1);
+    BURNISH_UNROLL for (int h = 0; h < kHalves; ++h) {
+      const auto* at = reinterpret_cast<const __m256i*>(weight + k * step_bytes + h * 32);
+      const __m256i w = _mm256_xor_si256(_mm256_loadu_si256(at), offset), magnitude = _mm256_abs_epi8(w);
+      BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
+        int32_t four;
+        memcpy(&four, q + m * q_stride + k * 4, 4);
+        const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(_mm256_set1_epi32(four), w));
+        add(sum[m][h], _mm256_madd_epi16(pairs, ones));
       }
     }
-    BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
-      auto* out = reinterpret_cast<__m256i*>(sums + m * kPanel + n * kGroup);
-      _mm256_storeu_si256(out, sum[m][0]);
-      _mm256_storeu_si256(out + 1, sum[m][1]);
+  }
+  BURNISH_UNROLL for (int m = 0; m < MR; ++m) {
+    BURNISH_UNROLL for (int h = 0; h < kHalves; ++h) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + m * kPanel + h * 8), sum[m][h]);
+    }
+  }
+}
+
+// As many groups at a time as have registers for their sums, a piece of the depth after the other, so that memory is
+// read in order.
+template <int MR, int NB>
+void multiply(const int8_t* q, int64_t q_stride, const uint8_t* weight, int64_t depth, int32_t* sums, Prefetch) {
+  constexpr int kMost = MR > 2 ? 1 : 4 / MR, kTogether = NB < kMost ? NB : kMost, kRest = NB % kTogether;
+  memset(sums, 0, MR * kPanel * sizeof *sums);
+  for (int64_t k = 0; k < depth; k += kPiece) {
+    const int64_t steps = depth - k < kPiece ? depth - k : kPiece;
+    const uint8_t *w = weight + k * NB * 64, *next = w + kPiece * NB * 64;
+    int n = 0;
+    for (; n + kTogether <= NB; n += kTogether) {
+      multiply_groups<MR, kTogether>(q + k * 4, q_stride, w + n * 64, NB * 64, steps, next + n * steps * 64,
+                                     sums + n * kGroup);
+    }
+    if constexpr (kRest > 0) {
+      multiply_groups<MR, kRest>(q + k * 4, q_stride, w + n * 64, NB * 64, steps, next + n * steps * 64,
+                                 sums + n * kGroup);
     }
   }
 }
@@ -110,6 +141,7 @@ void multiply(const int8_t* q, int64_t q_stride, const uint8_t* weight, int64_t 
 #else
 
 constexpr int kMaxRows = 1;
+constexpr bool kOffset = true;
 
 template <int MR, int NB>
 void multiply(const int8_t* q, int64_t, const uint8_t* weight, int64_t depth, int32_t* sums, Prefetch) {
@@ -140,10 +172,10 @@ Multiply choose(int64_t rows, int64_t groups) {
 #if defined(__AVX512F__)
   if (rows == 6) return multiply_rows<6>(groups);
   if (rows == 5) return multiply_rows<5>(groups);
-  if (rows == 4) return multiply_rows<4>(groups);
-  if (rows == 3) return multiply_rows<3>(groups);
 #endif
 #if defined(__AVX2__)
+  if (rows == 4) return multiply_rows<4>(groups);
+  if (rows == 3) return multiply_rows<3>(groups);
   if (rows == 2) return multiply_rows<2>(groups);
 #endif
   (void)rows;
@@ -158,7 +190,8 @@ void finish_block(const Int8Product& args, int64_t row, int64_t rows, int64_t ch
     const Vec scale = load(args.channel_scale + channel + n, count - n);
     const Vec bias = args.bias == nullptr ? Vec(0.0f) : load(args.bias + channel + n, count - n);
     for (int64_t m = 0; m < rows; ++m) {
-      Vec z = from_int32(sums + m * kPanel + n, args.row_offset[row + m]) * (Vec(args.row_scale[row + m]) * scale);
+      const int32_t offset = kOffset ? args.row_offset[row + m] : 0;
+      Vec z = from_int32(sums + m * kPanel + n, offset) * (Vec(args.row_scale[row + m]) * scale);
       if (args.bias != nullptr) z = z + bias;
       if (addend != nullptr) z = z + load(addend + (row + m) * args.addend_stride + n, count - n);
       T* y = static_cast<T*>(args.y) + (row + m) * args.channels + channel + n;

@@ -10,6 +10,28 @@ namespace {
 
 constexpr int64_t kReadAhead = 512;  // bytes of a row that packing prefetches
 constexpr int64_t kTurned = 32;      // rows that turning prefetches ahead
+constexpr int64_t kShallow = 8;      // depth of which loading parts of vectors costs more than element by element
+
+// At most a square of kLanes, turned, with zeros for the rows that it lacks.
+template <class T>
+BURNISH_INLINE void load_turned(const T* from, int64_t stride, int64_t rows, int64_t columns,
+                                Vec (&square)[Vec::kLanes]) {
+  BURNISH_UNROLL for (int i = 0; i < Vec::kLanes; ++i) {
+    square[i] = i < rows ? load(from + i * stride, columns) : Vec(0.0f);
+  }
+  transpose(square);
+}
+
+// The same from memory to memory, `written` elements of each row.
+template <class T, class U>
+BURNISH_INLINE void turn_square(const T* from, int64_t stride, int64_t rows, int64_t columns, U* to, int64_t to_stride,
+                                int64_t written) {
+  Vec square[Vec::kLanes];
+  load_turned(from, stride, rows, columns, square);
+  BURNISH_UNROLL for (int i = 0; i < Vec::kLanes; ++i) {
+    if (i < columns) store(to + i * to_stride, square[i], written);
+  }
+}
 
 #if defined(__AVX512F__)
 
@@ -131,11 +153,45 @@ void turn_block(const Matrix& from, int64_t rows, int64_t columns, const Matrix&
 
 #else
 
+#if defined(__AVX2__)
+// 8 x 8 elements, turned.
+template <class T>
+BURNISH_INLINE void turn_whole(const T* from, int64_t stride, T* to, int64_t to_stride) {
+  BURNISH_UNROLL for (int i = 0; i < 8; ++i) __builtin_prefetch(from + (i + kTurned) * stride, 0, 2);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    turn_square(from, stride, 8, 8, to, to_stride, 8);
+  } else {
+    __m128i square[8];
+    BURNISH_UNROLL for (int i = 0; i < 8; ++i) {
+      square[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * stride));
+    }
+    transpose(square);
+    BURNISH_UNROLL for (int i = 0; i < 8; ++i) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * to_stride), square[i]);
+    }
+  }
+}
+#endif
+
 template <class T>
 void turn_block(const Matrix& from, int64_t rows, int64_t columns, const Matrix& to) {
-  for (int64_t i = 0; i < columns; ++i) {
-    auto* out = static_cast<T*>(const_cast<void*>(to.at(i, 0).data));
-    for (int64_t r = 0; r < rows; ++r) out[r] = static_cast<const T*>(from.at(r, 0).data)[i];
+  constexpr int64_t kSide = 8;
+  const int64_t stride = from.stride / size_of(from.format), to_stride = to.stride / size_of(to.format);
+  for (int64_t r = 0; r < rows; r += kSide) {
+    for (int64_t n = 0; n < columns; n += kSide) {
+      const auto* in = static_cast<const T*>(from.at(r, n).data);
+      auto* out = static_cast<T*>(const_cast<void*>(to.at(n, r).data));
+      const int64_t deep = rows - r < kSide ? rows - r : kSide, wide = columns - n < kSide ? columns - n : kSide;
+#if defined(__AVX2__)
+      if (deep == kSide && wide == kSide) {
+        turn_whole(in, stride, out, to_stride);
+        continue;
+      }
+#endif
+      for (int64_t i = 0; i < wide; ++i) {
+        for (int64_t j = 0; j < deep; ++j) out[i * to_stride + j] = in[j * stride + i];
+      }
+    }
   }
 }
 
@@ -143,12 +199,30 @@ void turn_block(const Matrix& from, int64_t rows, int64_t columns, const Matrix&
 
 // A panel of floats, element by element.
 template <class T>
-void pack_floats(const T* w, int64_t along, int64_t across, int64_t columns, int64_t depth, float* panel,
-                 int64_t padded) {
+void pack_elements(const T* w, int64_t stride, int64_t columns, int64_t depth, float* panel, int64_t padded) {
   for (int64_t k = 0; k < depth; ++k) {
     float* to = panel + k * padded;
-    for (int64_t n = 0; n < columns; ++n) to[n] = to_float(w[k * along + n * across]);
+    for (int64_t n = 0; n < columns; ++n) to[n] = to_float(w[n * stride + k]);
     for (int64_t n = columns; n < padded; ++n) to[n] = 0.0f;
+  }
+}
+
+// The same, a square of vectors at a time, the last of which overlap.
+template <class T>
+void pack_squares(const T* w, int64_t stride, int64_t columns, int64_t depth, float* panel, int64_t padded) {
+  constexpr int64_t kLanes = Vec::kLanes;
+  for (int64_t n = 0; n < columns; n += kLanes) {
+    const T* from = w + n * stride;
+    const int64_t rows = columns - n < kLanes ? columns - n : kLanes;
+    for (int64_t done = 0; done < depth; done += kLanes) {
+      const int64_t k = depth < kLanes ? 0 : done < depth - kLanes ? done : depth - kLanes;
+      float* to = panel + k * padded + n;
+      if (rows == kLanes && depth >= kLanes) [[likely]] {
+        turn_square(from + k, stride, kLanes, kLanes, to, padded, kLanes);
+      } else {
+        turn_square(from + k, stride, rows, depth < kLanes ? depth : kLanes, to, padded, kLanes);
+      }
+    }
   }
 }
 
@@ -168,8 +242,14 @@ void pack_rows(const Matrix& w, int64_t columns, int64_t depth, void* panel) {
   }
 #endif
   with_type(w.format, [&](auto* type) {
-    const auto* from = static_cast<const std::remove_pointer_t<decltype(type)>*>(w.data);
-    pack_floats(from, 1, w.stride / size_of(w.format), columns, depth, static_cast<float*>(panel), padded);
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto* from = static_cast<const T*>(w.data);
+    const int64_t stride = w.stride / size_of(w.format);
+    if (Vec::kLanes == 1 || depth < kShallow) {
+      pack_elements(from, stride, columns, depth, static_cast<float*>(panel), padded);
+    } else {
+      pack_squares(from, stride, columns, depth, static_cast<float*>(panel), padded);
+    }
   });
 }
 
@@ -208,22 +288,13 @@ void store_transposed(const float* from, int64_t stride, int64_t rows, int64_t c
     auto* out = static_cast<T*>(to.y);
     int64_t r = 0;
 #if defined(__AVX512F__)
-    struct Turned {
-      __m512i of[16];
-      BURNISH_INLINE Turned(const float* from, int64_t stride, int64_t rows, int64_t columns) {
-        BURNISH_UNROLL for (int i = 0; i < 16; ++i) {
-          of[i] = i < rows ? _mm512_castps_si512(load(from + i * stride, columns).v) : _mm512_setzero_si512();
-        }
-        transpose(of);
-      }
-      BURNISH_INLINE Vec operator[](int i) const { return Vec(_mm512_castsi512_ps(of[i])); }
-    };
     if constexpr (std::is_same_v<T, bf16>) {
       for (; to.stream && r + 32 <= rows; r += 32) {
         for (int64_t c = 0; c < columns; c += 16) {
           const int64_t width = columns - c < 16 ? columns - c : 16;
-          const Turned low(from + r * stride + c, stride, 16, width);
-          const Turned high(from + (r + 16) * stride + c, stride, 16, width);
+          Vec low[16], high[16];
+          load_turned(from + r * stride + c, stride, 16, width, low);
+          load_turned(from + (r + 16) * stride + c, stride, 16, width, high);
           BURNISH_UNROLL for (int i = 0; i < 16; ++i) {
             if (i < width) stream(out + (c + i) * to.y_stride + r, low[i], high[i]);
           }
@@ -231,19 +302,19 @@ void store_transposed(const float* from, int64_t stride, int64_t rows, int64_t c
       }
       if (r > 0) end_stream();
     }
-    for (; r < rows; r += 16) {
-      const int64_t count = rows - r < 16 ? rows - r : 16;
-      for (int64_t c = 0; c < columns; c += 16) {
-        const int64_t width = columns - c < 16 ? columns - c : 16;
-        const Turned block(from + r * stride + c, stride, count, width);
-        BURNISH_UNROLL for (int i = 0; i < 16; ++i) {
-          if (i < width) store(out + (c + i) * to.y_stride + r, block[i], count);
+#endif
+    for (; r < rows; r += Vec::kLanes) {
+      const int64_t count = rows - r < Vec::kLanes ? rows - r : Vec::kLanes;
+      for (int64_t c = 0; c < columns; c += Vec::kLanes) {
+        const int64_t width = columns - c < Vec::kLanes ? columns - c : Vec::kLanes;
+        const float* square = from + r * stride + c;
+        T* turned = out + c * to.y_stride + r;
+        if (count == Vec::kLanes && width == Vec::kLanes) [[likely]] {
+          turn_square(square, stride, Vec::kLanes, Vec::kLanes, turned, to.y_stride, Vec::kLanes);
+        } else {
+          turn_square(square, stride, count, width, turned, to.y_stride, count);
         }
       }
-    }
-#endif
-    for (; r < rows; ++r) {
-      for (int64_t c = 0; c < columns; ++c) out[c * to.y_stride + r] = from_float<T>(from[r * stride + c]);
     }
   });
 }
