@@ -198,7 +198,7 @@ void multiply_rows(const Kernels& level, const BlockWeight& w, const Matrix& x, 
                });
   const Forward forward{level, w, panels, scale, row_scale, y};
   const int64_t bundle = std::max<int64_t>(1, kTileRows / w.bn);
-  for_blocks(w.crow, w.down, bundle, panels.groups(), w.bn * w.bk * std::min(rows, panels.group),
+  for_blocks(w.crow, w.down, bundle, panels.groups(), w.work(std::min(rows, panels.group)),
              [&](int64_t first, int64_t last, int64_t g) { multiply(forward, first, last, g); });
   scratch.trim();
   copies.trim();
@@ -218,7 +218,7 @@ void multiply_few(const Kernels& level, const BlockWeight& w, const Matrix& x, i
     }
     from = {copy, bytes, x.format};
   }
-  for_blocks(w.crow, w.down, 1, 1, w.bn * w.bk * rows, [&](int64_t first, int64_t last, int64_t) {
+  for_blocks(w.crow, w.down, 1, 1, w.work(rows), [&](int64_t first, int64_t last, int64_t) {
     for (int64_t r = first; r < last; ++r) {
       const int64_t begin = w.crow[r];
       BlockProduct product{};

@@ -22,6 +22,8 @@ struct BlockWeight {
   Format format;  // of x, and of values where they are not int8
 
   int64_t block_bytes() const { return bn * bk * (int8 ? 1 : size_of(format)); }
+  // Multiply-adds of a block with these rows; to few rows it is the time of reading it that counts.
+  int64_t work(int64_t rows) const { return bn * bk * std::max<int64_t>(rows, 16); }
 };
 
 BlockWeight check_blocks(const char* op, const Tensor& x, const Tensor& values, const Tensor& crow, const Tensor& col,

@@ -96,7 +96,7 @@ void pull_all(const Backward& b, const Matrix& dz, const Sink& dx) {
   parallel_for(0, panels.groups(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) panels.pack(b.level, dz, g);
   });
-  for_blocks(b.w.ccol, b.w.across, 1, 1, b.w.bn * b.w.bk * b.M,
+  for_blocks(b.w.ccol, b.w.across, 1, 1, b.w.work(b.M),
              [&](int64_t first, int64_t last, int64_t) { pull(b, panels, first, last, dx); });
   scratch.trim();
 }
@@ -126,7 +126,7 @@ void gather(const Backward& b, const Matrix& dy, const Matrix& x, char* dvalues)
       b.level.pack_columns(x.at(0, c * w.bk), std::min(w.bk, w.K - c * w.bk), b.M, pieces + c * piece);
     }
   });
-  for_blocks(w.crow, w.down, 1, 1, w.bn * w.bk * b.M, [&](int64_t first, int64_t last, int64_t) {
+  for_blocks(w.crow, w.down, 1, 1, w.work(b.M), [&](int64_t first, int64_t last, int64_t) {
     static thread_local Scratch tiles;
     tiles.reserve(Scratch::bytes<float>(w.bn * w.bk));
     auto* sums = tiles.take<float>(w.bn * w.bk);

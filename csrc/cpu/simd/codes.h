@@ -130,63 +130,61 @@ BURNISH_INLINE void encode_exactly(const float* values, float inverse, char* cod
 #if defined(__AVX512F__)
 
 // The same codes without the divider, which the first pass keeps busy: the root is near enough that its code is certain
-// but beside the middle between two codes. A code stands above kShift bits of its fraction.
+// but beside the middle between two codes. A code stands above sixteen bits of its fraction.
 template <bool kSigned>
 struct NearCodes {
-  static constexpr int kShift = kSigned ? 14 : 15;
-  // units of the fraction: the root, its product and the code that is asked for are off by 1.2 of them, or 3.3
-  static constexpr int kMargin = kSigned ? 2 : 4;
+  // 2^-16 of a code: the root, its product and the code that is asked for are off by 3, or 5.6
+  static constexpr int kMargin = 8;
   static constexpr float kLeast = 0x1p-126f;
   // with greater factors, first moments that have a code are not all normal numbers; roots of second ones always are
   static constexpr float kMostInverse = kSigned ? kFirstLimit * 0x1p50f : kSecondLimit / kRootFloor;
 
-  static BURNISH_INLINE __m512i bits(Vec value, Vec half_inverse) {
-    constexpr float kMiddle = (kSigned ? 768.5f : 256.5f) + static_cast<float>(kMargin) / (1 << kShift);
+  // The middle below a code becomes kMargin.
+  static BURNISH_INLINE __m512i bits(Vec value, float inverse) {
     constexpr int kGreaterSize = 0b1011, kOrAnd = 0xf8;  // the greater of two sizes; a | (b & c)
+    const Vec middle(0x1p15f + kMargin), least(0x1p16f + 0x1p15f + kMargin);
     const Vec size = kSigned ? Vec(_mm512_range_ps(value.v, Vec(kLeast).v, kGreaterSize)) : value;
-    const Vec about(_mm512_rsqrt14_ps(size.v)), root = size * about;
-    Vec code = root * half_inverse * Vec(_mm512_fnmadd_ps(root.v, about.v, Vec(3.0f).v));  // Newton's step
+    Vec about(_mm512_rsqrt14_ps(size.v));
     if constexpr (kSigned) {
-      code = Vec(_mm512_castsi512_ps(_mm512_ternarylogic_epi32(
-          _mm512_castps_si512(code.v), _mm512_castps_si512(value.v), _mm512_set1_epi32(INT32_MIN), kOrAnd)));
-    } else {
-      code = Vec(_mm512_maskz_max_ps(less(Vec(0.0f), value), code.v, Vec(1.0f).v));
+      about = Vec(_mm512_castsi512_ps(_mm512_ternarylogic_epi32(
+          _mm512_castps_si512(about.v), _mm512_castps_si512(value.v), _mm512_set1_epi32(INT32_MIN), kOrAnd)));
     }
-    return _mm512_castps_si512((code + Vec(kMiddle)).v);
-  }
-  static BURNISH_INLINE uint32_t uncertain(__m512i bits) {
-    return _mm512_testn_epi32_mask(bits, _mm512_set1_epi32((1 << kShift) - 2 * kMargin));
+    const Vec root = size * about, newton(_mm512_fnmadd_ps(root.v, about.v, Vec(3.0f).v));
+    Vec code = fma(root * Vec(0x1p15f * inverse), newton, middle);
+    if constexpr (!kSigned) code = Vec(_mm512_mask_max_ps(middle.v, less(Vec(0.0f), value), code.v, least.v));
+    return _mm512_cvtps_epi32(code.v);
   }
 };
 
 constexpr int64_t kTogether = 64;  // codes that are stored as one vector
 
-template <bool kSigned>
-BURNISH_INLINE void store_codes(char* codes, const __m512i (&bits)[4]) {
-  constexpr int64_t kFields = NearCodes<kSigned>::kShift | (NearCodes<kSigned>::kShift + 32) << 8;  // of two lanes
-  __m512i fields = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(kFields), bits[0]);
-  fields = _mm512_mask_multishift_epi64_epi8(fields, 0x0c0c0c0c0c0c0c0c, _mm512_set1_epi64(kFields << 16), bits[1]);
-  fields = _mm512_mask_multishift_epi64_epi8(fields, 0x3030303030303030, _mm512_set1_epi64(kFields << 32), bits[2]);
-  fields = _mm512_mask_multishift_epi64_epi8(fields, 0xc0c0c0c0c0c0c0c0, _mm512_set1_epi64(kFields << 48), bits[3]);
-  const __m512i order =
-      _mm512_setr_epi32(0x040000, 0x0c0008, 0x140010, 0x1c0018, 0x050001, 0x0d0009, 0x150011, 0x1d0019, 0x060002,
-                        0x0e000a, 0x160012, 0x1e001a, 0x070003, 0x0f000b, 0x170013, 0x1f001b);
-  _mm512_storeu_si512(codes, _mm512_permutexvar_epi16(order, fields));
+// The third byte of each lane.
+BURNISH_INLINE void store_third_bytes(char* to, const __m512i (&bits)[4]) {
+  alignas(64) static constexpr struct Order {
+    uint8_t from[64];
+    constexpr Order() : from() {
+      for (int i = 0; i < 64; ++i) from[i] = static_cast<uint8_t>(4 * (i % 32) + 2);
+    }
+  } kOrder;
+  const __m512i order = _mm512_load_si512(kOrder.from);
+  const __m512i low = _mm512_maskz_permutex2var_epi8(0x00000000ffffffff, bits[0], order, bits[1]);
+  const __m512i high = _mm512_maskz_permutex2var_epi8(0xffffffff00000000, bits[2], order, bits[3]);
+  _mm512_storeu_si512(to, _mm512_or_si512(low, high));
 }
 
 template <bool kSigned>
 BURNISH_INLINE void encode_values(const float* values, float inverse, char* codes, int64_t count) {
   using Near = NearCodes<kSigned>;
+  const __m512i wide = _mm512_set1_epi32(0x10000 - 2 * Near::kMargin);  // fractions of codes that are certain
   int64_t i = 0;
   for (; inverse <= Near::kMostInverse && i + kTogether <= count; i += kTogether) {
-    __m512i bits[4];
-    uint32_t uncertain = 0;
+    __m512i bits[4], least = wide;
     BURNISH_UNROLL for (int j = 0; j < 4; ++j) {
-      bits[j] = Near::bits(load(values + i + j * Vec::kLanes, Vec::kLanes), Vec(0.5f * inverse));
-      uncertain |= Near::uncertain(bits[j]);
+      bits[j] = Near::bits(load(values + i + j * Vec::kLanes, Vec::kLanes), inverse);
+      least = _mm512_min_epu16(least, bits[j]);
     }
-    if (uncertain == 0) [[likely]] {
-      store_codes<kSigned>(codes + i, bits);
+    if (_mm512_testn_epi32_mask(least, wide) == 0) [[likely]] {
+      store_third_bytes(codes + i, bits);
     } else {
       encode_exactly<kSigned>(values + i, inverse, codes + i, kTogether);
     }
