@@ -141,7 +141,8 @@ Projection project_down(const Kernels& level, const Operand& x, const Factors& f
 }
 
 // Both products a block of rows at a time, from x to y: each thread packs the factors for its own blocks, which for at
-// least `few` rows costs less than to wait for the others in between, and for a quarter of them less than to stand idle.
+// least `few` rows costs less than to wait for the others in between, and for a quarter of them less than to stand
+// idle.
 void blocks_of_rows(const Kernels& level, const Operand& x, const Factors& factors, int64_t few, const Sink& y) {
   const int64_t K = x.rows.width, N = factors.outputs(), R = factors.rank();
   parallel_for(0, x.rows.count, few / 4, [&](int64_t begin, int64_t end) {
