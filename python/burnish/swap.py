@@ -10,6 +10,8 @@ A swap happens as a whole or not at all: everything is decided and built before 
 error leaves the model as it was. Layers that share a weight go together and share it afterwards. A layer stays what it
 was, and the report says why, where a rule or ``filter_fn`` wants that, where something reads or computes its weight
 directly, and, with ``measure``, where the new layer would not be faster.
+
+An optimizer that was made before has the parameters of the original layers: make it after the swap.
 """
 
 from __future__ import annotations
