@@ -163,6 +163,16 @@ def test_masks(mask: Any, match: str) -> None:
     assert not optimizer.masks
 
 
+def test_masks_of_a_group_alone() -> None:
+    mine, other = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="SGD: group 0 has masks, which are of all groups together"):
+        optim.SGD([{"params": [mine], "masks": {mine: torch.zeros(3) > 0}}])
+    optimizer = optim.SGD([mine])
+    with pytest.raises(ValueError, match=r"SGD: group 1 has masks, .* assign optimizer\.masks"):
+        optimizer.add_param_group({"params": [other], "masks": {other: torch.zeros(3) > 0}})
+    assert len(optimizer.param_groups) == 1
+
+
 def memory() -> Tensor:
     return torch.arange(12.0).view(3, 4)
 

@@ -121,6 +121,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _check_added(self, group: Mapping[str, Any], number: int) -> None:
         self.check_group(group)
+        if "masks" in group:
+            raise ValueError(
+                f"{self._who}: group {number} has masks, which are of all groups together: pass them to the "
+                "constructor, or assign optimizer.masks"
+            )
         if len(set(group["params"])) != len(group["params"]):
             raise ValueError(f"{self._who}: a parameter comes twice in group {number}")
         if group["max_grad_norm"] != self.param_groups[0]["max_grad_norm"]:
