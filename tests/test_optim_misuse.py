@@ -341,6 +341,17 @@ def test_a_group_that_comes_after_a_load_is_clipped_with_the_others() -> None:
     torch.testing.assert_close([*params, late], twins, rtol=1e-5, atol=1e-6)
 
 
+def test_parameters_keep_their_names_when_state_of_others_is_loaded() -> None:
+    named = list(zip(("a", "b", "c"), [nn.Parameter(torch.ones(3)) for _ in range(3)], strict=True))
+    saving, optimizer = optim.AdamW(named[::-1]), optim.AdamW(named)
+    push([parameter for _, parameter in named], 0)
+    saving.step()
+    optimizer.load_state_dict(saving.state_dict())
+    optimizer.masks = {"a": torch.zeros(3, dtype=torch.bool)}
+    optimizer.step()
+    assert [bool(parameter.any()) for _, parameter in named] == [False, True, True]
+
+
 def test_a_step_that_fails_leaves_no_scale_behind() -> None:
     results = []
     for fails in (True, False):

@@ -260,7 +260,7 @@ def _group(who: str, number: int, mine: Mapping[str, Any], theirs: Mapping[str, 
     )
     group["params"] = mine["params"]
     if "param_names" in mine:
-        group.setdefault("param_names", mine["param_names"])
+        group["param_names"] = mine["param_names"]
     group["burnish_version"] = options.VERSION
     optimizer.check_group(group)
     for name in optimizer.fixed:
