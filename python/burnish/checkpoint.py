@@ -357,7 +357,10 @@ def _placed(
         first = owner.setdefault(id(parameter), name)
         if first != name and name in tensors and first in tensors and tensors[first] is not tensors[name]:
             if not torch.equal(tensors[first], tensors[name]):
-                raise CheckpointError(f"load: the model ties {first!r} and {name!r}, the checkpoint has two values")
+                raise CheckpointError(
+                    f"load: the model ties {first!r} and {name!r}, the checkpoint has two values: untie them in the "
+                    "model first"
+                )
             tensors[name] = tensors[first]
     placed: dict[str, torch.Tensor] = {}
     made: dict[Any, torch.Tensor] = {}
