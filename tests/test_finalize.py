@@ -140,6 +140,53 @@ def test_a_layer_that_was_compiled_in_place_and_stays_dense_is_called_itself() -
         assert torch.equal(model.group(torch.ones(1, 64, 3, 3)).flatten(), model.group.bias)
 
 
+def tied(*masks: torch.Tensor | None) -> nn.Sequential:
+    """Linear layers of one weight, each under a mask of its own that torch put there, or none."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in masks))
+    for layer in model:
+        layer.weight = model[0].weight
+    for layer, mask in zip(model, masks, strict=True):
+        if mask is not None:
+            nn.utils.prune.custom_from_mask(layer, "weight", mask)
+    return model
+
+
+@pytest.mark.parametrize("second", [mask_for(Sparse(), 32, 32, 0.4), None], ids=["another mask", "no mask"])
+@pytest.mark.parametrize("by", ["finalize_", "swap_"])
+def test_layers_of_one_weight_under_different_masks_keep_their_own(by: str, second: torch.Tensor | None) -> None:
+    first, x = mask_for(Sparse(), 32, 32, 0.4), torch.randn(3, 32)
+    model = tied(first, second, first)
+    expected, before = model(x), snapshot(model)
+    report = prune.finalize_(model) if by == "finalize_" else burnish.swap_(model, Sparse())
+    assert not report.swapped
+    assert "its weight is tied to Linear '1', which " in report.rows[0].reason
+    torch.testing.assert_close(model(x), expected)
+    if by == "finalize_":
+        assert not prune.masks(model)
+        assert model[0].weight is model[2].weight is not model[1].weight
+        assert [row.reason.endswith("permanent now, in a weight of its own") for row in report.rows] == [
+            True, second is not None, True,
+        ]  # fmt: skip
+    report.revert()
+    assert same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("winner", [nn.Linear, SparseLinear])
+def test_layers_of_one_weight_and_mask_share_what_becomes_of_it(monkeypatch: pytest.MonkeyPatch, winner: type) -> None:
+    mask, x = mask_for(Sparse(), 32, 32, 0.4), torch.randn(3, 32)
+    Race(monkeypatch, winner)
+    model = tied(mask, mask)
+    expected, before = model(x), snapshot(model)
+    report = prune.finalize_(model, measure=3)
+    assert type(model[0]) is type(model[1]) is winner
+    name = "weight" if winner is nn.Linear else "values"
+    assert model[0].get_parameter(name) is model[1].get_parameter(name)
+    torch.testing.assert_close(model(x), expected)
+    report.revert()
+    assert same(before, snapshot(model))
+
+
 def test_measured_on_the_clock_of_this_machine() -> None:
     model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))
     prune.Pruner(model, prune.Magnitude(), prune.Block(16), 0.9).step()

@@ -123,8 +123,9 @@ def _obstacle(layer: Layer, other: Layer) -> str | None:
         return "becomes something else"
     if getattr(other.module, "groups", 1) != getattr(layer.module, "groups", 1):
         return "splits it into other groups"
-    transposed = isinstance(other.module, torch.nn.Linear) != isinstance(layer.module, torch.nn.Linear)
-    return "holds it transposed" if transposed else None
+    if isinstance(other.module, torch.nn.Linear) != isinstance(layer.module, torch.nn.Linear):
+        return "holds it transposed"
+    return None if masked.same_mask(layer.module, other.module) else "has another mask"
 
 
 def rows_of(layers: Sequence[Layer]) -> list[Row]:

@@ -299,10 +299,24 @@ def _contest(layer: Layer) -> timing.Contest:
 
 
 def _unmask(layers: Sequence[Layer]) -> None:
+    """Make dense layers of the masked ones that stay; those of one weight and mask share one weight again."""
+    owners: dict[int, list[Layer]] = {}
     for layer in layers:
-        if not layer.going and masked.mask_of(layer.module) is not None:
-            layer.unmasked = masked.plain(layer.module, zeros=True)
-            layer.reason = f"{layer.reason}; its zeros are permanent now"
+        for parameter in layer.module._parameters.values():
+            owners.setdefault(id(parameter), []).append(layer)
+    for layer in layers:
+        if layer.going or masked.mask_of(layer.module) is None:
+            continue
+        layer.unmasked = masked.plain(layer.module, zeros=True)
+        layer.reason = f"{layer.reason}; its zeros are permanent now"
+        holders = owners[id(masked.weight_of(layer.module))]
+        others = [other for other in holders if other is not layer and other.whole is not layer]
+        alike = [other.unmasked for other in others if masked.same_mask(layer.module, other.module)]
+        if len(alike) < len(others):
+            layer.reason = f"{layer.reason}, in a weight of its own"
+        twin = next((unmasked for unmasked in alike if unmasked is not None), None)
+        if twin is not None:
+            layer.unmasked._parameters["weight"] = twin._parameters["weight"]
 
 
 def _in_turn(linear: timing.Call, curve: timing.Call, x: torch.Tensor) -> Any:

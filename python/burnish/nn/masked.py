@@ -36,6 +36,14 @@ def values_of(module: torch.nn.Module) -> tuple[Tensor, Tensor | None]:
     return _matrix(module, masked), None if mask is None else _matrix(module, mask)
 
 
+def same_mask(module: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """Whether layers that share a weight keep the same of it; without a mask, all."""
+    mine, theirs = mask_of(module), mask_of(other)
+    if mine is None or theirs is None:
+        return mine is theirs
+    return torch.equal(mine, theirs)
+
+
 def _matrix(module: torch.nn.Module, tensor: Tensor) -> Tensor:
     return tensor.t() if is_conv1d(module) else tensor.flatten(1)
 

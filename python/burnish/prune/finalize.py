@@ -16,6 +16,10 @@ Of several patterns that a mask makes, the one that :func:`burnish.prune.pattern
 :func:`burnish.prune.report` shows. What the masks keep is kept, zeros among it too. With ``measure`` each new layer
 races the dense one, both timed in turn on inputs like those that the example shows; where the dense layer wins, or no
 sparse layer fits, it stays dense, its mask's zeros in its weight. No masks are left either way.
+
+Layers that share a weight and the mask on it share what comes of it too. Where only one has a mask, or their masks
+differ, as those of ``torch.nn.utils.prune`` may, each masked one stays dense with a weight of its own, and the report
+says so; such a checkpoint loads into a model that does not tie them.
 """
 
 from __future__ import annotations
