@@ -10,7 +10,8 @@
 
 The classes take the keywords of torch.optim, in its order and with its meaning, and are optimizers of torch: hooks,
 schedulers, GradScaler, DDP, FSDP2 and torch.distributed.checkpoint work as with those, and a ``state_dict`` goes to and
-from torch.optim. What is burnish's own is by keyword: see :class:`burnish.optim.options.Extras`.
+from torch.optim, to it without int8 moments. What is burnish's own is by keyword: see
+:class:`burnish.optim.options.Extras`.
 :class:`burnish.optim.fused.FusedOptimizer` says what a step checks, does and leaves alone.
 """
 

@@ -324,6 +324,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def swap_ema(self) -> Iterator[None]:
         """Inside, every parameter that has an average is that average, rounded to its dtype; after, what it was before.
 
+        A model that is swapped or finalized inside shares parameters with the original, biases for one, which go back:
+        swap a ``copy.deepcopy`` that was made inside.
+
         Raises:
             RuntimeError: no group has an ``ema_decay``, or the averages stand there already; after, a parameter has
                 changed its shape, and is not what it was.

@@ -31,15 +31,20 @@ class Extras(TypedDict, total=False):
         and without writing to the gradients; None clips nothing.
     state_dtype: of the moments: "fp32", "bf16", or "int8" in blocks of 256 elements with a scale each.
     master_weights: of 16-bit parameters: None, "fp32" (a copy that is stepped and rounded to the parameter), or "split"
-        (8 more bits below the parameter's own). Parameters in fp32 need none.
+        (8 more bits below the parameter's own). Parameters in fp32 need none. A step with "fp32" does not read the
+        parameter: where something else has written to it since the last one (``model.load_state_dict``,
+        ``prune.SecondOrder``), take the copy out, ``state.pop("master", None)`` for ``optimizer.state.values()``, and
+        the next step makes it anew.
     stochastic_rounding: round to 16-bit parameters and moments at random, so that the expectation is exact. The bits
         follow from ``seed``, the number of the step and where an element is: the same on every replica.
     seed: an int of up to 64 bits. The group's moves on at each step, and a state dict carries it.
     ema_decay: keep an exponential moving average of each parameter, ``ema = decay * ema + (1 - decay) * new value``,
-        in fp32; ``swap_ema()`` puts it in the parameters' place. None keeps none.
+        in fp32; ``swap_ema()`` puts it in the parameters' place. It moves in the steps of its parameter, those with a
+        gradient. None keeps none.
     masks: which elements of a parameter stay, by the parameter or, where parameters came by name, by the name of it or
         of its layer (so ``prune.masks(model)`` is one): bool, True where an element is kept; the others end a step as
-        zeros. The tensors are used as they are, not copied, so they may change between steps.
+        zeros. The tensors are used as they are, not copied, so they may change between steps. They are of all groups
+        together, and no state dict has them: give them again to an optimizer that is resumed.
     """
 
     max_grad_norm: float | None

@@ -17,7 +17,7 @@ and loads, and is taken up again where the option is on, as torch.optim does; bu
 A state dict of torch.optim loads: its moments, which have the parameter's dtype, become fp32 or bf16, and what it lacks
 (masters, averages) starts at the next step from the parameter. Our own loads as it was saved, dtypes included: torch's
 ``load_state_dict`` would round the fp32 moments of a bf16 parameter. As torch.optim, it copies nothing where dtype and
-device fit.
+device fit. torch.optim takes a state dict of fp32 or bf16 moments; int8 codes it takes for the moments themselves.
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@ A mask is a parametrization (torch.nn.utils.parametrize): ``layer.weight`` is ``
 when it is read. Zeros are exact and positive whatever the values beneath, which training may move and nothing reads;
 gradients beneath are exactly zero, even where the weight's own gradient is infinite. The parameter is the one that was
 there, so optimizers made before or after hold it. A ``state_dict`` has ``parametrizations.weight.original`` and
-``parametrizations.weight.0.mask``; to load one, put its masks on first::
+``parametrizations.weight.0.mask``; to load one, put its masks on first, if it has any yet::
 
-    prune.mask_(model, prune.masks(state_dict))
+    if masks := prune.masks(state_dict):
+        prune.mask_(model, masks)
     model.load_state_dict(state_dict)
 
 Why not the attributes of torch.nn.utils.prune: there a forward hook writes ``layer.weight``, so that it is out of date

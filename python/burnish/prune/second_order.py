@@ -20,7 +20,8 @@ Block         ``|w_B U_BB^-1|^2``, what zeroing B's columns together costs      
 
 All is float64 and rounded once, to the weight's dtype. The damping is a share of the mean of M's diagonal, added to it;
 to an input that was always zero it is all there is, so that such weights go first, the smallest of them before others,
-and those that stay keep their values. Memory: about 25 K^2 and 24 N K bytes for the layer at work.
+and those that stay keep their values. An optimizer with fp32 masters has to take them anew from the weights: see
+:class:`burnish.optim.options.Extras`. Memory: about 25 K^2 and 24 N K bytes for the layer at work.
 """
 
 from __future__ import annotations
