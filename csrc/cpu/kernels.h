@@ -103,7 +103,8 @@ struct Sparse24Int8 {
   Format y_format;
 };
 
-// Rows of x that dot and sparse_dot take at most: a dense W is better packed for more.
+// Rows of x that dot takes at most, and that sparse24_dot takes as its weight lies: one is better packed for more.
+// kFewRowsSparse: rows that sparse_dot takes at most.
 constexpr int64_t kDotRows = 32, kFewRowsSparse = 24;
 
 struct Kernels {
@@ -184,9 +185,10 @@ struct Kernels {
   // columns are wanted; at most kKeptWidth columns of W. `spare`: sparse_kept_spare(row_bytes).
   int64_t (*sparse_kept)(const BitmapWeight& weight, Format format, const float* x, int64_t vectors, int64_t rows,
                          int64_t width, int64_t begin, int64_t end, void* spare, const Sink& y);
-  // y = x W^T on rows [begin, end) of 2:4 rows, x finite, with zeros up to a multiple of 64.
+  // y = x W^T on rows [begin, end) of 2:4 rows, x finite, with zeros up to a multiple of 64. `spare`:
+  // kSparse24WideBytes for more rows of x than kDotRows.
   void (*sparse24_dot)(const Sparse24Weight& weight, const Matrix& x, int64_t rows, int64_t begin, int64_t end,
-                       const Sink& y);
+                       void* spare, const Sink& y);
   // On rows [begin, end) of W. `spare`: sparse24_spare(row_bytes) bytes.
   void (*sparse24_int8)(const Sparse24Int8& args, int64_t begin, int64_t end, void* spare);
   int64_t sparse24_offset;
@@ -209,6 +211,7 @@ struct Kernels {
 };
 
 inline int64_t sparse24_spare(int64_t row_bytes) { return 16 * 8 * row_bytes; }
+constexpr int64_t kSparse24WideBytes = (32 + 16) << 10;
 
 // Vectors of rows of x that sparse_kept takes at most.
 constexpr int64_t kKeptVectors = 4;

@@ -119,11 +119,13 @@ Tensor sparse24_linear(const Tensor& x, const Tensor& values, const Tensor& meta
   const Sparse24Weight weight = weight_of(x, values, metadata);
   if (scale.has_value()) {
     multiply_int8(rows, weight, as_floats(*scale, floats.take<float>(N)), y.bias, y.y);
-  } else if (rows.rows.count <= kFewRowsSparse && format == Format::kBf16 && level.sparse24_dot != nullptr &&
-             is_finite(rows)) {
+  } else if (format == Format::kBf16 && level.sparse24_dot != nullptr && is_finite(rows)) {
     const Matrix whole = whole_blocks(rows, padded);
-    for_blocks(weight,
-               [&](int64_t begin, int64_t end) { level.sparse24_dot(weight, whole, rows.rows.count, begin, end, y); });
+    for_blocks(weight, [&](int64_t begin, int64_t end) {
+      static thread_local Scratch spare;
+      spare.reserve(Scratch::bytes<char>(kSparse24WideBytes));
+      level.sparse24_dot(weight, whole, rows.rows.count, begin, end, spare.take<char>(kSparse24WideBytes), y);
+    });
   } else {
     sparse_product(rows, Grouped(weight, static_cast<Stored>(format)), y);
   }

@@ -53,8 +53,10 @@ void sparse24_int8(const Sparse24Int8& args, int64_t begin, int64_t end, void* s
 #if defined(__AVX512BF16__)
 int64_t sparse_dot(const BitmapWeight& weight, const Matrix& x, int64_t rows, int64_t width, int64_t begin, int64_t end,
                    void* spare, const Sink& y);
-void sparse24_dot(const Sparse24Weight& weight, const Matrix& x, int64_t rows, int64_t begin, int64_t end,
+void sparse24_dot(const Sparse24Weight& weight, const Matrix& x, int64_t rows, int64_t begin, int64_t end, void* spare,
                   const Sink& y);
+void sparse24_wide(const Sparse24Weight& weight, const Matrix& x, int64_t rows, int64_t begin, int64_t end, void* spare,
+                   const Sink& y);  // sparse24_dot of many rows
 constexpr int64_t kSparse24Offset = 128;
 #else
 void expand_bytes(const Sparse24Weight& weight, int64_t row, int8_t* out);  // a row of int8 as it is

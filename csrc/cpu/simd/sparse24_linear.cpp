@@ -261,8 +261,9 @@ int32_t multiply_bytes(const int8_t* a, const int8_t* b, int64_t count) {
 
 #if defined(__AVX512BF16__)
 
-void sparse24_dot(const Sparse24Weight& weight, const Matrix& x, int64_t rows, int64_t begin, int64_t end,
+void sparse24_dot(const Sparse24Weight& weight, const Matrix& x, int64_t rows, int64_t begin, int64_t end, void* spare,
                   const Sink& y) {
+  if (rows > kDotRows) return sparse24_wide(weight, x, rows, begin, end, spare, y);
   multiply<Words>(weight, static_cast<const char*>(x.data), x.stride, rows, begin, end,
                   [&](int64_t row, int64_t column, int64_t count, const float* sums) {
                     finish_row(sums, count, y.at(row, column));
