@@ -43,10 +43,12 @@ Matrix whole_blocks(const Operand& x, Scratch& storage) {
   if (padded == K) return x.matrix;
   storage.reserve(Block::bytes(x.rows.count, padded, x.matrix.format));
   const Block copy = Block::take(storage, x.rows.count, padded, x.matrix.format);
-  for (int64_t row = 0; row < x.rows.count; ++row) {
-    const auto* from = static_cast<const char*>(x.matrix.at(row, 0).data);
-    std::fill(std::copy(from, from + K * size, copy.row(row)), copy.row(row) + padded * size, '\0');
-  }
+  parallel_for(0, x.rows.count, std::max<int64_t>(1, 65536 / padded), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const auto* from = static_cast<const char*>(x.matrix.at(row, 0).data);
+      std::fill(std::copy(from, from + K * size, copy.row(row)), copy.row(row) + padded * size, '\0');
+    }
+  });
   return copy.matrix();
 }
 

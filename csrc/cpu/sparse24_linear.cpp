@@ -126,6 +126,7 @@ Tensor sparse24_linear(const Tensor& x, const Tensor& values, const Tensor& meta
       spare.reserve(Scratch::bytes<char>(kSparse24WideBytes));
       level.sparse24_dot(weight, whole, rows.rows.count, begin, end, spare.take<char>(kSparse24WideBytes), y);
     });
+    padded.trim();
   } else {
     sparse_product(rows, Grouped(weight, static_cast<Stored>(format)), y);
   }
