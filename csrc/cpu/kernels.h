@@ -2,6 +2,7 @@
 // simd/*.cpp fill it once per level; isa.h picks.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu/product.h"
@@ -103,8 +104,8 @@ struct Sparse24Int8 {
   Format y_format;
 };
 
-// Rows of x that dot takes at most, and that sparse24_dot takes as its weight lies: one is better packed for more.
-// kFewRowsSparse: rows that sparse_dot takes at most.
+// Rows of x that dot takes at most: a weight is better packed for more. kFewRowsSparse: rows that sparse_dot and
+// sparse24_dot take at most.
 constexpr int64_t kDotRows = 32, kFewRowsSparse = 24;
 
 struct Kernels {
@@ -185,10 +186,13 @@ struct Kernels {
   // columns are wanted; at most kKeptWidth columns of W. `spare`: sparse_kept_spare(row_bytes).
   int64_t (*sparse_kept)(const BitmapWeight& weight, Format format, const float* x, int64_t vectors, int64_t rows,
                          int64_t width, int64_t begin, int64_t end, void* spare, const Sink& y);
-  // y = x W^T on rows [begin, end) of 2:4 rows, x finite, with zeros up to a multiple of 64. `spare`:
-  // kSparse24WideBytes for more rows of x than kDotRows.
+  // y = x W^T on rows [begin, end) of 2:4 rows of bf16, x finite, with zeros up to a multiple of 64. Null where the
+  // level has no such kernel, as the next.
   void (*sparse24_dot)(const Sparse24Weight& weight, const Matrix& x, int64_t rows, int64_t begin, int64_t end,
-                       void* spare, const Sink& y);
+                       const Sink& y);
+  // The same of any format for more rows of x, in a product format. `spare`: kSparse24WideBytes.
+  void (*sparse24_wide)(const Sparse24Weight& weight, Format stored, const Matrix& x, int64_t rows, int64_t begin,
+                        int64_t end, void* spare, const Sink& y);
   // On rows [begin, end) of W. `spare`: sparse24_spare(row_bytes) bytes.
   void (*sparse24_int8)(const Sparse24Int8& args, int64_t begin, int64_t end, void* spare);
   int64_t sparse24_offset;
@@ -210,8 +214,8 @@ struct Kernels {
   uint64_t (*read)(const void* data, int64_t bytes);
 };
 
-inline int64_t sparse24_spare(int64_t row_bytes) { return 16 * 8 * row_bytes; }
-constexpr int64_t kSparse24WideBytes = (32 + 16) << 10;
+constexpr int64_t kSparse24WideBytes = ((32 + 16) << 10) + 128;
+inline int64_t sparse24_spare(int64_t row_bytes) { return std::max(16 * 8 * row_bytes, kSparse24WideBytes); }
 
 // Vectors of rows of x that sparse_kept takes at most.
 constexpr int64_t kKeptVectors = 4;

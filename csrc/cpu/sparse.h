@@ -32,8 +32,9 @@ constexpr int64_t kWeightRows = 16;
 // y = x W^T by products of dense rows: for a few rows of x as they lie, for more packed.
 void sparse_product(const Operand& x, const SparseWeight& weight, const Sink& y);
 
-// x with zeros up to a multiple of 64 columns: itself where it has as many, else a copy in `storage`.
-Matrix whole_blocks(const Operand& x, Scratch& storage);
+// x in x's format or a product format, with zeros up to a multiple of 64 columns: itself where it is that, else a copy
+// in `storage`.
+Matrix whole_blocks(const Kernels& level, const Operand& x, Format format, Scratch& storage);
 
 // Whether no element of x is an infinity or NaN.
 bool is_finite(const Operand& x);

@@ -12,6 +12,7 @@ namespace burnish {
 namespace {
 
 constexpr int64_t kMaxDepth = 131072;
+constexpr int64_t kFewRowsExpanded = 12;               // of x, up to which weights of fp32 and fp16 are better expanded
 constexpr int64_t kSerialElements = int64_t{1} << 18;  // of the weight: what a second thread must be worth
 
 class Grouped : public SparseWeight {
@@ -102,15 +103,33 @@ void multiply_int8(const Operand& x, const Sparse24Weight& weight, const float* 
   scratch.trim();
 }
 
+// y = x W^T by the stored elements alone, or false: it takes a kernel of the level's, and a finite x.
+bool multiply_stored(const Operand& x, const Sparse24Weight& weight, const Sink& y) {
+  static thread_local Scratch padded;
+  const Kernels& level = kernels();
+  const Format stored = x.matrix.format;
+  const bool paired = stored == Format::kBf16, few = x.rows.count <= (paired ? kFewRowsSparse : kFewRowsExpanded);
+  if (few ? !paired || level.sparse24_dot == nullptr : level.sparse24_wide == nullptr) return false;
+  if (!is_finite(x)) return false;
+  const Matrix rows = whole_blocks(level, x, level.product_format(stored), padded);
+  for_blocks(weight, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch spare;
+    if (few) return level.sparse24_dot(weight, rows, x.rows.count, begin, end, y);
+    spare.reserve(Scratch::bytes<char>(kSparse24WideBytes));
+    level.sparse24_wide(weight, stored, rows, x.rows.count, begin, end, spare.take<char>(kSparse24WideBytes), y);
+  });
+  padded.trim();
+  return true;
+}
+
 Tensor sparse24_linear(const Tensor& x, const Tensor& values, const Tensor& metadata,
                        const std::optional<Tensor>& scale, const std::optional<Tensor>& bias) {
   constexpr const char* kOp = "sparse24_linear";
-  static thread_local Scratch floats, padded;
+  static thread_local Scratch floats;
   check_operands(kOp, x, values, metadata, scale);
   const int64_t N = metadata.size(0);
   check_bias(kOp, bias, N);
   const Format format = format_of(x.scalar_type());
-  const Kernels& level = kernels();
   Tensor made = torch::stable::new_empty(x, sizes_with_last(x, N));
   floats.reserve(2 * Scratch::bytes<float>(N));
   const Operand rows(x);
@@ -119,15 +138,7 @@ Tensor sparse24_linear(const Tensor& x, const Tensor& values, const Tensor& meta
   const Sparse24Weight weight = weight_of(x, values, metadata);
   if (scale.has_value()) {
     multiply_int8(rows, weight, as_floats(*scale, floats.take<float>(N)), y.bias, y.y);
-  } else if (format == Format::kBf16 && level.sparse24_dot != nullptr && is_finite(rows)) {
-    const Matrix whole = whole_blocks(rows, padded);
-    for_blocks(weight, [&](int64_t begin, int64_t end) {
-      static thread_local Scratch spare;
-      spare.reserve(Scratch::bytes<char>(kSparse24WideBytes));
-      level.sparse24_dot(weight, whole, rows.rows.count, begin, end, spare.take<char>(kSparse24WideBytes), y);
-    });
-    padded.trim();
-  } else {
+  } else if (!multiply_stored(rows, weight, y)) {
     sparse_product(rows, Grouped(weight, static_cast<Stored>(format)), y);
   }
   return made;

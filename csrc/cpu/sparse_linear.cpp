@@ -118,7 +118,7 @@ int64_t for_rows(int64_t N, int64_t width, int64_t spare, const F& f) {
 // A few rows of bf16 or fp32; returns a row of the weight whose contents contradict each other, or -1.
 int64_t multiply_few_rows(const Operand& x, const BitmapWeight& weight, int64_t N, const Sink& y) {
   static thread_local Scratch padded;
-  const Matrix rows = whole_blocks(x, padded);
+  const Matrix rows = whole_blocks(kernels(), x, x.matrix.format, padded);
   const int64_t width = weight.row_bytes * 8;
   return for_rows(N, width, 4 * (width * size_of(rows.format) + 64), [&](int64_t begin, int64_t end, char* spare) {
     return kernels().sparse_dot(weight, rows, x.rows.count, x.rows.width, begin, end, spare, y);

@@ -50,18 +50,22 @@ void compress_bitmap(const BitmapWeight& weight, int64_t row, int64_t rows, int6
 int64_t sparse_kept(const BitmapWeight& weight, Format format, const float* x, int64_t vectors, int64_t rows,
                     int64_t width, int64_t begin, int64_t end, void* spare, const Sink& y);
 void sparse24_int8(const Sparse24Int8& args, int64_t begin, int64_t end, void* spare);
+// y of one row and `count` columns from `column` on
+void finish_int8(const Sparse24Int8& args, int64_t row, int64_t column, int64_t count, const int32_t* sums);
 #if defined(__AVX512BF16__)
 int64_t sparse_dot(const BitmapWeight& weight, const Matrix& x, int64_t rows, int64_t width, int64_t begin, int64_t end,
                    void* spare, const Sink& y);
-void sparse24_dot(const Sparse24Weight& weight, const Matrix& x, int64_t rows, int64_t begin, int64_t end, void* spare,
+void sparse24_dot(const Sparse24Weight& weight, const Matrix& x, int64_t rows, int64_t begin, int64_t end,
                   const Sink& y);
-void sparse24_wide(const Sparse24Weight& weight, const Matrix& x, int64_t rows, int64_t begin, int64_t end, void* spare,
-                   const Sink& y);  // sparse24_dot of many rows
+void sparse24_wide(const Sparse24Weight& weight, Format stored, const Matrix& x, int64_t rows, int64_t begin,
+                   int64_t end, void* spare, const Sink& y);
+void sparse24_int8_wide(const Sparse24Int8& args, int64_t begin, int64_t end, void* spare);
 constexpr int64_t kSparse24Offset = 128;
 #else
 void expand_bytes(const Sparse24Weight& weight, int64_t row, int8_t* out);  // a row of int8 as it is
 constexpr decltype(Kernels::sparse_dot) sparse_dot = nullptr;
 constexpr decltype(Kernels::sparse24_dot) sparse24_dot = nullptr;
+constexpr decltype(Kernels::sparse24_wide) sparse24_wide = nullptr;
 constexpr int64_t kSparse24Offset = 0;
 #endif
 void adagrad_step(const OptimizerTensor& tensor, const AdagradScalars& scalars, const OptimizerRule& rule,

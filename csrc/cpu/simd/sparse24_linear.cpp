@@ -18,7 +18,8 @@ namespace {
 
 constexpr int64_t kFinished = 16;  // columns of y that are finished together
 
-// y of one row and `count` columns from `column` on.
+}  // namespace
+
 void finish_int8(const Sparse24Int8& args, int64_t row, int64_t column, int64_t count, const int32_t* sums) {
   with_type(args.y_format, [&](auto* type) {
     auto* y = static_cast<decltype(type)>(args.y) + row * args.weight.rows + column;
@@ -29,6 +30,8 @@ void finish_int8(const Sparse24Int8& args, int64_t row, int64_t column, int64_t 
     }
   });
 }
+
+namespace {
 
 #if defined(__AVX512BF16__)
 
@@ -261,16 +264,16 @@ int32_t multiply_bytes(const int8_t* a, const int8_t* b, int64_t count) {
 
 #if defined(__AVX512BF16__)
 
-void sparse24_dot(const Sparse24Weight& weight, const Matrix& x, int64_t rows, int64_t begin, int64_t end, void* spare,
+void sparse24_dot(const Sparse24Weight& weight, const Matrix& x, int64_t rows, int64_t begin, int64_t end,
                   const Sink& y) {
-  if (rows > kDotRows) return sparse24_wide(weight, x, rows, begin, end, spare, y);
   multiply<Words>(weight, static_cast<const char*>(x.data), x.stride, rows, begin, end,
                   [&](int64_t row, int64_t column, int64_t count, const float* sums) {
                     finish_row(sums, count, y.at(row, column));
                   });
 }
 
-void sparse24_int8(const Sparse24Int8& args, int64_t begin, int64_t end, void*) {
+void sparse24_int8(const Sparse24Int8& args, int64_t begin, int64_t end, void* spare) {
+  if (args.rows > kFewRowsSparse) return sparse24_int8_wide(args, begin, end, spare);
   multiply<Bytes>(args.weight, static_cast<const char*>(args.q), args.q_stride, args.rows, begin, end,
                   [&](int64_t row, int64_t column, int64_t count, const int32_t* sums) {
                     finish_int8(args, row, column, count, sums);

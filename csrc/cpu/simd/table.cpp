@@ -41,6 +41,7 @@ const Kernels& kernels_of<Isa::BURNISH_ISA>() {
                                   sparse_dot,
                                   sparse_kept,
                                   sparse24_dot,
+                                  sparse24_wide,
                                   sparse24_int8,
                                   kSparse24Offset,
                                   adagrad_step,
