@@ -17,3 +17,7 @@ class CheckpointError(RuntimeError):
 
 class PatternError(ValueError):
     """A weight does not have its zeros where a sparse layer needs them; the message says where it fails."""
+
+
+class PluginError(RuntimeError):
+    """An installed package announces ops, but its module cannot be imported; the message says which and why."""

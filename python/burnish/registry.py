@@ -23,6 +23,8 @@ from typing import Any, Literal
 
 import torch
 
+from burnish.errors import PluginError
+
 Backend = Literal["reference", "cpu", "triton", "native"]
 BACKENDS: tuple[Backend, ...] = ("reference", "cpu", "triton", "native")
 
@@ -208,6 +210,8 @@ def get(name: str) -> OpSpec:
     Raises:
         KeyError: no such op; the message lists those there are.
     """
+    if name in _specs:
+        return _specs[name]
     specs = all_ops()
     if name not in specs:
         raise KeyError(f"no op named {name!r}; the ops are: {', '.join(specs)}")
@@ -215,7 +219,11 @@ def get(name: str) -> OpSpec:
 
 
 def all_ops() -> dict[str, OpSpec]:
-    """Every registered op by name, those of installed plug-ins included."""
+    """Every registered op by name, those of installed plug-ins included.
+
+    Raises:
+        PluginError: a plug-in cannot be imported.
+    """
     _load_plugins()
     return dict(sorted(_specs.items()))
 
@@ -223,4 +231,10 @@ def all_ops() -> dict[str, OpSpec]:
 @cache
 def _load_plugins() -> None:
     for point in metadata.entry_points(group="burnish.ops"):
-        point.load()
+        try:
+            point.load()
+        except Exception as error:
+            raise PluginError(
+                f"the package {point.dist.name if point.dist else '?'} announces ops in {point.value}, which cannot be "
+                f"imported: {type(error).__name__}: {error}. Repair it or uninstall it"
+            ) from error
