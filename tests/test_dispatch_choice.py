@@ -151,6 +151,14 @@ def test_a_missing_module_is_a_reason(spec: OpSpec) -> None:
     assert dispatch.objection(broken, (torch.ones(1),)) == "no_such_module is not installed"
 
 
+@pytest.mark.parametrize("module", ["burnish.kernels.no_such_family.op", "burnish.ops.int8_linear_gone"])
+def test_a_module_missing_from_a_package_that_is_there_is_a_mistake(module: str) -> None:
+    """It would be passed over in silence, for the next implementation, as if the package were not installed."""
+    broken = Impl("triton", f"{module}:run", f"{module}:supports")
+    with pytest.raises(ImportError, match=f"{module}:supports cannot be imported: No module named 'burnish"):
+        dispatch.objection(broken, (torch.ones(1),))
+
+
 def test_arguments_are_checked_before_the_choice(spec: OpSpec) -> None:
     kernel = dispatch.cuda_kernel(spec)
     assert kernel(torch.ones(2, 3)) == "fast"

@@ -89,13 +89,20 @@ def resolve(path: str) -> Callable[..., Any]:
 
 
 def objection(impl: Impl, args: tuple[Any, ...]) -> str | None:
-    """Why ``impl`` cannot run these arguments; None if it can."""
+    """Why ``impl`` cannot run these arguments; None if it can.
+
+    Raises:
+        ImportError: the package of ``impl`` is there, but its module is not, or cannot be imported.
+    """
     if impl.backend == "native" and native.CUDA_LIBRARY in native.missing:
         return native.missing[native.CUDA_LIBRARY]
     try:
         supports = resolve(impl.supports)
     except ImportError as error:
-        return f"{error.name or impl.supports} is not installed"
+        missing, package = error.name or impl.supports, impl.supports.partition(":")[0].partition(".")[0]
+        if missing != package and missing.partition(".")[0] == package:  # a mistake in it, not a package that lacks
+            raise ImportError(f"{impl.supports} cannot be imported: {error}", name=error.name) from error
+        return f"{missing} is not installed"
     reason: str | None = supports(*args)
     return reason
 
