@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 from dataclasses import fields, replace
+from importlib import import_module, metadata
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from burnish import registry, testing
 from burnish.arguments import places
 from burnish.checks import FLOATING
-from burnish.errors import BackendError
+from burnish.errors import BackendError, PluginError
 from burnish.testing.calls import on_copies
 from burnish.testing.magnitude import magnitudes
 
@@ -65,6 +66,13 @@ def test_no_triton_source_without_a_record() -> None:
     assert files
     assert not orphans(files, INFRASTRUCTURE["kernels"])
     assert not (ROOT / "kernels" / "__init__.py").exists(), "kernels/ must not shadow PyPI's package of that name"
+
+
+def test_a_family_of_triton_kernels_is_a_package() -> None:
+    """The wheel ships packages alone; a checkout finds new ones without another installation."""
+    families = {path.parent for path in (ROOT / "kernels").glob("*/*.py")}
+    assert not [folder.name for folder in families if not (folder / "__init__.py").is_file()]
+    assert str(ROOT / "kernels") in import_module("burnish.kernels").__path__
 
 
 def test_an_orphan_is_found() -> None:
@@ -191,6 +199,20 @@ def test_a_record_without_cases_is_refused() -> None:
 def test_an_unknown_op_lists_the_ops() -> None:
     with pytest.raises(KeyError, match="no op named 'int9_linear'; the ops are: adagrad_step, adam_step, bsr_linear, "):
         registry.get("int9_linear")
+
+
+def test_a_broken_plugin_is_named_and_leaves_other_ops_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = metadata.EntryPoint("third", "no_such_plugin", "burnish.ops")
+    monkeypatch.setattr(metadata, "entry_points", lambda **_: [point])
+    registry._load_plugins.cache_clear()
+    try:
+        with pytest.raises(
+            PluginError, match="announces ops in no_such_plugin, which cannot be imported: ModuleNotFound"
+        ):
+            registry.all_ops()
+        assert registry.get("int8_linear") is OURS["int8_linear"]
+    finally:
+        registry._load_plugins.cache_clear()
 
 
 def test_records_cannot_be_changed() -> None:
