@@ -282,8 +282,8 @@ class TestNewOp:
         command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'csrc'}", "-isystem", str(include)]
         command += [f"-L{include.parent / 'lib'}", "-ltorch_cpu"]
         library = checkout / "soft_thing.so"
-        source = checkout / "csrc/cpu/soft_thing.cpp"
-        subprocess.run([*command[:-2], str(source), "-o", str(library), *command[-2:]], check=True)
+        sources = [str(checkout / "csrc/cpu/soft_thing.cpp"), str(ROOT / "csrc/cpu/parallel.cpp")]
+        subprocess.run([*command[:-2], *sources, "-o", str(library), *command[-2:]], check=True)
         script = (
             "import importlib.util, sys, torch, burnish\n"
             "torch.ops.load_library(sys.argv[1])\n"
@@ -298,7 +298,17 @@ class TestNewOp:
             "plan = bench.Plan(bench.select_cases(['soft_thing'], pattern='M1-*'), rounds=1, min_ms=0.01)\n"
             "rows = bench.run(plan).rows\n"
             "assert all(row.timed for row in rows), rows\n"
-            "print('CHECKS', len(checks))\n"
+            "print('CHECKS', len(checks), flush=True)\n"
+            "import os, signal\n"
+            "torch.set_num_threads(2)\n"
+            "many = torch.ones(2**17)\n"
+            "module.soft_thing(many)\n"  # starts torch's threads, which a forked child has not
+            "child = os.fork()\n"
+            "if child == 0:\n"
+            "    signal.alarm(30)\n"
+            "    module.soft_thing(many)\n"
+            "    os._exit(0)\n"
+            "assert os.waitpid(child, 0)[1] == 0, 'a forked child hangs'\n"
         )
         record = checkout / "python/burnish/ops/soft_thing.py"
         done = subprocess.run([sys.executable, "-c", script, library, record], capture_output=True, text=True)

@@ -20,8 +20,9 @@ x        [...]  fp32, bf16, fp16; any strides
 y        [...]  x's dtype
 =======  =====  ==========================
 
-The arithmetic is fp32 with one rounding at the end. Deterministic; no gradient yet: see int8_linear for an op that has
-one.
+The arithmetic is fp32 with one rounding at the end. Deterministic; no gradient and no GPU kernel yet:
+tests/example_op/softcap_ops is a small op with a gradient and a kernel in CUDA C++, int8_quantize_rows one with a
+Triton kernel too.
 """
 
 from __future__ import annotations
@@ -117,6 +118,7 @@ _KERNEL = """// @NAME@ on the CPU: see burnish/ops/@NAME@.py.
 #include <cmath>
 
 #include "cpu/arguments.h"
+#include "cpu/parallel.h"
 #include "math/half.h"
 
 namespace burnish {
@@ -130,7 +132,7 @@ template <class T>
 void run(const Tensor& x, Tensor& y) {
   const auto* from = static_cast<const T*>(x.const_data_ptr());
   auto* to = static_cast<T*>(y.mutable_data_ptr());
-  torch::stable::parallel_for(0, x.numel(), kElementsPerTask, [&](int64_t begin, int64_t end) {
+  parallel_for(0, x.numel(), kElementsPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) to[i] = from_float<T>(@NAME@_step(to_float(from[i])));
   });
 }
