@@ -40,6 +40,20 @@ def supports(*args: Any) -> str | None:
     return None
 
 
+def never(*args: Any) -> str | None:
+    return "not on a Sunday"
+
+
+def only_half(x: torch.Tensor) -> str | None:
+    return None if x.dtype == torch.float16 else "x is not fp16"
+
+
+def planned(spec: OpSpec, backend: registry.Backend) -> list[testing.Check]:
+    made = Plan()
+    plan_backend(made, spec, backend)
+    return made.checks
+
+
 def wrong(spec: OpSpec, function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, **changes: Any) -> OpSpec:
     """``spec`` with ``function`` for its only implementation."""
     monkeypatch.setattr(sys.modules[__name__], "_kernel", function)
@@ -198,6 +212,53 @@ def test_dependence_on_threads_is_found(monkeypatch: pytest.MonkeyPatch) -> None
 
     with broken("determinism: "):
         values.deterministic(wrong(ROWS, threaded, monkeypatch), "triton", case(ROWS, "M33-K129-fp32"))
+
+
+def test_a_loop_that_only_long_rows_enter_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_block(x: torch.Tensor) -> Any:
+        q, scale = ROWS.reference(x)
+        q[:, 1024:] = 0
+        return q, scale
+
+    broken_rows = wrong(ROWS, one_block, monkeypatch)
+    checks = [check for check in planned(broken_rows, "triton") if check.rule == "long" and "K5003" in check.id]
+    assert {check.label for check in checks} == {f"M3-K5003-{dtype}" for dtype in ("fp32", "bf16", "fp16")}
+    for check in checks:
+        with broken("N4: int8_quantize_rows"):
+            check.run()
+
+
+def test_rows_enough_for_every_thread_are_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share that begins at its first row is all that one thread, or a few rows, would show."""
+
+    def second_share(x: torch.Tensor) -> Any:
+        q, scale = ROWS.reference(x)
+        if torch.get_num_threads() > 1 and x.numel() >= 2**16:
+            q[x.shape[0] // 2 :] = 0
+        return q, scale
+
+    kernel = wrong(ROWS, second_share, monkeypatch)
+    shared = {case.id: case for case in values.shared_cases(ROWS)}
+    assert shared.keys() <= {check.label for check in planned(ROWS, "cpu") if check.rule == "deterministic"}
+    assert len(shared) == 3
+    for case in shared.values():
+        with broken("determinism: "):
+            values.deterministic(kernel, "triton", case)
+
+
+def test_a_kernel_that_declines_every_case_fails() -> None:
+    refusing = replace(ROWS, impls=(Impl("triton", f"{__name__}:kernel", f"{__name__}:never"),))
+    (check,) = [check for check in planned(refusing, "triton") if check.rule != "invalid"]
+    with broken("int8_quantize_rows on triton declines every case, so nothing is tested: not on a Sunday"):
+        check.run()
+
+
+def test_a_kernel_that_takes_one_dtype_is_planned() -> None:
+    """A plan asks what torch.library is to check for every dtype of the record; a kernel need not take each."""
+    half = replace(ROWS, impls=(Impl("triton", f"{__name__}:kernel", f"{__name__}:only_half"),))
+    labels = {check.label for check in planned(half, "triton") if check.rule in ("opcheck", "compile")}
+    assert {"fp16-odd", "aot_eager-fp16", "inductor-fp16"} <= labels
+    assert not any("bf16" in label or "fp32" in label for label in labels)
 
 
 def test_an_unwritten_result_fails_c5(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,10 @@ special          NaN, infinities, -0 and subnormals in every position (N7)
 gradient         gradients against the surrogate's; ``gradcheck`` against finite differences in float64;
                  ``double_backward`` is right or refused by name (C2)
 guard            inputs read-only between guard pages, uninitialised outputs poisoned with NaN (C5)
+long             forward, with each dimension in turn longer than any block of a kernel
 layout           any strides and leading dimensions, the same bits; ``huge``: beyond 2**31 elements (C6)
-deterministic    run again, and with another number of threads, the same bits
+deterministic    run again, and with another number of threads, the same bits; on the CPU also of enough rows for
+                 every thread to get some
 opcheck          torch.library.opcheck on eight and more input sets a dtype (C1)
 compile          torch.compile: one graph, at most one recompile, the bits of eager (C7)
 invalid          each bad call of the record raises its message: eager, meta and fake

@@ -16,6 +16,7 @@ from burnish import native
 from burnish.registry import Backend, Case, OpSpec, dtype_name
 from burnish.testing import contract, gradients, values
 from burnish.testing.calls import (
+    Violation,
     backends,
     interpreting,
     kind,
@@ -72,6 +73,7 @@ def plan(specs: Iterable[OpSpec], only: Iterable[Backend] | None = None, positio
 def plan_backend(made: Plan, spec: OpSpec, backend: Backend, positions: int = SPECIAL_POSITIONS) -> None:
     """Add the checks of one backend, without the cases that it declines or that are too large to interpret."""
     asked: dict[str, str | None] = {}  # of a case, the same for every rule
+    before = len(made.checks)
     for rule, case, label, body in _on_cases(spec, backend, positions):
         check = Check(spec, backend, rule, label, body)
         reason = _spared(spec, rule, case)
@@ -83,8 +85,15 @@ def plan_backend(made: Plan, spec: OpSpec, backend: Backend, positions: int = SP
             made.checks.append(check)
         else:
             made.skipped[check.id] = reason
+    if len(made.checks) == before:
+        made.checks.append(Check(spec, backend, "forward", "none", partial(_fail_untested, spec, backend, asked)))
     for rule, label, body in _on_op(spec, backend):
         made.checks.append(Check(spec, backend, rule, label, body))
+
+
+def _fail_untested(spec: OpSpec, backend: Backend, reasons: dict[str, str | None]) -> None:
+    said = ", ".join(sorted({str(reason) for reason in reasons.values()}))
+    raise Violation(f"{spec.name} on {backend} declines every case, so nothing is tested: {said}")
 
 
 def _objection(spec: OpSpec, backend: Backend, case: Case) -> str | None:
@@ -129,12 +138,16 @@ def _on_cases(spec: OpSpec, backend: Backend, positions: int) -> Iterator[tuple[
             for case in [small, middle] if interpreting() else cases:
                 yield "gradient", case, case.id, partial(gradients.gradient, spec, backend, case)
             yield "double_backward", small, small.id, partial(gradients.double_backward, spec, backend, small)
+    for case in values.long_cases(spec):
+        yield "long", case, case.id, partial(values.long, spec, backend, case)
     laid_out = values.layout_cases(spec, backend)
     if backend == "cpu":  # which cuts sums up by shapes that a few cases do not have
         for case in spec.cases.test:
             yield "deterministic", case, case.id, partial(values.deterministic, spec, backend, case)
             if case not in laid_out:
                 yield "layout", case, f"transposed-{case.id}", partial(values.layout, spec, backend, case, "transposed")
+        for case in values.shared_cases(spec):
+            yield "deterministic", case, case.id, partial(values.deterministic, spec, backend, case)
     for case in laid_out:
         for name in LAYOUTS:
             yield "layout", case, f"{name}-{case.id}", partial(values.layout, spec, backend, case, name)
@@ -152,13 +165,15 @@ def _on_op(spec: OpSpec, backend: Backend) -> Iterator[tuple[str, str, Callable[
             yield "gradcheck", case.id, partial(gradients.gradcheck, spec, case)
     if stand_in():
         return
-    for dtype in contract.dtypes(spec):
+    taken = [dtype for dtype in contract.dtypes(spec) if contract.input_sets(spec, backend, dtype)]
+    for dtype in taken:
         for name in contract.input_sets(spec, backend, dtype):
             body = partial(contract.opcheck, spec, backend, dtype, name)
             yield "opcheck", f"{dtype_name(dtype)}-{name}", body
         for grad in (False, True) if spec.autograd else (False,):
             yield _compile(spec, backend, dtype, "aot_eager", grad)
-    yield _compile(spec, backend, contract.dtypes(spec)[0], "inductor", spec.autograd is not None)
+    if taken:
+        yield _compile(spec, backend, taken[0], "inductor", spec.autograd is not None)
 
 
 def _compile(

@@ -38,6 +38,8 @@ from burnish.testing.magnitude import magnitudes
 HUGE_STRIDE, HUGE_ROWS = 2**28, 10
 #: places that a special value is put in, per input: of a plain case, of a case with options, of an interpreted one
 SPECIAL_POSITIONS, OPTION_POSITIONS, INTERPRETED_POSITIONS = 100, 16, 2
+#: a size that no block of a kernel holds, and that none divides; elements of which every thread gets a share
+LONG, SHARED = 5003, 2**18
 
 
 def _names(spec: OpSpec, outputs: Outputs) -> list[str]:
@@ -274,6 +276,36 @@ def deterministic(spec: OpSpec, backend: Backend, case: Case) -> None:
     for outputs in results[1:]:
         for what, y, first in zip(_names(spec, outputs), outputs, results[0], strict=True):
             numerics.check_equal("determinism", f"{what}, run again", y.cpu(), first.cpu())
+
+
+def small_cases(spec: OpSpec) -> list[Case]:
+    """Of the first kind of each dtype, the smallest case that is not empty and of no single row or column."""
+    chosen: dict[torch.dtype, Case] = {}
+    for (dtype, _), cases in kinds(spec).items():
+        solid = [case for case in cases if min(case.dims.values()) > 1]
+        if solid:
+            chosen.setdefault(dtype, solid[0])
+    return list(chosen.values())
+
+
+def long_cases(spec: OpSpec) -> Iterator[Case]:
+    """Small cases with each dimension in turn :data:`LONG`: the loops over blocks that small sizes never enter."""
+    for case in small_cases(spec):
+        for name in case.dims:
+            yield Case({**case.dims, name: LONG}, case.dtype, case.values, case.options)
+
+
+def long(spec: OpSpec, backend: Backend, case: Case) -> None:
+    """What :func:`compare` says of a case that is longer than any block."""
+    args = spec.make(case, backend, 0)
+    compare(spec, args, run_checked(spec, backend, args, draw=1), case.values)
+
+
+def shared_cases(spec: OpSpec) -> Iterator[Case]:
+    """Small cases with rows for every thread to have a share, which few rows do not have."""
+    for case in small_cases(spec):
+        elements = max(t.numel() for t in places(spec.make(case, "cpu", 0)).values())
+        yield resized(case, rows(case) * math.ceil(SHARED / elements))
 
 
 def tall(spec: OpSpec, backend: Backend, case: Case) -> Case:
