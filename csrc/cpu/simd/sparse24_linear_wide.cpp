@@ -229,8 +229,9 @@ void multiply(const Sparse24Weight& weight, const char* x, int64_t x_stride, int
       if constexpr (Kind::kExcess) Kind::excess(spare.blocks, blocks, k > 0, spare.excess + n);
       for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t first = rows * pass / passes, last = rows * (pass + 1) / passes;
-        kTiles<Kind>[last - first - 1](spare.blocks, blocks, x + first* x_stride + k / kColumns* 64, x_stride, k > 0,
-                                       spare.sums + first* kFinished + n);
+        const Tile<Kind> run = kTiles<Kind>[last - first - 1];
+        run(spare.blocks, blocks, x + first * x_stride + k / kColumns * 64, x_stride, k > 0,
+            spare.sums + first * kFinished + n);
       }
     }
   }
