@@ -353,6 +353,23 @@ print("ready", flush=True)
 """
 
 
+BEYOND = """
+import ctypes
+from burnish import dispatch, registry
+from burnish.testing import values
+spec = registry.get("int8_quantize_rows")
+called = dispatch.call
+def careless(spec, args, *rest):  # one element too far, which a slice of a larger tensor has
+    if not args[0].is_contiguous():
+        ctypes.string_at(args[0][-1, -1].data_ptr() + args[0].itemsize, 1)
+    return called(spec, args, *rest)
+dispatch.call = careless
+print("ready", flush=True)
+values.layout(spec, "cpu", next(case for case in spec.cases.test if case.dims["M"] > 1), "sliced")
+print("went on")
+"""
+
+
 @pytest.mark.parametrize(
     ("side", "deed"),
     [
@@ -365,6 +382,23 @@ print("ready", flush=True)
 def test_a_guarded_tensor_stops_the_culprit(side: str, deed: str) -> None:
     code = GUARD.format(side=side, deed=deed)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=120)
+    assert done.stdout.strip() == "ready", done.stderr
+    assert done.returncode == -11
+
+
+@pytest.mark.parametrize("name", sorted(testing.layouts.LAYOUTS))
+@pytest.mark.parametrize("side", ["end", "start"])
+def test_a_guarded_tensor_keeps_its_layout_and_nothing_beyond(side: Any, name: str) -> None:
+    t = testing.layouts.LAYOUTS[name](torch.randn(5, 7))
+    kept = testing.guarded(t, side)
+    assert torch.equal(kept, t)
+    assert kept.stride() == t.stride()
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    assert kept.untyped_storage().nbytes() == 4 * (last + 1)
+
+
+def test_a_read_beyond_the_last_element_of_a_strided_input_ends_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", BEYOND], capture_output=True, text=True, env=os.environ, timeout=120)
     assert done.stdout.strip() == "ready", done.stderr
     assert done.returncode == -11
 

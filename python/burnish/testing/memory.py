@@ -80,18 +80,18 @@ def folded(elements: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def guarded(tensor: torch.Tensor, side: Literal["end", "start"] = "end", writable: bool = False) -> torch.Tensor:
-    """A contiguous, read-only copy with its last byte before, or its first byte after, an untouchable page."""
-    nbytes = tensor.numel() * tensor.itemsize
-    if nbytes == 0:
+    """A read-only copy of the same strides with its last byte before, or its first byte after, an untouchable page."""
+    if tensor.numel() == 0:
         return tensor
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    nbytes = span * tensor.itemsize
     base, body = _between_guards(nbytes)
     start = body - nbytes if side == "end" else 0
-    copy = _storage(base + start, nbytes, base - mmap.PAGESIZE, body + 2 * mmap.PAGESIZE)
-    typed = copy.view(tensor.dtype).view(tensor.shape)
-    typed.copy_(tensor.detach())
+    copy = _storage(base + start, nbytes, base - mmap.PAGESIZE, body + 2 * mmap.PAGESIZE).view(tensor.dtype)
+    copy.copy_(tensor.detach().as_strided((span,), (1,)))
     if not writable:
         _protect(base, body, mmap.PROT_READ)
-    return typed
+    return copy.as_strided(tensor.shape, tensor.stride(), 0)
 
 
 def _between_guards(nbytes: int) -> tuple[int, int]:

@@ -210,7 +210,7 @@ def _takes(spec: OpSpec, args: Args) -> bool:
 
 
 def layout(spec: OpSpec, backend: Backend, case: Case, name: str) -> None:
-    """The result has the same bits whatever the strides of an argument."""
+    """The result has the same bits whatever the strides of an argument, and nothing is read beyond its last element."""
     original = spec.make(case, backend, 0)
     free = strided_arguments(spec, original)
     if not free:
@@ -220,7 +220,7 @@ def layout(spec: OpSpec, backend: Backend, case: Case, name: str) -> None:
         moved = put(moved, place, LAYOUTS[name](places(original)[place]))
     plain = map_tensors(lambda t: t.clone(memory_format=torch.contiguous_format), moved)
     expected = tuple(y.cpu() for y in run(spec, backend, plain))
-    outputs = run_checked(spec, backend, moved)
+    outputs = run_checked(spec, backend, map_tensors(memory.guarded, moved) if backend == "cpu" else moved)
     for what, y, wanted in zip(_names(spec, outputs), outputs, expected, strict=True):
         numerics.check_equal("layout", f"{what} of {name} inputs", y, wanted)
 
