@@ -187,7 +187,8 @@ void multiply_rows(const Kernels& level, const BlockWeight& w, const Matrix& x, 
   static thread_local Scratch scratch, copies;
   const Format format = w.int8 ? Format::kFloat : level.product_format(x.format);
   Panels panels(level, rows, w.K, w.bk, w.int8 ? 4 : format == Format::kBf16 ? 2 : 1, format);
-  scratch.reserve(panels.bytes() + Scratch::bytes<float>(rows + 16) + Scratch::bytes<int8_t>(rows * panels.padded()));
+  scratch.reserve(Scratch::bytes<char>(panels.bytes()) + Scratch::bytes<float>(rows + 16) +
+                  Scratch::bytes<int8_t>(rows * panels.padded()));
   panels.data = scratch.take<char>(panels.bytes());
   auto* row_scale = scratch.take<float>(rows + 16);
   const Matrix from = w.int8 ? quantise(level, x, panels, scratch.take<int8_t>(rows * panels.padded()), row_scale)

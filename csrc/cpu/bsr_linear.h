@@ -54,7 +54,7 @@ struct Panels {
   int64_t group_rows(int64_t g) const { return std::min(group, rows - g * group); }
   int64_t step_bytes(int64_t g) const { return round_up(group_rows(g), lanes) * 4; }
   int64_t group_bytes() const { return blocks_along(width, block) * steps() * group * 4; }
-  int64_t bytes() const { return Scratch::bytes<char>(groups() * group_bytes()); }
+  int64_t bytes() const { return groups() * group_bytes(); }
   // What a product needs of group g, all but its weights and pieces.
   BlockProduct product(int64_t g) const;
   // From x [rows, width] in the panels' format; of int8, x + 128 in rows of padded() bytes.

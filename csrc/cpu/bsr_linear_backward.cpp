@@ -91,7 +91,7 @@ void pull(const Backward& b, const Panels& panels, int64_t first, int64_t last, 
 void pull_all(const Backward& b, const Matrix& dz, const Sink& dx) {
   static thread_local Scratch scratch;
   Panels panels(b.level, b.M, b.w.N, b.w.bn, b.depth(), b.format);
-  scratch.reserve(panels.bytes());
+  scratch.reserve(Scratch::bytes<char>(panels.bytes()));
   panels.data = scratch.take<char>(panels.bytes());
   parallel_for(0, panels.groups(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) panels.pack(b.level, dz, g);

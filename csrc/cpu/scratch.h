@@ -5,7 +5,12 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <new>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include "math/pack.h"
 
@@ -22,7 +27,9 @@ inline void advise_large_pages(void* data, int64_t bytes) {
   if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
 }
 
-// Carves 64-byte aligned arrays out of one block. reserve() sizes the block before anything is taken.
+// Carves 64-byte aligned arrays out of one block. reserve() sizes the block before anything is taken. AddressSanitizer
+// would see one piece of memory, as large as any call before needed: under it each call has its own, the arrays lie
+// apart, only what was taken may be touched, and floats read as NaN until they are written.
 class Scratch {
  public:
   Scratch() = default;
@@ -32,7 +39,7 @@ class Scratch {
 
   template <class T>
   static int64_t bytes(int64_t count) {
-    return round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return round_up(count * static_cast<int64_t>(sizeof(T)), 64) + (kWatched ? 64 : 0);
   }
 
   void reserve(int64_t size) { reserve(size, 64); }
@@ -55,22 +62,35 @@ class Scratch {
   T* take(int64_t count) {
     T* array = reinterpret_cast<T*>(block_ + taken_);
     taken_ += bytes<T>(count);
+#if defined(__SANITIZE_ADDRESS__)
+    // what was not reserved stays closed
+    if (taken_ <= size_) __asan_unpoison_memory_region(array, static_cast<size_t>(count) * sizeof(T));
+    std::memset(static_cast<void*>(array), 0xFF, static_cast<size_t>(count) * sizeof(T));
+#endif
     return array;
   }
 
  private:
   void reserve(int64_t size, int64_t alignment) {
     taken_ = 0;
-    if (size <= size_) return;
+    if (!kWatched && size <= size_) return;
     std::free(block_);
     size_ = 0;
     const int64_t unit = alignment < 4096 ? 4096 : alignment;
-    block_ = static_cast<char*>(
-        std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(round_up(size, unit))));
+    const auto whole = static_cast<size_t>(round_up(size, unit));
+    block_ = static_cast<char*>(std::aligned_alloc(static_cast<size_t>(alignment), whole));
     if (block_ == nullptr) throw std::bad_alloc();
     size_ = size;
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_poison_memory_region(block_, whole);
+#endif
   }
 
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr bool kWatched = true;
+#else
+  static constexpr bool kWatched = false;
+#endif
   static constexpr int64_t kKept = int64_t{32} << 20;
   char* block_ = nullptr;
   int64_t size_ = 0;

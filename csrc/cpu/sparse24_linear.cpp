@@ -97,7 +97,7 @@ void multiply_int8(const Operand& x, const Sparse24Weight& weight, const float* 
   const Sparse24Int8 args{weight, q, stride, M, row_scale, scale, bias, y, x.matrix.format};
   for_blocks(weight, [&](int64_t begin, int64_t end) {
     static thread_local Scratch spare;
-    spare.reserve(sparse24_spare(weight.row_bytes));
+    spare.reserve(Scratch::bytes<char>(sparse24_spare(weight.row_bytes)));
     level.sparse24_int8(args, begin, end, spare.take<char>(sparse24_spare(weight.row_bytes)));
   });
   scratch.trim();

@@ -108,7 +108,7 @@ int64_t for_rows(int64_t N, int64_t width, int64_t spare, const F& f) {
   const int64_t grain = std::max<int64_t>(1, kSerialElements / kWeightRows / std::max<int64_t>(1, width));
   balanced_for(0, (N + kWeightRows - 1) / kWeightRows, grain, [&](int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
-    scratch.reserve(spare);
+    scratch.reserve(Scratch::bytes<char>(spare));
     const int64_t found = f(begin * kWeightRows, std::min(end * kWeightRows, N), scratch.take<char>(spare));
     if (found >= 0) wrong = found;
   });

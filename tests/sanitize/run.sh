@@ -50,6 +50,16 @@ x = torch.randn(3, 17)
 print(torch.ops.burnish.cpu_isa(), burnish.ops.int8_quantize_rows(x)[1].shape)
 CHECK
 
+echo "--- they see arrays within the memory that a thread keeps"
+"$compiler" -std=c++20 -g -O1 -fsanitize=address -Icsrc tests/sanitize/scratch.cpp -o "$out/scratch"
+"$out/scratch"
+for deed in between beyond stale unreserved; do
+  if "$out/scratch" "$deed" >"$out/scratch.log" 2>&1; then
+    echo "the deed '$deed' of tests/sanitize/scratch.cpp was not seen"
+    exit 1
+  fi
+done
+
 # NUMBER OF LEVEL OP: one process; a line if it found nothing, all that it printed if it did. Its rules give native code
 # the shapes, strides, threads and values that no other does: what the rest of the kit adds is a look at the results,
 # which the ordinary tests take. deterministic has every case on the CPU, guard every case of emulated kernels.
