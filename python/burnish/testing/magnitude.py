@@ -47,9 +47,9 @@ class Terms:
 
 def magnitudes(reference: Callable[..., Any], args: Args) -> tuple[Outputs, tuple[Terms, ...]]:
     """``reference`` in float64: its results, and the terms of each."""
-    mode = _Magnitudes()
+    mode, wide = _Magnitudes(), widen(args)  # widened outside of the mode, which would follow each copy
     with torch.no_grad(), mode:
-        outputs = as_outputs(reference(*widen(args)))
+        outputs = as_outputs(reference(*wide))
     inexact = frozenset(mode.inexact)
     return outputs, tuple(
         Terms(mode.of(out).expand_as(out), mode.stored(out).expand_as(out), inexact, mode.terms) for out in outputs
