@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import nn_workers
+import pair
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_train_what_one_trains(kind: str, tmp_path: Path) -> None:
-    mp.spawn(nn_workers.distributed, args=(kind, str(tmp_path)), nprocs=2)
+    pair.run(nn_workers.distributed, kind, str(tmp_path))
     for name, make in nn_workers.MODELS.items():
         alone = make()
         nn_workers.train(alone)

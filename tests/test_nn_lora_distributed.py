@@ -6,8 +6,8 @@ from pathlib import Path
 
 import burnish
 import lora_workers
+import pair
 import torch
-import torch.multiprocessing as mp
 
 REFUSED = {
     "merge": "RuntimeError: LoRALinear.merge: the weights are sharded, expected whole ones",
@@ -26,7 +26,7 @@ def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
     expected = lora_workers.whole(alone)
     assert all(torch.equal(value, start[key]) != ("lora_" in key) for key, value in expected.items())
     (tmp_path / "other1").mkdir()
-    mp.spawn(lora_workers.distributed, args=(str(tmp_path),), nprocs=2)
+    pair.run(lora_workers.distributed, str(tmp_path))
     results = torch.load(tmp_path / "results.pt", weights_only=True)
     assert list(results) == list(lora_workers.WAYS)
     for way, found in results.items():

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import optim_killed as killed
 import optim_workers as workers
+import pair
 import pytest
 import torch
-import torch.multiprocessing as mp
 from optimizers import OPTIMIZERS
 
 VARIED = [variant for variant in workers.VARIANTS if variant != "plain"]
@@ -45,7 +45,7 @@ def test_one_process_resumes(dtype: str, name: str, variant: str) -> None:
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_resume(kind: str, tmp_path: Path) -> None:
-    mp.spawn(workers.distributed, args=(kind, SHARED, str(tmp_path)), nprocs=2)
+    pair.run(workers.distributed, kind, SHARED, str(tmp_path))
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert found == {case: [] for case in SHARED}
@@ -57,7 +57,7 @@ def test_two_processes_become_one_and_one_becomes_two(tmp_path: Path) -> None:
     paths = {case: str(tmp_path / "-".join(case)) for case in cases}
     for (dtype, name, variant), path in paths.items():
         workers.push_half(workers.model(workers.DTYPES[dtype]), name, variant, f"{path}-1")
-    mp.spawn(workers.resharded, args=(cases, str(tmp_path)), nprocs=2)
+    pair.run(workers.resharded, cases, str(tmp_path))
     for (dtype, name, variant), path in paths.items():
         straight, scaler = workers.model(workers.DTYPES[dtype]), workers.steady_scaler(workers.DTYPES[dtype])
         optimizer = workers.make(straight, name, variant)
@@ -71,7 +71,7 @@ def test_two_processes_become_one_and_one_becomes_two(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_train_what_one_trains(kind: str, tmp_path: Path) -> None:
-    mp.spawn(workers.parity, args=(kind, str(tmp_path)), nprocs=2)
+    pair.run(workers.parity, kind, str(tmp_path))
     net = workers.model()
     optimizer = workers.make(net, variant="clipped")
     workers.train(net, optimizer, workers.scaler_for(torch.float32), range(10))
@@ -84,7 +84,7 @@ def test_two_processes_train_what_one_trains(kind: str, tmp_path: Path) -> None:
 
 
 def test_shards_have_masks_averages_and_one_found_infinity(tmp_path: Path) -> None:
-    mp.spawn(workers.masked, args=(str(tmp_path),), nprocs=2)
+    pair.run(workers.masked, str(tmp_path))
     net = workers.model()
     averages, found = workers.mask_and_average(net)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]

@@ -6,10 +6,10 @@ import copy
 from pathlib import Path
 
 import burnish
+import pair
 import prune_workers
 import pytest
 import torch
-import torch.multiprocessing as mp
 from burnish import prune
 from burnish.prune.masking import parameter_of
 from swap_models import IDS, Model
@@ -243,7 +243,7 @@ def test_compilers_and_export_see_one_graph() -> None:
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_train_what_one_trains(kind: str, tmp_path: Path) -> None:
-    mp.spawn(prune_workers.distributed, args=(kind, str(tmp_path)), nprocs=2)
+    pair.run(prune_workers.distributed, kind, str(tmp_path))
     alone = prune_workers.model()
     prune_workers.train(alone, pruner=prune_workers.gradual(alone) if kind == "ddp" else None)
     (state, masks), (_, others) = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
