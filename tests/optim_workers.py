@@ -95,22 +95,22 @@ def fill(net: nn.Module, step: int, scale: float = 1.0) -> None:
         parameter.grad = grad
 
 
-def shard(net: nn.Sequential) -> nn.Module:
-    """FSDP2 over both processes."""
+def shard(net: nn.Sequential, apart: bool = True) -> nn.Module:
+    """FSDP2 over both processes, each layer ``apart`` or all together: half the time a step, for the same shards."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (2,))
-    for layer in (net[0], net[2], net[4]):
+    for layer in (net[0], net[2], net[4]) if apart else ():
         fully_shard(layer, mesh=mesh)
     fully_shard(net, mesh=mesh)
     return net
 
 
-def wrapped(kind: str, dtype: torch.dtype) -> Any:
+def wrapped(kind: str, dtype: torch.dtype, apart: bool = True) -> Any:
     """The model under DDP or FSDP2."""
     net = model(dtype)
-    return nn.parallel.DistributedDataParallel(net) if kind == "ddp" else shard(net)
+    return nn.parallel.DistributedDataParallel(net) if kind == "ddp" else shard(net, apart)
 
 
 def save(net: nn.Module, optimizer: Any, folder: str) -> None:
@@ -148,11 +148,11 @@ def resumed(kind: str, rank: int, case: tuple[str, str, str], folder: str) -> li
     """Differences between 100 steps, with a checkpoint after 50, and 50 steps from that checkpoint."""
     dtype_name, name, variant = case
     dtype = DTYPES[dtype_name]
-    straight, scaler = wrapped(kind, dtype), scaler_for(dtype)
+    straight, scaler = wrapped(kind, dtype, apart=False), scaler_for(dtype)
     optimizer = make(straight, name, variant)
     train(straight, optimizer, scaler, range(HALF), rank, 2)
     save(straight, optimizer, folder)
-    second, other_scaler = wrapped(kind, dtype), scaler_for(dtype)
+    second, other_scaler = wrapped(kind, dtype, apart=False), scaler_for(dtype)
     again = make(second, name, variant)
     restore(second, again, folder)
     other_scaler.load_state_dict(copy.deepcopy(scaler.state_dict()))
