@@ -19,17 +19,22 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 HOST = sorted(path for path in (ROOT / "csrc/cuda/host").glob("*.cpp") if path.stem != "control")
-FLAGS = ["-std=c++20", "-O2", "-g", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
+FLAGS = ["-std=c++20", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
 KERNELS = ["reverse", "copy", "largest", "count", "sum", "overlap", "tile", "gemm"]
 
 
 def build(source: Path, library: Path, *flags: str) -> Path:
-    """A .cu file and the machine it runs on, as one library."""
-    inputs = [word for path in (source, *HOST) for word in ("-x", "c++", str(path))]
-    command = ["g++", *FLAGS, *flags, f"-I{ROOT / 'csrc'}", *inputs, "-ldl", "-o", str(library)]
+    """A .cu file and the machine it runs on, as one library; those of a folder share the machine."""
+    machine = build_once(library.parent, f"machine{''.join(flags)}.o", lambda to: _compile(HOST, to, "-r", *flags))
+    return _compile([source], library, "-shared", *flags, links=(str(machine), "-ldl"))
+
+
+def _compile(sources: list[Path], to: Path, *flags: str, links: tuple[str, ...] = ()) -> Path:
+    inputs = [word for path in sources for word in ("-x", "c++", str(path))]
+    command = ["g++", *FLAGS, *flags, f"-I{ROOT / 'csrc'}", *inputs, "-x", "none", *links, "-o", str(to)]
     subprocess.run(command, check=True)
-    return library
+    return to
 
 
 def shared_folder(factory: pytest.TempPathFactory, worker_id: str) -> Path:
