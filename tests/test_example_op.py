@@ -40,7 +40,8 @@ def site(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
 
 
 def _run(command: list[str], site: Path | None = None, cwd: Path | None = None, **variables: str) -> str:
-    env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **variables}
+    # one thread, as in the tests' own processes: the workers fill the cores
+    env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "OMP_NUM_THREADS": "1", **variables}
     if site is not None:
         env["PYTHONPATH"] = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, timeout=400)
