@@ -30,8 +30,8 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize(("dtype", "weight"), KINDS, ids=str)
 def test_deep_weights_are_exact_on_integers(size: tuple[int, int, int], dtype: torch.dtype, weight: str | None) -> None:
-    options = {"weight": weight} if weight else {}
-    values.forward(registry.get("sparse24_linear"), "cpu", Case(dict(zip("MNK", size)), dtype, "integers", options))
+    dims, options = dict(zip("MNK", size, strict=True)), {"weight": weight} if weight else {}
+    values.forward(registry.get("sparse24_linear"), "cpu", Case(dims, dtype, "integers", options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
