@@ -1,4 +1,4 @@
-"""What all tests share: the fuzzer's length, one thread a process, the interpreter's repairs, and the count at the end.
+"""What all tests share: the fuzzer's length, one thread a process, and the count at the end.
 
 The last lines of a run say how many checks of the conformance kit ran on each op and backend, and what was left out and
 why; a run that selected tests but ran none of them fails.
@@ -42,10 +42,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[left_out] = {}
     config.stash[began] = time.monotonic()
     torch.set_num_threads(1)  # the workers fill the cores; what depends on threads sets its own number
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        import triton_interpreter
-
-        triton_interpreter.activate()
 
 
 @pytest.fixture(scope="session", autouse=True)

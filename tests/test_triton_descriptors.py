@@ -11,11 +11,10 @@ import math
 import pytest
 import torch
 import triton_interpreter
+from burnish import testing
 
 #: a GPU with the accelerator where there is one and this process interprets nothing, else the interpreter's
-ON_GPU = (
-    torch.cuda.is_available() and not triton_interpreter.asked() and torch.cuda.get_device_capability()[0] in (9, 10)
-)
+ON_GPU = torch.cuda.is_available() and not testing.interpreting() and torch.cuda.get_device_capability()[0] in (9, 10)
 if not ON_GPU:
     triton_interpreter.require()
 

@@ -35,9 +35,10 @@ fuzz             hypothesis, at least 500 examples (C3)
 An op with an integer result must be bit-exact. Tolerances are in :mod:`.numerics` and nowhere else.
 """
 
-from burnish.testing.calls import EMULATED, SCHEDULES, Violation, backends, eager, interpreting, oracle, run, stand_in
+from burnish.testing.calls import EMULATED, SCHEDULES, Violation, backends, eager, oracle, run, stand_in
 from burnish.testing.digest import digest
 from burnish.testing.fuzz import EXAMPLES, LONG_EXAMPLES, fuzz
+from burnish.testing.interpreter import interpreting
 from burnish.testing.memory import folded, guarded, lazy, poisoned
 from burnish.testing.plan import Check, Plan, plan
 

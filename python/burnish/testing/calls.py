@@ -8,7 +8,6 @@ give.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -18,6 +17,8 @@ import torch
 from burnish import dispatch, native
 from burnish.arguments import Args, map_tensors, places
 from burnish.registry import Backend, Case, OpSpec
+from burnish.testing import interpreter
+from burnish.testing.interpreter import interpreting
 
 Outputs = tuple[torch.Tensor, ...]
 
@@ -29,11 +30,6 @@ SCHEDULES = 16
 
 class Violation(AssertionError):
     """A rule of the kit is broken; the message names the rule, the figure and the limit."""
-
-
-def interpreting() -> bool:
-    """Whether this process runs Triton kernels under the interpreter, and therefore nothing else."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def stand_in() -> tuple[Backend, str] | None:
@@ -160,6 +156,8 @@ def run(
     ``draw`` counts what differs from an earlier call in its values alone: an emulated kernel, whose schedules do not
     depend on them, then runs under schedule ``draw`` and no other.
     """
+    if interpreting():
+        interpreter.activate()
     moved = to_device(backend, args)
 
     def call() -> Outputs:

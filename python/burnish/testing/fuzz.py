@@ -7,7 +7,8 @@ from typing import Any
 
 from burnish.arguments import Args, Place, places, put
 from burnish.registry import Backend, Case, OpSpec
-from burnish.testing.calls import Outputs, interpreting, objection
+from burnish.testing.calls import Outputs, objection
+from burnish.testing.interpreter import interpreting
 from burnish.testing.layouts import LAYOUTS
 from burnish.testing.values import compare, run_checked, strided_arguments
 

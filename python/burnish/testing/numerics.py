@@ -24,7 +24,8 @@ from __future__ import annotations
 
 import torch
 
-from burnish.testing.calls import Violation, interpreting
+from burnish.testing.calls import Violation
+from burnish.testing.interpreter import interpreting
 from burnish.testing.magnitude import Terms
 
 FACTOR = 2.0

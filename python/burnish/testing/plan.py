@@ -18,7 +18,6 @@ from burnish.testing import contract, gradients, values
 from burnish.testing.calls import (
     Violation,
     backends,
-    interpreting,
     kind,
     kinds,
     makes_integers,
@@ -27,6 +26,7 @@ from burnish.testing.calls import (
     stand_in,
     volume,
 )
+from burnish.testing.interpreter import interpreting
 from burnish.testing.layouts import LAYOUTS
 from burnish.testing.values import SPECIAL_POSITIONS
 

@@ -17,7 +17,6 @@ from burnish.testing.calls import (
     Violation,
     announced,
     eager,
-    interpreting,
     is_exact,
     kinds,
     objection,
@@ -31,6 +30,7 @@ from burnish.testing.calls import (
     to_device,
     widen,
 )
+from burnish.testing.interpreter import interpreting
 from burnish.testing.layouts import LAYOUTS
 from burnish.testing.magnitude import magnitudes
 
