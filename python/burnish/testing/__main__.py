@@ -1,7 +1,9 @@
 """``python -m burnish.testing [OP ...]``: the conformance kit without pytest; exit status 1 if a check fails.
 
-Prints one line an op and backend with the number of checks that ran, then what was left out and why. ``--digest``
-prints instead one hash an op over the bits of the results, to compare instruction sets and thread counts by.
+Prints one line an op and backend with the number of checks that ran, then what was left out and why. A kernel that
+stops the process leaves Python's stack on stderr, in which a file called ``check`` and the check's id stands.
+``--digest`` prints instead one hash an op over the bits of the results, to compare instruction sets and thread counts
+by.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -58,7 +63,7 @@ def _run(specs: list[registry.OpSpec], asked: argparse.Namespace) -> int:
             continue
         ran[f"{check.spec.name} {check.backend}"] += 1
         try:
-            check.run()
+            _run_named(check.id, check.run)
         except Exception:
             failed += 1
             print(f"FAILED {check.id}", file=sys.stderr)
@@ -66,13 +71,19 @@ def _run(specs: list[registry.OpSpec], asked: argparse.Namespace) -> int:
     for spec in specs if asked.fuzz else ():
         for backend in backends(spec)[0]:
             if asked.backend is None or backend in asked.backend:
-                ran[f"{spec.name} {backend} fuzzed"] += fuzz(spec, backend, asked.fuzz)
+                fuzzed = partial(fuzz, spec, backend, asked.fuzz)
+                ran[f"{spec.name} {backend} fuzzed"] += _run_named(f"{spec.stem}-{backend}-fuzz", fuzzed)
     for name, count in ran.items():
         print(f"{name}: {count}")
     for name, reason in made.skipped.items():
         print(f"left out: {name}: {reason}")
     print(f"{sum(ran.values())} ran, {failed} failed, {time.monotonic() - start:.0f} s")
     return 1 if failed or not ran else 0
+
+
+def _run_named(name: str, run: Callable[[], Any]) -> Any:
+    """``run()`` under a frame that bears the check's name: all that faulthandler tells of a crash is frames."""
+    return eval(compile("run()", f"check {name}", "eval"), {"run": run})
 
 
 if __name__ == "__main__":
