@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import burnish
@@ -176,6 +177,23 @@ class TestDoctor:
         code, out, _ = run(capsys, "doctor")
         assert code == 1
         assert "_native.so  the CPU kernels were not built: do it" in out
+
+    def test_goes_on_after_a_plugin_that_cannot_be_imported(self, capsys, monkeypatch):
+        points = [metadata.EntryPoint("third", name, "burnish.ops") for name in ("no_such_plugin", "json")]
+        monkeypatch.setattr(metadata, "entry_points", lambda **_: points)
+        registry.plugins.cache_clear()
+        try:
+            code, out, _ = run(capsys, "doctor")
+            assert code == 1
+            rows = out.partition("\nplug-ins\n")[2].splitlines()[:2]
+            assert rows[0].startswith("  no_such_plugin  cannot be imported: ModuleNotFoundError: No module named")
+            assert rows[1] == "  json            loaded (package ?)"
+            assert "\nop int8_linear\n" in out
+            code, out, err = run(capsys, "bench")
+            assert (code, out, err.count("\n")) == (1, "", 1)
+            assert err.startswith("burnish bench: the package ? announces ops in no_such_plugin, which cannot be")
+        finally:
+            registry.plugins.cache_clear()
 
     @pytest.mark.parametrize(
         ("name", "value", "problem"),

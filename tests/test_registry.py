@@ -204,7 +204,7 @@ def test_an_unknown_op_lists_the_ops() -> None:
 def test_a_broken_plugin_is_named_and_leaves_other_ops_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     point = metadata.EntryPoint("third", "no_such_plugin", "burnish.ops")
     monkeypatch.setattr(metadata, "entry_points", lambda **_: [point])
-    registry._load_plugins.cache_clear()
+    registry.plugins.cache_clear()
     try:
         with pytest.raises(
             PluginError, match="announces ops in no_such_plugin, which cannot be imported: ModuleNotFound"
@@ -212,7 +212,7 @@ def test_a_broken_plugin_is_named_and_leaves_other_ops_alone(monkeypatch: pytest
             registry.all_ops()
         assert registry.get("int8_linear") is OURS["int8_linear"]
     finally:
-        registry._load_plugins.cache_clear()
+        registry.plugins.cache_clear()
 
 
 def test_records_cannot_be_changed() -> None:

@@ -7,8 +7,8 @@
     burnish swap MODULE:FUNCTION            swap a model's layers and print the report
     burnish new-op NAME                     scaffold an op that builds, passes the tests and is timed
 
-Exit codes: 0 done, 1 something is wrong with what was asked about (a failed row, no CPU library), 2 a bad argument,
-141 nobody reads the output any more.
+Exit codes: 0 done, 1 something is wrong with what was asked about (a failed row, no CPU library, a broken plug-in), 2 a
+bad argument, 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 import torch
 
 import burnish
+from burnish.errors import PluginError
 from burnish.registry import Case, OpSpec, dtype_name
 
 _DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
@@ -59,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"burnish {options.verb}: {error}", file=sys.stderr)
         return 2
+    except PluginError as error:
+        print(f"burnish {options.verb}: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # whoever reads the output, like head, has had enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         return 128 + signal.SIGPIPE

@@ -13,28 +13,30 @@ import burnish
 from burnish import native, tables
 from burnish.bench import machine
 from burnish.dispatch import candidates
-from burnish.registry import BACKENDS, all_ops
+from burnish.registry import BACKENDS, importable_ops, plugins
 
 _LIBRARIES = ("_native.so", native.CUDA_LIBRARY)
 
 
 def exit_code() -> int:
-    """0 if the CPU kernels are loaded, else 1."""
-    return 1 if "_native.so" in native.missing else 0
+    """0 if the CPU kernels and every plug-in are loaded, else 1."""
+    return 1 if "_native.so" in native.missing or any(plugin.error for plugin in plugins()) else 0
 
 
 def report() -> str:
-    """Machine, libraries, environment, what was measured; for each op, each backend with yes or why not."""
+    """Machine, libraries, environment, plug-ins, what was measured; for each op, each backend with yes or why not."""
     sections = {
         "machine": _machine(),
         "native libraries": {name: native.missing.get(name, "loaded") for name in _LIBRARIES},
         "environment": _environment(),
+        "plug-ins": {plugin.module: f"{plugin.state()} (package {plugin.package})" for plugin in plugins()},
         "measured here": {"folder": str(tables.folder()), **tables.kept()},
     }
     lines = [f"burnish {burnish.__version__}"]
     for title, entries in sections.items():
-        lines += ["", title, *_columns(entries)]
-    for name, spec in all_ops().items():
+        if entries:
+            lines += ["", title, *_columns(entries)]
+    for name, spec in importable_ops().items():
         lines += ["", f"op {name}", *_columns(candidates(spec))]
     return "\n".join(lines)
 

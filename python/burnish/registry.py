@@ -224,17 +224,43 @@ def all_ops() -> dict[str, OpSpec]:
     Raises:
         PluginError: a plug-in cannot be imported.
     """
-    _load_plugins()
+    for plugin in plugins():
+        if plugin.error:
+            raise PluginError(
+                f"the package {plugin.package} announces ops in {plugin.module}, which {plugin.state()}. Repair it or "
+                "uninstall it"
+            ) from plugin.error
+    return importable_ops()
+
+
+def importable_ops() -> dict[str, OpSpec]:
+    """What :func:`all_ops` gives, without the ops of plug-ins that cannot be imported."""
+    plugins()
     return dict(sorted(_specs.items()))
 
 
+@dataclass(frozen=True)
+class Plugin:
+    """An installed package that announces ops, the module that registers them, and what importing it raised."""
+
+    package: str
+    module: str
+    error: Exception | None
+
+    def state(self) -> str:
+        """``loaded``, or why not."""
+        return f"cannot be imported: {type(self.error).__name__}: {self.error}" if self.error else "loaded"
+
+
 @cache
-def _load_plugins() -> None:
+def plugins() -> tuple[Plugin, ...]:
+    """Import the modules that installed packages announce in the entry-point group ``burnish.ops``."""
+    found = []
     for point in metadata.entry_points(group="burnish.ops"):
+        error = None
         try:
             point.load()
-        except Exception as error:
-            raise PluginError(
-                f"the package {point.dist.name if point.dist else '?'} announces ops in {point.value}, which cannot be "
-                f"imported: {type(error).__name__}: {error}. Repair it or uninstall it"
-            ) from error
+        except Exception as raised:
+            error = raised
+        found.append(Plugin(point.dist.name if point.dist else "?", point.value, error))
+    return tuple(found)
