@@ -68,7 +68,7 @@ def _repair() -> None:
             return narrow.view(torch.uint8).numpy()
         return convert(values, source, destination, rounding)
 
-    def widened(handle):  # type: ignore[no-untyped-def]
+    def widened(handle: Any) -> Any:
         if handle.dtype.scalar != tl.bfloat16:
             return handle
         return interpreter.TensorHandle(from_bf16(handle.data), tl.float32)
