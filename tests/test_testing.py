@@ -6,7 +6,6 @@ The wrong kernels are Python functions that stand in for an op's Triton implemen
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +24,7 @@ LINEAR = registry.get("int8_linear")
 BACKWARD = registry.get("int8_linear_backward")
 ROWS = registry.get("int8_quantize_rows")
 PACK = registry.get("int8_linear_pack")
+DTYPES = ("fp32", "bf16", "fp16")
 
 _kernel: Callable[..., Any] = lambda *args: None  # noqa: E731
 
@@ -43,6 +43,10 @@ def never(*args: Any) -> str | None:
 
 def only_half(x: torch.Tensor) -> str | None:
     return None if x.dtype == torch.float16 else "x is not fp16"
+
+
+def only_eights(x: torch.Tensor) -> str | None:
+    return "K is no multiple of 8" if x.shape[1] > 17 and x.shape[1] % 8 else None
 
 
 def planned(spec: OpSpec, backend: registry.Backend) -> list[testing.Check]:
@@ -218,11 +222,33 @@ def test_a_loop_that_only_long_rows_enter_is_tested(monkeypatch: pytest.MonkeyPa
         return q, scale
 
     broken_rows = wrong(ROWS, one_block, monkeypatch)
-    checks = [check for check in planned(broken_rows, "triton") if check.rule == "long" and "K5003" in check.id]
-    assert {check.label for check in checks} == {f"M3-K5003-{dtype}" for dtype in ("fp32", "bf16", "fp16")}
-    for check in checks:
+    checks = {check.label: check for check in planned(broken_rows, "triton") if check.rule == "long"}
+    assert checks.keys() == {f"{size}-{dtype}" for size in ("M20011-K17", "M3-K20011") for dtype in DTYPES}
+    for check in (checks[f"M3-K20011-{dtype}"] for dtype in DTYPES):
         with broken("N4: int8_quantize_rows"):
             check.run()
+
+
+def test_a_size_that_an_op_or_a_kernel_does_not_take_is_left_out() -> None:
+    def few_rows(x: torch.Tensor) -> Any:
+        torch._check(x.shape[0] <= 256, lambda: "M is more than 256")
+        return ROWS.fake(x)
+
+    made = Plan()
+    plan_backend(made, replace(ROWS, fake=few_rows), "cpu")
+    assert made.skipped == {f"int8_quantize_rows-cpu-long-M20008-K17-{dtype}": "M is more than 256" for dtype in DTYPES}
+    eights = replace(ROWS, impls=(Impl("triton", f"{__name__}:kernel", f"{__name__}:only_eights"),))
+    rows = {case.id for case in values.long_cases(eights, "triton")}
+    assert {f"M3-K20008-{dtype}" for dtype in DTYPES} <= rows
+
+
+def test_interpreted_products_are_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    product = wrong(LINEAR, LINEAR.reference, monkeypatch)
+    assert {max(case.dims.values()) for case in values.long_cases(product, "triton")} == {1031}
+    assert {check.label for check in planned(product, "triton") if check.rule == "long"} == {
+        f"{size}-{dtype}" for size in ("M1031-N17-K33", "M3-N1031-K33", "M3-N17-K1031") for dtype in DTYPES
+    }
 
 
 def test_rows_enough_for_every_thread_are_tested(monkeypatch: pytest.MonkeyPatch) -> None:

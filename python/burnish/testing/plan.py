@@ -28,10 +28,7 @@ from burnish.testing.calls import (
 )
 from burnish.testing.interpreter import interpreting
 from burnish.testing.layouts import LAYOUTS
-from burnish.testing.values import SPECIAL_POSITIONS
-
-#: the largest product of a case's dimensions that an interpreted kernel is given
-INTERPRETED_VOLUME = 600_000
+from burnish.testing.values import INTERPRETED_VOLUME, SPECIAL_POSITIONS
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,8 @@ def plan_backend(made: Plan, spec: OpSpec, backend: Backend, positions: int = SP
         reason = _spared(spec, rule, case)
         if reason is None:
             if case.id not in asked:
-                asked[case.id] = _objection(spec, backend, case)
+                ask = values.long_objection if rule == "long" else _objection
+                asked[case.id] = ask(spec, backend, case)
             reason = asked[case.id]
         if reason is None:
             made.checks.append(check)
@@ -138,7 +136,7 @@ def _on_cases(spec: OpSpec, backend: Backend, positions: int) -> Iterator[tuple[
             for case in [small, middle] if interpreting() else cases:
                 yield "gradient", case, case.id, partial(gradients.gradient, spec, backend, case)
             yield "double_backward", small, small.id, partial(gradients.double_backward, spec, backend, small)
-    for case in values.long_cases(spec):
+    for case in values.long_cases(spec, backend):
         yield "long", case, case.id, partial(values.long, spec, backend, case)
     laid_out = values.layout_cases(spec, backend)
     if backend == "cpu":  # which cuts sums up by shapes that a few cases do not have

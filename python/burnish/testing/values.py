@@ -28,6 +28,7 @@ from burnish.testing.calls import (
     runs_on_gpu,
     stand_in,
     to_device,
+    volume,
     widen,
 )
 from burnish.testing.interpreter import interpreting
@@ -38,8 +39,13 @@ from burnish.testing.magnitude import magnitudes
 HUGE_STRIDE, HUGE_ROWS = 2**28, 10
 #: places that a special value is put in, per input: of a plain case, of a case with options, of an interpreted one
 SPECIAL_POSITIONS, OPTION_POSITIONS, INTERPRETED_POSITIONS = 100, 16, 2
-#: a size that no block of a kernel holds, and that none divides; elements of which every thread gets a share
-LONG, SHARED = 5003, 2**18
+#: a size that no block of a kernel holds, and that none divides; the same for kernels that take multiples of 8; for an
+#: interpreted product, of which each program takes milliseconds and no block is longer than 512
+LONG, LONG_ALIGNED, LONG_INTERPRETED = 20011, 20008, 1031
+#: elements of which every thread gets a share
+SHARED = 2**18
+#: the largest product of a case's dimensions that an interpreted kernel is given, a long case apart
+INTERPRETED_VOLUME = 600_000
 
 
 def _names(spec: OpSpec, outputs: Outputs) -> list[str]:
@@ -282,21 +288,39 @@ def deterministic(spec: OpSpec, backend: Backend, case: Case) -> None:
             numerics.check_equal("determinism", f"{what}, run again", y.cpu(), first.cpu())
 
 
-def small_cases(spec: OpSpec) -> list[Case]:
-    """Of the first kind of each dtype, the smallest case that is not empty and of no single row or column."""
+def small_cases(spec: OpSpec, backend: Backend) -> list[Case]:
+    """Of the first kind of each dtype that the backend takes, the smallest case that is not empty and of no single row
+    or column."""
     chosen: dict[torch.dtype, Case] = {}
     for (dtype, _), cases in kinds(spec).items():
         solid = [case for case in cases if min(case.dims.values()) > 1]
-        if solid:
-            chosen.setdefault(dtype, solid[0])
+        if solid and dtype not in chosen and objection(spec, backend, spec.make(solid[0], backend, 0)) is None:
+            chosen[dtype] = solid[0]
     return list(chosen.values())
 
 
-def long_cases(spec: OpSpec) -> Iterator[Case]:
-    """Small cases with each dimension in turn :data:`LONG`: the loops over blocks that small sizes never enter."""
-    for case in small_cases(spec):
+def long_cases(spec: OpSpec, backend: Backend) -> Iterator[Case]:
+    """Small cases with each dimension in turn long: the loops over blocks that small sizes never enter."""
+    for case in small_cases(spec, backend):
         for name in case.dims:
-            yield Case({**case.dims, name: LONG}, case.dtype, case.values, case.options)
+            odd, aligned, short = (
+                Case({**case.dims, name: size}, case.dtype, case.values, case.options)
+                for size in (LONG, LONG_ALIGNED, LONG_INTERPRETED)
+            )
+            if interpreting() and volume(odd) > INTERPRETED_VOLUME:
+                yield short
+            else:
+                yield aligned if long_objection(spec, backend, odd) else odd
+
+
+def long_objection(spec: OpSpec, backend: Backend, case: Case) -> str | None:
+    """Why the op, which may have a limit, or the backend declines a long case."""
+    args = spec.make(case, backend, 0)
+    try:
+        announced(spec, args)
+    except RuntimeError as error:
+        return str(error)
+    return objection(spec, backend, args)
 
 
 def long(spec: OpSpec, backend: Backend, case: Case) -> None:
@@ -307,7 +331,7 @@ def long(spec: OpSpec, backend: Backend, case: Case) -> None:
 
 def shared_cases(spec: OpSpec) -> Iterator[Case]:
     """Small cases with rows for every thread to have a share, which few rows do not have."""
-    for case in small_cases(spec):
+    for case in small_cases(spec, "cpu"):
         elements = max(t.numel() for t in places(spec.make(case, "cpu", 0)).values())
         yield resized(case, rows(case) * math.ceil(SHARED / elements))
 
