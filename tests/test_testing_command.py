@@ -43,6 +43,14 @@ def test_it_counts_and_fails() -> None:
     assert command("int8_quantize_rows", "--only", "no_such_rule").returncode == 1
 
 
+def test_an_unknown_op_gives_one_line() -> None:
+    done = command("no_such_op")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(
+        "python -m burnish.testing: error: no op named 'no_such_op'; the ops"
+    )
+
+
 def test_a_crash_names_its_check(tmp_path: Path) -> None:
     (tmp_path / "crashing.py").write_text(CRASHING)
     (tmp_path / "crashing-1.dist-info").mkdir()

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from burnish import registry
+from burnish.errors import PluginError
 from burnish.testing import calls, digest, fuzz
 from burnish.testing.calls import backends
 from burnish.testing.plan import plan
@@ -43,7 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     faulthandler.enable()
     torch.set_num_threads(asked.threads)
     calls.SCHEDULES = asked.schedules or calls.SCHEDULES
-    specs = [registry.get(name) for name in asked.ops] or list(registry.all_ops().values())
+    try:
+        specs = [registry.get(name) for name in asked.ops] or list(registry.all_ops().values())
+    except (KeyError, PluginError) as error:
+        parser.error(error.args[0])
     if asked.digest:
         for spec in specs:
             for backend in backends(spec)[0]:
