@@ -75,6 +75,14 @@ def test_a_family_of_triton_kernels_is_a_package() -> None:
     assert str(ROOT / "kernels") in import_module("burnish.kernels").__path__
 
 
+def test_a_copy_within_another_project_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "setup.py").touch()
+    searched: list[str] = []
+    copy = {"__file__": str(tmp_path / "libs" / "burnish" / "kernels" / "__init__.py"), "__path__": searched}
+    exec((ROOT / "python/burnish/kernels/__init__.py").read_text(), copy)
+    assert searched == []
+
+
 def test_an_orphan_is_found() -> None:
     assert orphans([ROOT / "csrc/cpu/forgotten_op.cpp"], INFRASTRUCTURE["csrc/cpu"]) == ["csrc/cpu/forgotten_op.cpp"]
 

@@ -43,19 +43,19 @@ Matrix whole_blocks(const Kernels& level, const Operand& x, Format format, Scrat
   if (padded == K && format == x.matrix.format) return x.matrix;
   storage.reserve(Block::bytes(x.rows.count, padded, format));
   const Block copy = Block::take(storage, x.rows.count, padded, format);
-  parallel_for(0, x.rows.count, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, padded)),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t row = begin; row < end; ++row) {
-                   const auto* from = static_cast<const char*>(x.matrix.at(row, 0).data);
-                   char* to = copy.row(row);
-                   if (format == x.matrix.format) {
-                     std::copy(from, from + K * size, to);
-                   } else {
-                     level.take_rows(x.matrix, row, 1, 0, K, nullptr, {to, copy.stride, format});
-                   }
-                   std::fill(to + K * size, to + padded * size, '\0');
-                 }
-               });
+  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, padded));
+  parallel_for(0, x.rows.count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const auto* from = static_cast<const char*>(x.matrix.at(row, 0).data);
+      char* to = copy.row(row);
+      if (format == x.matrix.format) {
+        std::copy(from, from + K * size, to);
+      } else {
+        level.take_rows(x.matrix, row, 1, 0, K, nullptr, {to, copy.stride, format});
+      }
+      std::fill(to + K * size, to + padded * size, '\0');
+    }
+  });
   return copy.matrix();
 }
 

@@ -28,10 +28,7 @@ struct Quads {
     memcpy(&four, w, 4);
     return _mm512_set1_epi32(four);
   }
-  // Assembly, because GCC copies each accumulator when it goes through the intrinsic.
-  static BURNISH_INLINE void multiply_add(Sum& sum, Weight panel, __m512i w) {
-    asm volatile("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(panel), "v"(w));
-  }
+  static BURNISH_INLINE void multiply_add(Sum& sum, Weight panel, __m512i w) { add_byte_products(sum, panel, w); }
   static BURNISH_INLINE void keep(int32_t* to, Sum sum) { _mm512_storeu_si512(to, sum); }
 #elif defined(__AVX2__)
   // vpmaddubsw saturates its pair sums, so bytes go to 16 bits first: even and odd ones apart, products exact

@@ -20,6 +20,16 @@ struct Floats {
   static BURNISH_INLINE void multiply_add(Vec& sum, Vec weight, Vec x) { sum = fma(weight, x, sum); }
 };
 
+#if defined(__AVX512F__)
+
+// sum += the products of unsigned bytes and bytes, four by four. Assembly, because GCC copies each accumulator when it
+// goes through the intrinsic.
+BURNISH_INLINE void add_byte_products(__m512i& sum, __m512i unsigned_bytes, __m512i bytes) {
+  asm volatile("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(bytes));
+}
+
+#endif
+
 #if defined(__AVX512BF16__)
 
 struct Pairs {

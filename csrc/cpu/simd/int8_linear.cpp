@@ -6,6 +6,7 @@
 //
 // A panel of 64 channels is read from memory once and from L2 by every further pass over it. Each pass also prefetches
 // its share of the next panel, so that memory works while the multipliers do: with one pass it is a plain stream.
+#include "cpu/simd/element.h"
 #include "cpu/simd/level.h"
 #include "math/pack.h"
 
@@ -25,11 +26,6 @@ struct Prefetch {
 constexpr int kMaxRows = 6;  // 6 x 4 sums, 4 weights and a broadcast fit the 32 registers
 constexpr bool kOffset = true;
 
-// Assembly, because GCC copies each accumulator when it goes through the intrinsic.
-BURNISH_INLINE void multiply_add(__m512i& sum, __m512i weight, __m512i q) {
-  asm volatile("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weight), "v"(q));
-}
-
 template <int MR, int NB>
 void multiply(const int8_t* q, int64_t q_stride, const uint8_t* weight, int64_t depth, int32_t* sums,
               Prefetch prefetch) {
@@ -45,7 +41,7 @@ void multiply(const int8_t* q, int64_t q_stride, const uint8_t* weight, int64_t 
       int32_t four;
       memcpy(&four, q + m * q_stride + k * 4, 4);
       const __m512i broadcast = _mm512_set1_epi32(four);
-      BURNISH_UNROLL for (int n = 0; n < NB; ++n) multiply_add(sum[m][n], weights[n], broadcast);
+      BURNISH_UNROLL for (int n = 0; n < NB; ++n) add_byte_products(sum[m][n], weights[n], broadcast);
     }
   };
   // one prefetch every `every` steps, in a loop of its own, so that the steps between stay free of branches

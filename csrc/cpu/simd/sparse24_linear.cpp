@@ -101,7 +101,7 @@ struct Bytes {
   }
   static BURNISH_INLINE __m512i zero() { return _mm512_setzero_si512(); }
   static BURNISH_INLINE void multiply_add(__m512i& sum, __m512i x, __m512i values) {
-    asm volatile("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(values));
+    add_byte_products(sum, x, values);
   }
   static BURNISH_INLINE void add_all(const __m512i (&sum)[kWeights], int32_t* out) {
     __m256i half[kWeights];

@@ -121,15 +121,12 @@ struct Bytes {
   }
   static BURNISH_INLINE __m512i below(__m512i values, __m512i, int64_t) { return values; }
   static BURNISH_INLINE void multiply_add(__m512i& sum, __m512i x, __m512i index, __m512i values) {
-    add_product(sum, _mm512_permutexvar_epi8(index, x), values);
-  }
-  static BURNISH_INLINE void add_product(__m512i& sum, __m512i x, __m512i values) {
-    asm volatile("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(values));
+    add_byte_products(sum, _mm512_permutexvar_epi8(index, x), values);
   }
   static void excess(const Block* weight, int64_t blocks, bool add, int32_t* to) {
     __m512i sum[kPairs] = {};
     for (int64_t b = 0; b < blocks; ++b) {
-      for (int p = 0; p < kPairs; ++p) add_product(sum[p], _mm512_set1_epi8(-128), weight[b].values[p]);
+      for (int p = 0; p < kPairs; ++p) add_byte_products(sum[p], _mm512_set1_epi8(-128), weight[b].values[p]);
     }
     finish(sum, add, to);
   }

@@ -8,5 +8,5 @@ from pathlib import Path
 
 # an editable install lists the families that were there when it was made: in a checkout new ones are found too
 _ROOT = Path(__file__).parents[3]
-if (_ROOT / "setup.py").is_file() and (_ROOT / "python" / "burnish" / "kernels").samefile(Path(__file__).parent):
+if (_ROOT / "setup.py").is_file() and Path(__file__).parent == _ROOT / "python" / "burnish" / "kernels":
     __path__.append(str(_ROOT / "kernels"))
